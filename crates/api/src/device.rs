@@ -1,0 +1,408 @@
+//! What a device and the hub say to each other.
+//!
+//! `POST /v1/enrol` once; then a short-lived bearer token by signing a challenge with the
+//! device's own key; then, for ever: `GET /v1/device/desired` (long poll, `ETag`) and
+//! `POST /v1/device/report`. Every call may be lost or repeated without harm.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use slmops_artifact::Digest;
+
+use crate::probe::ProbeResult;
+use crate::runtime::{EffectiveConfig, RuntimeConfig};
+use crate::{ClassName, DeviceId, InvitationId, KeyId, ModelName, SiteName, VariantName};
+
+/// Text that a device signs for a token is this, a newline, its id, a newline and the challenge.
+pub const TOKEN_CONTEXT: &str = "slmops device token v1";
+
+/// What an operator asks for when inviting devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct NewInvitation {
+    /// Labels that a device which joins with it gets.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// The site that it gets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<SiteName>,
+    /// Seconds until the invitation expires; one day if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub valid_s: Option<u64>,
+}
+
+/// An invitation as the hub hands it out, once. `text` is the secret.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Invitation {
+    /// Its id, for listing and withdrawing.
+    pub id: InvitationId,
+    /// What the device is given: `slmi1.` and base64url of a JSON [`InvitationText`].
+    pub text: String,
+    /// When it expires.
+    #[schema(value_type = String, format = DateTime)]
+    pub expires_at: jiff::Timestamp,
+}
+
+/// What an invitation's text holds.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InvitationText {
+    /// The hub's URL, `https://host:port`.
+    pub url: String,
+    /// SHA-256 of the DER of the hub's CA certificate, which the device pins.
+    pub ca: Digest,
+    /// The invitation.
+    pub id: InvitationId,
+    /// 32 random bytes, hex.
+    pub secret: String,
+}
+
+/// A device's request to join.
+#[derive(Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct EnrolRequest {
+    /// The invitation.
+    pub invitation: InvitationId,
+    /// Its secret.
+    pub secret: String,
+    /// The device's P-256 public key, SPKI PEM. Its private key never leaves it. Enrolling the same
+    /// key again with the same invitation gives the same device (a lost reply changes nothing).
+    pub public_key: String,
+    /// A name for people; the host name if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// What the device is.
+    pub facts: DeviceFacts,
+}
+
+/// The hub's answer to a device that joins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct EnrolResponse {
+    /// The device's id from now on.
+    pub device: DeviceId,
+    /// The publisher keys whose signatures the device accepts.
+    pub publisher_keys: Vec<PublisherKey>,
+}
+
+/// A publisher's public key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PublisherKey {
+    /// Its id.
+    pub id: KeyId,
+    /// A name for people.
+    pub name: String,
+    /// P-256 public key, SPKI PEM.
+    pub public_key: String,
+}
+
+/// What a device is. Facts, never text about its users.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeviceFacts {
+    /// Host name.
+    pub hostname: String,
+    /// Architecture, such as `aarch64`.
+    pub arch: String,
+    /// Operating system and kernel release.
+    pub kernel: String,
+    /// Processor model.
+    pub cpu: String,
+    /// Instruction-set extensions that matter to inference, such as `avx2`.
+    pub cpu_features: Vec<String>,
+    /// Cores the agent may use.
+    pub cores: u32,
+    /// Total memory in bytes.
+    pub memory_bytes: u64,
+    /// Memory that models may use in bytes; the owner's limit.
+    pub memory_budget_bytes: u64,
+    /// Free bytes where models are kept.
+    pub disk_free_bytes: u64,
+    /// The agent's version.
+    pub agent_version: String,
+    /// Engine and version.
+    pub engine: String,
+    /// Where the local endpoint answers, such as `http://127.0.0.1:8480`; known after start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+}
+
+/// `POST /v1/device/challenge`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ChallengeRequest {
+    /// Who asks.
+    pub device: DeviceId,
+}
+
+/// A challenge to sign; valid for a minute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Challenge {
+    /// Opaque text.
+    pub challenge: String,
+}
+
+/// `POST /v1/device/token`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeviceTokenRequest {
+    /// Who asks.
+    pub device: DeviceId,
+    /// The challenge as received.
+    pub challenge: String,
+    /// ECDSA P-256 SHA-256 over [`TOKEN_CONTEXT`] `\n` device `\n` challenge; DER, base64.
+    pub signature: String,
+}
+
+/// A bearer token for device calls and for pulling from the registry.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeviceToken {
+    /// The token.
+    pub token: String,
+    /// Seconds for which it is valid.
+    pub expires_in_s: u64,
+}
+
+/// What a device should be. Generations never go down.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DesiredState {
+    /// Grows by one with every change for this device.
+    pub generation: u64,
+    /// The model to run; absent when there is none for it yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<DesiredModel>,
+    /// How to run it.
+    pub runtime: RuntimeConfig,
+    /// How long the device has to confirm before it counts as failed, in seconds.
+    pub confirm_timeout_s: u32,
+    /// Why this and not another, in words, for the device's own `status`.
+    pub reason: String,
+}
+
+/// One variant, by digest, and where it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DesiredModel {
+    /// The model line; also the OCI repository in the hub's registry.
+    pub model: ModelName,
+    /// The release's version.
+    #[schema(value_type = String)]
+    pub version: semver::Version,
+    /// The variant.
+    pub variant: VariantName,
+    /// Digest of its OCI manifest: what the device pulls and verifies.
+    #[schema(value_type = String)]
+    pub manifest: Digest,
+    /// Digest of the model file.
+    #[schema(value_type = String)]
+    pub weights: Digest,
+    /// Size of the model file in bytes.
+    pub size_bytes: u64,
+    /// Predicted memory at this runtime configuration in bytes.
+    pub predicted_memory_bytes: u64,
+}
+
+/// How far a device is with its desired model. Installed is not working: only
+/// [`Phase::Confirmed`] counts as evidence.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "phase", rename_all = "snake_case")]
+pub enum Phase {
+    /// Nothing is desired, or nothing new.
+    Idle,
+    /// Bytes are coming in.
+    Downloading {
+        /// Bytes so far.
+        done_bytes: u64,
+        /// Bytes in all.
+        total_bytes: u64,
+    },
+    /// All bytes are here; digests and signature are being checked.
+    Downloaded,
+    /// Digests and signature are good.
+    Verified,
+    /// A worker has loaded the model beside the one that serves.
+    Staged,
+    /// The new worker answers; probes are running.
+    Activated,
+    /// All probes passed with this digest running.
+    Confirmed,
+    /// The model failed here and the device went back to the previous one (or to none).
+    RolledBack {
+        /// Why.
+        failure: Failure,
+    },
+    /// Something outside the model's control is in the way; the device retries by itself.
+    Waiting {
+        /// What.
+        cause: WaitCause,
+    },
+}
+
+/// Why a model failed on a device. Closed: no free text leaves a device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "failure", rename_all = "snake_case")]
+pub enum Failure {
+    /// Probes ran and at least one did not pass.
+    Probes {
+        /// All results, in order.
+        results: Vec<ProbeResult>,
+    },
+    /// The engine could not load the file.
+    Load,
+    /// The worker died while loading, probing or in its first minutes.
+    Crash,
+    /// Signature missing, wrong, or by a key this device does not trust.
+    Signature,
+    /// The manifest or a blob is not what its digest says, at the source.
+    Digest,
+    /// The manifest is not a package that this agent understands.
+    Package,
+    /// The effective configuration differs from what was asked.
+    Configuration {
+        /// The settings that differ.
+        settings: Vec<String>,
+    },
+    /// Measured memory is beyond the owner's budget.
+    Memory {
+        /// Measured bytes.
+        measured_bytes: u64,
+        /// The budget.
+        budget_bytes: u64,
+    },
+    /// Not confirmed in time.
+    Timeout,
+}
+
+/// What a device waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WaitCause {
+    /// The network or the hub does not answer.
+    Network,
+    /// The disk is full.
+    DiskFull,
+    /// The state folder cannot be written.
+    Storage,
+}
+
+/// A model on the device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct InstalledModel {
+    /// The model line.
+    pub model: ModelName,
+    /// Version.
+    #[schema(value_type = String)]
+    pub version: semver::Version,
+    /// Variant.
+    pub variant: VariantName,
+    /// Manifest digest.
+    #[schema(value_type = String)]
+    pub manifest: Digest,
+    /// Digest of the model file.
+    #[schema(value_type = String)]
+    pub weights: Digest,
+}
+
+/// A manifest that failed here and is not tried again until told otherwise by a new digest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Rejection {
+    /// The manifest.
+    #[schema(value_type = String)]
+    pub manifest: Digest,
+    /// Generation that named it.
+    pub generation: u64,
+    /// Why it failed.
+    pub failure: Failure,
+}
+
+/// A device's full report; the latest one replaces all before it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeviceReport {
+    /// Grows with every report of this device, over restarts too; an older one is ignored.
+    pub sequence: u64,
+    /// The newest generation the device has seen.
+    pub generation: u64,
+    /// How far it is with it.
+    #[serde(flatten)]
+    pub phase: Phase,
+    /// The model that answers right now, if one does: its digest is that of the file the running
+    /// worker loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub running: Option<InstalledModel>,
+    /// The model kept for going back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous: Option<InstalledModel>,
+    /// What failed here.
+    #[serde(default)]
+    pub rejected: Vec<Rejection>,
+    /// The latest probe results of the running model.
+    #[serde(default)]
+    pub probes: Vec<ProbeResult>,
+    /// Read back from the running engine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effective: Option<EffectiveConfig>,
+    /// Aggregates; see [`Telemetry`].
+    pub telemetry: Telemetry,
+    /// The device's facts, as they are now.
+    pub facts: DeviceFacts,
+}
+
+/// All that a device tells about its use: numbers only. Counters run from the device's enrolment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Telemetry {
+    /// Requests answered.
+    pub requests: u64,
+    /// Requests that failed by our fault.
+    pub errors: u64,
+    /// Prompt tokens processed.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+    /// Worker processes that ended unasked.
+    pub worker_crashes: u64,
+    /// Bytes pulled from the hub.
+    pub downloaded_bytes: u64,
+    /// Generated tokens per second over the last minute; 0 when idle.
+    pub tokens_per_s: f64,
+    /// Median time to first token of the last 100 requests, milliseconds; 0 when there were none.
+    pub time_to_first_token_ms: f64,
+    /// Resident bytes of the worker now.
+    pub worker_memory_bytes: u64,
+    /// Resident bytes of the worker at its peak.
+    pub worker_peak_memory_bytes: u64,
+}
+
+/// A device as the hub shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Device {
+    /// Its id.
+    pub id: DeviceId,
+    /// A name for people, unique in the fleet.
+    pub name: String,
+    /// Its class.
+    pub class: ClassName,
+    /// Its site, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<SiteName>,
+    /// Labels, with `class`, `site`, `name` and `id` among them.
+    pub labels: BTreeMap<String, String>,
+    /// Its facts.
+    pub facts: DeviceFacts,
+    /// What it should be.
+    pub desired: DesiredState,
+    /// Its latest report, if it ever sent one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<DeviceReport>,
+    /// When it enrolled.
+    #[schema(value_type = String, format = DateTime)]
+    pub enrolled_at: jiff::Timestamp,
+    /// When it was last heard of.
+    #[schema(value_type = String, format = DateTime)]
+    pub last_seen: jiff::Timestamp,
+    /// Whether an operator shut it out.
+    pub revoked: bool,
+}
+
+/// One line of a device's history.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeviceEvent {
+    /// When the hub learnt of it.
+    #[schema(value_type = String, format = DateTime)]
+    pub at: jiff::Timestamp,
+    /// The generation it belongs to.
+    pub generation: u64,
+    /// What happened, in words made by the hub from closed types.
+    pub what: String,
+}

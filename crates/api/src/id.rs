@@ -1,0 +1,109 @@
+//! Identifiers and names, each a type of its own, checked once at the boundary.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// The longest identifier or name, in bytes.
+pub const MAX_NAME_BYTES: usize = 128;
+
+/// Why a string is not a name of the wanted kind.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{given}` is not a {kind}: use 1 to {MAX_NAME_BYTES} of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+)]
+pub struct ParseNameError {
+    kind: &'static str,
+    given: String,
+}
+
+fn check(kind: &'static str, given: &str) -> Result<(), ParseNameError> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let good = (1..=MAX_NAME_BYTES).contains(&given.len())
+        && given.bytes().next().is_some_and(plain)
+        && given.bytes().all(|byte| plain(byte) || b"._-".contains(&byte))
+        && !given.contains("..");
+    if good {
+        return Ok(());
+    }
+    Err(ParseNameError { kind, given: given.chars().take(MAX_NAME_BYTES).collect() })
+}
+
+macro_rules! name {
+    ($(#[$doc:meta])* $type:ident, $kind:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, utoipa::ToSchema)]
+        #[schema(value_type = String)]
+        pub struct $type(String);
+
+        impl $type {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $type {
+            type Err = ParseNameError;
+            fn from_str(given: &str) -> Result<Self, Self::Err> {
+                check($kind, given).map(|()| Self(given.to_owned()))
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+name!(
+    /// One enrolled device, given by the hub at enrolment.
+    DeviceId, "device id"
+);
+name!(
+    /// One rollout of one release.
+    RolloutId, "rollout id"
+);
+name!(
+    /// One invitation to join the fleet.
+    InvitationId, "invitation id"
+);
+name!(
+    /// One operator token (its id, never its secret).
+    TokenId, "token id"
+);
+name!(
+    /// One publisher key: the first 16 hex digits of the SHA-256 of its SPKI DER.
+    KeyId, "key id"
+);
+name!(
+    /// A model line, such as `smollm2-135m-instruct`; also its OCI repository.
+    ModelName, "model name"
+);
+name!(
+    /// A variant of a release, such as `q4_k_m`.
+    VariantName, "variant name"
+);
+name!(
+    /// A device class, such as `small`.
+    ClassName, "class name"
+);
+name!(
+    /// A site: devices behind one link, such as `berlin-3`.
+    SiteName, "site name"
+);
