@@ -212,9 +212,11 @@ pub enum Phase {
     Downloaded,
     /// Digests and signature are good.
     Verified,
-    /// A worker has loaded the model beside the one that serves.
+    /// A worker has loaded the model beside the one that serves, and its configuration was read
+    /// back; its probes are running. It gets no traffic yet.
     Staged,
-    /// The new worker answers; probes are running.
+    /// Its probes passed and the new worker answers; the old one drains. A last probe runs through
+    /// the live endpoint.
     Activated,
     /// All probes passed with this digest running.
     Confirmed,

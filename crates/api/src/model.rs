@@ -2,36 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
+pub use slmops_artifact::shape::ModelShape;
 
 use crate::report::{EvaluationReport, GateDecision};
 use crate::{ClassName, KeyId, ModelName, VariantName};
-
-/// The dimensions of a transformer that decide its memory at run time.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-pub struct ModelShape {
-    /// GGUF architecture, such as `llama`.
-    pub architecture: String,
-    /// Number of parameters.
-    pub parameters: u64,
-    /// Transformer blocks.
-    pub layers: u32,
-    /// Width of the residual stream.
-    pub embedding: u32,
-    /// Width of the feed-forward layer.
-    pub feed_forward: u32,
-    /// Attention heads.
-    pub heads: u32,
-    /// Key-value heads.
-    pub kv_heads: u32,
-    /// Width of one head's keys.
-    pub key_width: u32,
-    /// Width of one head's values.
-    pub value_width: u32,
-    /// Vocabulary size in tokens.
-    pub vocabulary: u32,
-    /// Longest context trained for, in tokens.
-    pub trained_context: u32,
-}
 
 /// A model file made for some device classes, and how it was made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]

@@ -4,5 +4,6 @@
 #![forbid(unsafe_code)]
 
 pub mod digest;
+pub mod shape;
 
 pub use digest::Digest;
