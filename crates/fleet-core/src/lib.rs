@@ -1,1 +1,9 @@
-//! fleet-core
+//! The fleet's decisions: classes, variant fit, blueprints and rollouts.
+//! It has no clock, file, socket, thread or randomness: all of that is passed in.
+//! Start reading at [`rollout`].
+#![forbid(unsafe_code)]
+
+pub mod blueprint;
+pub mod class;
+pub mod fit;
+pub mod rollout;

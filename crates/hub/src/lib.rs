@@ -1,1 +1,18 @@
-//! hub
+//! The control plane, the registry, the store and the dashboard of a fleet.
+//! It never runs a model and never decides by itself: decisions come from `fleet-core`.
+//! Start reading at [`Hub::start`] in `server.rs`, then `engine.rs` and `store/`.
+#![forbid(unsafe_code)]
+
+pub mod auth;
+pub mod blobs;
+pub mod dashboard;
+pub mod db;
+pub mod engine;
+pub mod events;
+pub mod registry;
+pub mod routes;
+pub mod server;
+pub mod store;
+pub mod tls;
+
+pub use server::{Hub, HubConfig, RunningHub};

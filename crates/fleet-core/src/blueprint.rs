@@ -1,0 +1,1 @@
+//! Desired configuration in layers, with the origin of every value.

@@ -1,0 +1,1 @@
+//! Which variant fits a device: predicted memory against the budget.

@@ -1,0 +1,1 @@
+//! Rollouts as a pure function of what is known.

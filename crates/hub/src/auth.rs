@@ -1,0 +1,1 @@
+//! Operator tokens, device challenges and device tokens, invitation texts.

@@ -1,0 +1,1 @@
+//! Runs `fleet-core` on every change and persists what it decides.

@@ -1,0 +1,1 @@
+//! Change notices, for pages and for waiting devices.

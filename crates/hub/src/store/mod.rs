@@ -1,0 +1,1 @@
+//! What the hub remembers: whole transactions, behind a trait.
