@@ -1,0 +1,65 @@
+# The whole project's verbs. `make help` lists them.
+# One profile (release) builds, tests and lints, and one target folder outside the checkout is
+# shared by every clone, so that llama.cpp is compiled once on a machine.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/slmops/target
+BIN := $(CARGO_TARGET_DIR)/release
+PREFIX ?= $(HOME)/.local
+MODEL ?=
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Lists these targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+.PHONY: setup
+setup: ## Installs what building and testing need and this machine lacks (says what first)
+	@scripts/setup.sh build model test
+
+.PHONY: build
+build: ## Builds slm and slm-agent
+	@scripts/setup.sh build
+	cargo build --release -p slmops-cli -p slmops-agent
+
+.PHONY: demo
+demo: ## Runs the whole product on a real model; KEEP=1 leaves it running; MODEL=path.gguf for your own
+	@scripts/setup.sh build model
+	cargo build --release -p slmops-cli -p slmops-agent
+	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
+	  exec $(BIN)/slm demo --model "$$model" $(if $(KEEP),--keep)
+
+.PHONY: test
+test: fmt-check lint deny nextest ## Formatting, lints, dependency rules and every test
+
+.PHONY: fmt-check
+fmt-check:
+	cargo fmt --all --check
+
+.PHONY: lint
+lint:
+	cargo clippy --release --workspace --all-targets -- -D warnings
+
+.PHONY: deny
+deny:
+	@scripts/deny.sh
+
+.PHONY: nextest
+nextest:
+	cargo nextest run --release --workspace
+
+.PHONY: bench
+bench: build ## Measures the reference model and its variants on this machine
+	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
+	  exec $(BIN)/slm optimize "$$model" --quantisation Q8_0,Q4_K_M,Q3_K_M --evaluate --out "$(CARGO_TARGET_DIR)/bench"
+
+.PHONY: install
+install: build ## Installs slm and slm-agent into PREFIX/bin (default ~/.local/bin)
+	install -d "$(PREFIX)/bin"
+	install -m 755 $(BIN)/slm $(BIN)/slm-agent "$(PREFIX)/bin/"
+	@echo "installed slm and slm-agent into $(PREFIX)/bin" >&2
+
+.PHONY: generate
+generate: ## Rewrites the generated files (docs/cli.md, snapshots)
+	SLM_REGENERATE=1 cargo nextest run --release -p slmops-cli
