@@ -1,9 +1,15 @@
 //! What a model package is: GGUF files, manifests, digests, lineage and signatures.
 //! Bytes in, verdict out: it never opens a socket, spawns a process or decides a policy.
-//! Start reading at [`digest`], then `gguf`, `manifest` and `signing`.
-#![forbid(unsafe_code)]
+//! Start reading at [`package`], then [`signing`] and [`gguf`].
+#![deny(unsafe_code)]
 
 pub mod digest;
+mod files;
+pub mod gguf;
+pub mod lineage;
+pub mod package;
 pub mod shape;
+pub mod signing;
+pub mod title;
 
 pub use digest::Digest;
