@@ -1,1 +1,8 @@
-//! inference
+//! Running a model: the llama.cpp wrapper, the worker process, the host and the HTTP surface.
+//! It never decides which model to run, and never lets an engine crash reach its caller.
+//! Start reading at [`worker`], then [`host`] and [`server`]; [`llama`] is the only unsafe code.
+#![deny(unsafe_code)]
+
+pub mod child;
+#[allow(unsafe_code)]
+pub mod llama;

@@ -1,0 +1,5 @@
+//! Tests of the running model, through real child processes.
+#![forbid(unsafe_code)]
+
+mod child;
+mod support;

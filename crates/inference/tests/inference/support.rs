@@ -1,0 +1,26 @@
+//! What the tests share.
+
+use std::path::PathBuf;
+
+/// The prompt of the reference in `testdata/README.md`.
+pub const PROMPT: &str = "Alice was beginning to";
+/// Its tokens.
+pub const PROMPT_TOKENS: [i32; 5] = [494, 160, 729, 633, 111];
+/// The next greedy tokens.
+pub const GREEDY: [i32; 20] =
+    [97, 4, 373, 111, 97, 388, 11, 120, 168, 734, 133, 160, 379, 107, 111, 526, 11, 120, 4, 702];
+
+/// Makes children of this process be the fixture program.
+pub fn set_up() {
+    slmops_inference::child::set_program(env!("CARGO_BIN_EXE_slmops-worker-fixture"));
+}
+
+/// A file under `testdata/`.
+pub fn testdata(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../testdata").join(name)
+}
+
+/// The tiny model: vocabulary 1024, context 128, no chat template.
+pub fn glass() -> PathBuf {
+    testdata("glasslm/glass-f32.gguf")
+}
