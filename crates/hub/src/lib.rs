@@ -7,6 +7,7 @@ pub mod auth;
 pub mod blobs;
 pub mod dashboard;
 pub mod db;
+pub mod durable;
 pub mod engine;
 pub mod events;
 pub mod registry;
