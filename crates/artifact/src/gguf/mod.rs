@@ -2,17 +2,21 @@
 //! dequantising. The reader treats every byte as hostile: it panics at nothing, reads nothing
 //! outside the file and allocates no more than a fixed multiple of the bytes it has seen.
 
+mod dequantise;
 mod error;
 mod header;
 mod map;
+mod reference;
 mod shape;
 mod types;
 mod value;
 mod write;
 
+pub use dequantise::{dequantise, dequantise_into};
 pub use error::{Fault, GgufError};
 pub use header::{Header, TensorInfo};
 pub use map::{GgufFile, check_file, open};
+pub use reference::to_f16;
 pub use shape::shape;
 pub use types::{TensorType, file_type_name};
 pub use value::{Array, Value};
