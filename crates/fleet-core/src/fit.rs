@@ -1,1 +1,326 @@
-//! Which variant fits a device: predicted memory against the budget.
+//! Which variant fits a device: predicted memory against the owner's budget.
+//!
+//! The prediction is the resident memory of the worker process: the model file (mapped, every page
+//! read), the tensors that the engine holds a second time in a faster layout, the key-value cache,
+//! the engine's compute buffers, and what the process itself takes.
+
+use slmops_api::VariantName;
+use slmops_api::model::{ModelShape, Variant};
+use slmops_api::runtime::{KvType, RuntimeConfig};
+use slmops_artifact::Digest;
+
+use crate::words::bytes;
+
+/// What measurements say about the parts that no formula gives exactly.
+pub mod calibration {
+    /// Resident bytes of a worker process before it loads a model: code, allocator, threads.
+    pub const PROCESS_OVERHEAD_BYTES: u64 = 18 << 20;
+    /// Intermediate activations that are alive at the same time, as multiples of
+    /// `batch_tokens * (embedding + feed_forward)` floats.
+    pub const ACTIVATION_COPIES: f64 = 3.0;
+    /// Share of the logits buffer (`batch_tokens * vocabulary` floats) whose pages are touched:
+    /// logits are computed for the last position of each sequence alone, so nearly none are.
+    pub const LOGITS_TOUCHED: f64 = 0.0;
+    /// Rows of logits kept for each parallel sequence (engine output, sampling copies).
+    pub const LOGIT_ROWS_PER_SEQUENCE: f64 = 3.0;
+    /// Bytes for each vocabulary entry: token text, scores and the lookup tables over them.
+    pub const VOCABULARY_ENTRY_BYTES: u64 = 220;
+}
+
+/// Bytes of a float32.
+const F32_BYTES: f64 = 4.0;
+
+/// A prediction of resident memory, part by part, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prediction {
+    /// The model file and the tensors held a second time.
+    pub weights_bytes: u64,
+    /// The key-value cache at the full context of every sequence.
+    pub kv_cache_bytes: u64,
+    /// Compute buffers and logits.
+    pub compute_bytes: u64,
+    /// The process itself and the vocabulary.
+    pub overhead_bytes: u64,
+    /// All of them.
+    pub total_bytes: u64,
+}
+
+impl Prediction {
+    /// The parts in words: `101 MB weights + 94 MB cache + 20 MB buffers + 28 MB process`.
+    pub fn parts(&self) -> String {
+        format!(
+            "{} weights + {} key-value cache + {} buffers + {} process",
+            bytes(self.weights_bytes),
+            bytes(self.kv_cache_bytes),
+            bytes(self.compute_bytes),
+            bytes(self.overhead_bytes)
+        )
+    }
+}
+
+/// Predicts the resident memory of a worker that runs a model with this shape.
+///
+/// Key-value cache: `layers * kv_heads * (key_width + value_width) * context * parallel` values;
+/// Q8_0 takes 34 bytes for 32 values (GGML block layout).
+pub fn predict(
+    shape: &ModelShape,
+    size_bytes: u64,
+    repacked_bytes: u64,
+    runtime: &RuntimeConfig,
+) -> Prediction {
+    let bytes_per_value = match runtime.kv_type {
+        KvType::F32 => 4.0,
+        KvType::F16 => 2.0,
+        KvType::Q8_0 => 34.0 / 32.0,
+    };
+    let values_per_token = f64::from(shape.layers)
+        * f64::from(shape.kv_heads)
+        * (f64::from(shape.key_width) + f64::from(shape.value_width));
+    let cached_tokens = f64::from(runtime.context_tokens) * f64::from(runtime.parallel);
+    let kv_cache = values_per_token * cached_tokens * bytes_per_value;
+
+    let batch = f64::from(runtime.batch_tokens);
+    let width = f64::from(shape.embedding) + f64::from(shape.feed_forward);
+    let activations = batch * width * F32_BYTES * calibration::ACTIVATION_COPIES;
+    let vocabulary = f64::from(shape.vocabulary);
+    let logits = vocabulary
+        * F32_BYTES
+        * (batch * calibration::LOGITS_TOUCHED
+            + f64::from(runtime.parallel) * calibration::LOGIT_ROWS_PER_SEQUENCE);
+    // Without fused attention, one layer's scores of a whole batch exist at once.
+    let scores = match runtime.flash_attention {
+        true => 0.0,
+        false => f64::from(shape.heads) * batch * cached_tokens * F32_BYTES,
+    };
+
+    let weights_bytes = size_bytes.saturating_add(repacked_bytes);
+    let kv_cache_bytes = kv_cache as u64;
+    let compute_bytes = (activations + logits + scores) as u64;
+    let overhead_bytes = calibration::PROCESS_OVERHEAD_BYTES
+        + u64::from(shape.vocabulary) * calibration::VOCABULARY_ENTRY_BYTES;
+    let total_bytes = weights_bytes
+        .saturating_add(kv_cache_bytes)
+        .saturating_add(compute_bytes)
+        .saturating_add(overhead_bytes);
+    Prediction { weights_bytes, kv_cache_bytes, compute_bytes, overhead_bytes, total_bytes }
+}
+
+/// What [`choose`] found.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Fit {
+    /// The best variant whose prediction is within the budget.
+    Fits {
+        /// Its place in the list.
+        index: usize,
+        /// Its name.
+        variant: VariantName,
+        /// Its manifest.
+        manifest: Digest,
+        /// Its predicted memory.
+        prediction: Prediction,
+        /// Why this one, in words.
+        why: String,
+    },
+    /// None does.
+    NoFit {
+        /// The smallest prediction in bytes.
+        smallest_bytes: u64,
+        /// What the device offers in bytes.
+        budget_bytes: u64,
+        /// Why, in words.
+        why: String,
+    },
+}
+
+impl Fit {
+    /// Why, in words.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::Fits { why, .. } | Self::NoFit { why, .. } => why,
+        }
+    }
+}
+
+/// `no variant fits: smallest needs 141 MB, device offers 96 MB`.
+pub fn no_fit(smallest_bytes: u64, budget_bytes: u64) -> String {
+    format!(
+        "no variant fits: smallest needs {}, device offers {}",
+        bytes(smallest_bytes),
+        bytes(budget_bytes)
+    )
+}
+
+/// Chooses the variant of the best quality (lowest KL divergence from the reference; then the
+/// smaller one) whose predicted memory is within `budget_bytes`.
+pub fn choose(variants: &[Variant], budget_bytes: u64, runtime: &RuntimeConfig) -> Fit {
+    let mut best: Option<(usize, Prediction)> = None;
+    let mut smallest_bytes = u64::MAX;
+    for (index, variant) in variants.iter().enumerate() {
+        let prediction = predict_variant(variant, runtime);
+        smallest_bytes = smallest_bytes.min(prediction.total_bytes);
+        let better = |other: usize| better(variant, &variants[other]);
+        if prediction.total_bytes <= budget_bytes
+            && best.as_ref().is_none_or(|(other, _)| better(*other))
+        {
+            best = Some((index, prediction));
+        }
+    }
+    let Some((index, prediction)) = best else {
+        let smallest_bytes = if variants.is_empty() { 0 } else { smallest_bytes };
+        let why = match variants.is_empty() {
+            true => "no variant fits: the release has none".to_owned(),
+            false => no_fit(smallest_bytes, budget_bytes),
+        };
+        return Fit::NoFit { smallest_bytes, budget_bytes, why };
+    };
+    let chosen = &variants[index];
+    let better_but_larger: Vec<String> = variants
+        .iter()
+        .filter(|variant| better(variant, chosen))
+        .map(|variant| {
+            let needs = predict_variant(variant, runtime).total_bytes;
+            format!("{} needs {}", variant.name, bytes(needs))
+        })
+        .collect();
+    let why = format!(
+        "{} needs {} of {} ({}){}",
+        chosen.name,
+        bytes(prediction.total_bytes),
+        bytes(budget_bytes),
+        prediction.parts(),
+        match better_but_larger.is_empty() {
+            true => ", and none is closer to the reference".to_owned(),
+            false => format!("; closer to the reference, but too large: {}", better_but_larger.join(", ")),
+        }
+    );
+    Fit::Fits {
+        index,
+        variant: chosen.name.clone(),
+        manifest: chosen.manifest,
+        prediction,
+        why,
+    }
+}
+
+/// The fit of every variant in words, best quality first, one line each.
+pub fn explain(variants: &[Variant], budget_bytes: u64, runtime: &RuntimeConfig) -> Vec<String> {
+    let chosen = match choose(variants, budget_bytes, runtime) {
+        Fit::Fits { index, .. } => Some(index),
+        Fit::NoFit { .. } => None,
+    };
+    let mut order: Vec<usize> = (0..variants.len()).collect();
+    order.sort_by(|a, b| quality(&variants[*a]).total_cmp(&quality(&variants[*b])));
+    let mut lines: Vec<String> = order
+        .into_iter()
+        .map(|index| {
+            let variant = &variants[index];
+            let prediction = predict_variant(variant, runtime);
+            let verdict = if Some(index) == chosen {
+                "chosen"
+            } else if prediction.total_bytes <= budget_bytes {
+                "fits, but another is closer to the reference"
+            } else {
+                "too large"
+            };
+            format!(
+                "{}: needs {} of {} ({}); KL divergence {:.4} nats: {verdict}",
+                variant.name,
+                bytes(prediction.total_bytes),
+                bytes(budget_bytes),
+                prediction.parts(),
+                quality(variant),
+            )
+        })
+        .collect();
+    if let Fit::NoFit { why, .. } = choose(variants, budget_bytes, runtime) {
+        lines.push(why);
+    }
+    lines
+}
+
+/// [`predict`] for a variant of a release.
+pub fn predict_variant(variant: &Variant, runtime: &RuntimeConfig) -> Prediction {
+    predict(&variant.shape, variant.size_bytes, variant.repacked_bytes, runtime)
+}
+
+fn quality(variant: &Variant) -> f64 {
+    variant.report.kl_divergence.mean
+}
+
+fn better(variant: &Variant, other: &Variant) -> bool {
+    let ours = (quality(variant), variant.size_bytes, &variant.name);
+    let theirs = (quality(other), other.size_bytes, &other.name);
+    ours.0.total_cmp(&theirs.0).then(ours.1.cmp(&theirs.1)).then(ours.2.cmp(theirs.2)).is_lt()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing;
+
+    fn check(budget_mib: u64, expected: &str) {
+        let release = testing::release("m", "1.0.0");
+        let runtime = testing::small_runtime();
+        let fit = choose(&release.variants, budget_mib << 20, &runtime);
+        let found = match &fit {
+            Fit::Fits { variant, .. } => variant.as_str().to_owned(),
+            Fit::NoFit { .. } => "none".to_owned(),
+        };
+        assert_eq!(found, expected, "{}", fit.why());
+    }
+
+    #[test]
+    fn best_quality_that_fits() {
+        check(1000, "q8_0");
+        check(200, "q8_0");
+        check(160, "q4_k_m");
+        check(10, "none");
+    }
+
+    #[test]
+    fn no_fit_names_both_numbers() {
+        assert_eq!(
+            no_fit(141_000_000, 96_000_000),
+            "no variant fits: smallest needs 141 MB, device offers 96 MB"
+        );
+    }
+
+    #[test]
+    fn cache_of_smollm2() {
+        // 30 layers * 3 heads * (64 + 64) * 2048 tokens * 2 sequences * 2 bytes.
+        let shape = testing::shape();
+        let prediction = predict(&shape, 0, 0, &RuntimeConfig::default());
+        assert_eq!(prediction.kv_cache_bytes, 94_371_840);
+    }
+
+    #[test]
+    fn hostile_dimensions_do_not_overflow() {
+        let mut shape = testing::shape();
+        shape.layers = u32::MAX;
+        shape.kv_heads = u32::MAX;
+        shape.key_width = u32::MAX;
+        shape.vocabulary = u32::MAX;
+        let mut runtime = RuntimeConfig::default();
+        runtime.context_tokens = u32::MAX;
+        runtime.parallel = u32::MAX;
+        runtime.batch_tokens = u32::MAX;
+        runtime.flash_attention = false;
+        let prediction = predict(&shape, u64::MAX, u64::MAX, &runtime);
+        assert_eq!(prediction.total_bytes, u64::MAX);
+    }
+
+    proptest! {
+        #[test]
+        fn choice_is_within_budget(budget_mib in 0_u64..600, parallel in 1_u32..8) {
+            let release = testing::release("m", "1.0.0");
+            let runtime = RuntimeConfig { parallel, ..RuntimeConfig::default() };
+            let budget = budget_mib << 20;
+            match choose(&release.variants, budget, &runtime) {
+                Fit::Fits { prediction, .. } => prop_assert!(prediction.total_bytes <= budget),
+                Fit::NoFit { smallest_bytes, .. } => prop_assert!(smallest_bytes > budget),
+            }
+        }
+    }
+}

@@ -1,9 +1,13 @@
 //! The fleet's decisions: classes, variant fit, blueprints and rollouts.
 //! It has no clock, file, socket, thread or randomness: all of that is passed in.
-//! Start reading at [`rollout`].
+//! Start reading at [`rollout::plan`].
 #![forbid(unsafe_code)]
 
 pub mod blueprint;
 pub mod class;
 pub mod fit;
 pub mod rollout;
+#[cfg(test)]
+mod testing;
+pub mod words;
+pub mod world;

@@ -1,1 +1,0 @@
-//! Rollouts as a pure function of what is known.

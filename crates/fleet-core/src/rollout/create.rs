@@ -1,0 +1,322 @@
+//! Making a rollout: which devices, in which waves.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use slmops_api::rollout::{
+    NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, WaveSize,
+};
+use slmops_api::{DeviceId, RolloutId};
+
+use super::{RolloutError, RolloutRecord, assign, decide, state_name};
+use crate::blueprint::CONFIRM_TIMEOUT_S;
+use crate::fit::Fit;
+use crate::words::{count, list};
+use crate::world::{FleetDevice, World};
+
+/// The most waves of one rollout.
+pub const MAX_WAVES: usize = 100;
+/// The longest bake, in seconds: 30 days.
+pub const MAX_BAKE_S: u32 = 30 * 24 * 3600;
+/// A device heard of within this many seconds makes a good canary.
+const RECENT_S: i64 = 120;
+/// Names listed in one line of evidence, at most.
+const NAMES_SHOWN: usize = 8;
+
+/// A new rollout, and the halted ones it takes the place of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Created {
+    /// The new one; no device has been told yet.
+    pub record: RolloutRecord,
+    /// Halted rollouts of the same devices, now aborted.
+    pub superseded: Vec<RolloutRecord>,
+}
+
+/// Makes a rollout. `active` are all rollouts that are not final.
+///
+/// # Errors
+/// [`RolloutError`]: a policy out of bounds, an unknown release, or another rollout that is running
+/// or paused on some of the same devices.
+pub fn create(
+    id: RolloutId,
+    asked: NewRollout,
+    created_by: &str,
+    world: &World<'_>,
+    active: &[RolloutRecord],
+) -> Result<Created, RolloutError> {
+    validate(&asked.policy)?;
+    let title = format!("{} {}", asked.model, asked.version);
+    let release = world
+        .release(&asked.model, &asked.version)
+        .ok_or_else(|| RolloutError::NoRelease(title.clone()))?;
+
+    let mut left_out = Vec::new();
+    let mut chosen: Vec<&FleetDevice> = Vec::new();
+    for device in selected(world, &asked) {
+        match leave_out(device, &asked) {
+            Some(why) => left_out.push(format!("left out {}: {why}", device.name)),
+            None => chosen.push(device),
+        }
+    }
+    let superseded = supersede(&id, &chosen, active, world.now)?;
+
+    chosen.sort_by_key(|device| canary_rank(device, world.now));
+    let mut devices: Vec<RolloutDevice> = Vec::with_capacity(chosen.len());
+    for device in &chosen {
+        devices.push(entry(device, release, world));
+    }
+    // Devices that get nothing take no place in a wave.
+    let (mut going, mut staying): (Vec<_>, Vec<_>) =
+        devices.into_iter().partition(|device| device.outcome == Outcome::Pending);
+    let sizes = wave_sizes(&asked.policy.waves, going.len());
+    let mut next = 0;
+    for (wave, size) in sizes.iter().enumerate() {
+        for device in &mut going[next..next + size] {
+            device.wave = wave as u32;
+        }
+        next += size;
+    }
+    let waves = (sizes.len() as u32).max(1);
+    for device in &mut staying {
+        device.wave = waves - 1;
+    }
+
+    let mut because = vec![format!(
+        "selector {} means {}; {} can get it",
+        asked.policy.selector,
+        count(chosen.len(), "device"),
+        going.len()
+    )];
+    for wave in 0..sizes.len() {
+        let names: Vec<String> = going
+            .iter()
+            .filter(|device| device.wave == wave as u32)
+            .map(|device| match &device.variant {
+                Some(variant) => format!("{} ({variant})", device.name),
+                None => device.name.clone(),
+            })
+            .collect();
+        because.push(format!("wave {}: {}", wave + 1, list(&names, NAMES_SHOWN)));
+    }
+    because.extend(uncovered(world, &going));
+    for device in staying.iter().take(NAMES_SHOWN) {
+        because.push(format!("{} keeps what it has: {}", device.name, device.fit));
+    }
+    left_out.truncate(NAMES_SHOWN);
+    because.extend(left_out);
+
+    let mut rollout = Rollout {
+        id,
+        asked,
+        state: RolloutState::Running,
+        current_wave: 0,
+        waves,
+        devices: going.into_iter().chain(staying).collect(),
+        decisions: vec![],
+        waiting_for: "the first wave to start".to_owned(),
+        created_at: world.now,
+        created_by: created_by.to_owned(),
+        updated_at: world.now,
+    };
+    for other in &superseded {
+        because.push(format!("takes the place of the halted rollout {}", other.rollout.id));
+    }
+    let what = format!("created for {title}, {}", count(sizes.len(), "wave"));
+    decide(&mut rollout, world.now, what, because);
+    let record = RolloutRecord { rollout, before: BTreeMap::new(), forgiven: BTreeSet::new() };
+    Ok(Created { record, superseded })
+}
+
+fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
+    let refuse = |text: String| Err(RolloutError::Policy(text));
+    if policy.waves.len() > MAX_WAVES {
+        return refuse(format!("{} waves are more than {MAX_WAVES}", policy.waves.len()));
+    }
+    for (index, wave) in policy.waves.iter().enumerate() {
+        let good = match wave {
+            WaveSize::Count(number) => *number >= 1,
+            WaveSize::Percent(share) => (1..=100).contains(share),
+            WaveSize::Rest => true,
+        };
+        if !good {
+            return refuse(format!(
+                "wave {} is {wave:?}: a count starts at 1, a percentage is 1 to 100",
+                index + 1
+            ));
+        }
+    }
+    let (least, most) = CONFIRM_TIMEOUT_S;
+    if !(least..=most).contains(&policy.confirm_timeout_s) {
+        return refuse(format!(
+            "confirm_timeout_s = {} is not within {least} to {most}",
+            policy.confirm_timeout_s
+        ));
+    }
+    if policy.bake_s > MAX_BAKE_S {
+        return refuse(format!("bake_s = {} is more than {MAX_BAKE_S}", policy.bake_s));
+    }
+    Ok(())
+}
+
+/// The devices that the selector means.
+pub(super) fn selected<'w>(
+    world: &World<'w>,
+    asked: &NewRollout,
+) -> impl Iterator<Item = &'w FleetDevice> {
+    let selector = asked.policy.selector.clone();
+    world
+        .devices
+        .iter()
+        .filter(move |device| !device.revoked && selector.matches(&device.labels))
+}
+
+/// Why a selected device takes no part, if it does not.
+pub(super) fn leave_out(device: &FleetDevice, asked: &NewRollout) -> Option<String> {
+    if device.config.frozen {
+        return Some("its blueprint freezes it (policy.frozen = true)".to_owned());
+    }
+    match &device.config.model {
+        Some(model) if *model != asked.model => Some(format!("its blueprint names model {model}")),
+        _ => None,
+    }
+}
+
+fn supersede(
+    id: &RolloutId,
+    chosen: &[&FleetDevice],
+    active: &[RolloutRecord],
+    now: Timestamp,
+) -> Result<Vec<RolloutRecord>, RolloutError> {
+    let mut superseded = Vec::new();
+    for other in active.iter().filter(|other| !other.rollout.state.is_final()) {
+        let ours: BTreeSet<&DeviceId> = chosen.iter().map(|device| &device.id).collect();
+        let shared: Vec<&str> = other
+            .rollout
+            .devices
+            .iter()
+            .filter(|device| ours.contains(&device.device))
+            .map(|device| device.name.as_str())
+            .collect();
+        if shared.is_empty() {
+            continue;
+        }
+        if other.rollout.state != RolloutState::Halted {
+            return Err(RolloutError::Overlap {
+                other: other.rollout.id.clone(),
+                release: format!("{} {}", other.rollout.asked.model, other.rollout.asked.version),
+                state: state_name(other.rollout.state),
+                devices: list(&shared, NAMES_SHOWN),
+            });
+        }
+        let mut other = other.clone();
+        other.rollout.state = RolloutState::Aborted;
+        other.rollout.waiting_for = String::new();
+        other.rollout.updated_at = now;
+        let because = vec![format!("rollout {id} is for {} too", list(&shared, NAMES_SHOWN))];
+        decide(&mut other.rollout, now, format!("superseded by rollout {id}"), because);
+        superseded.push(other);
+    }
+    Ok(superseded)
+}
+
+/// Healthy devices heard of lately come first, so that the canary can answer.
+fn canary_rank(device: &FleetDevice, now: Timestamp) -> (bool, bool, String) {
+    let silent_s = now.as_second() - device.last_seen.as_second();
+    let healthy = device.report.as_ref().is_some_and(|report| {
+        use slmops_api::device::Phase;
+        matches!(report.phase, Phase::Confirmed | Phase::Idle)
+            && report.generation >= device.desired.generation
+    });
+    (silent_s > RECENT_S, !healthy, device.name.clone())
+}
+
+/// A device's part before it is told: pending, or why it gets nothing.
+pub(super) fn entry(
+    device: &FleetDevice,
+    release: &slmops_api::model::NewRelease,
+    world: &World<'_>,
+) -> RolloutDevice {
+    let (fit, _) = assign::fit_device(device, release);
+    let mut entry = RolloutDevice {
+        device: device.id.clone(),
+        name: device.name.clone(),
+        wave: 0,
+        variant: None,
+        manifest: None,
+        generation: None,
+        started_at: None,
+        finished_at: None,
+        outcome: Outcome::Pending,
+        fit: fit.why().to_owned(),
+    };
+    match fit {
+        Fit::NoFit { smallest_bytes, budget_bytes, .. } => {
+            entry.outcome = Outcome::NoFit { smallest_bytes, budget_bytes };
+            entry.finished_at = Some(world.now);
+        }
+        Fit::Fits { variant, manifest, .. } => {
+            if world.quarantined(device, &manifest) {
+                entry.outcome = Outcome::Quarantined;
+                entry.finished_at = Some(world.now);
+                entry.fit = format!(
+                    "{variant} ({}) failed {} before, so it is not offered again",
+                    manifest.short(),
+                    match device.rejected(&manifest) {
+                        true => "on this device".to_owned(),
+                        false => format!("in class {}", device.class),
+                    }
+                );
+            }
+            entry.variant = Some(variant);
+            entry.manifest = Some(manifest);
+        }
+    }
+    entry
+}
+
+/// How many devices each wave takes; none is empty, and what is left forms one more.
+fn wave_sizes(waves: &[WaveSize], devices: usize) -> Vec<usize> {
+    let mut sizes = Vec::new();
+    let mut left = devices;
+    for wave in waves.iter().chain([&WaveSize::Rest]) {
+        let size = match wave {
+            WaveSize::Count(number) => *number as usize,
+            WaveSize::Percent(share) => (devices * *share as usize).div_ceil(100),
+            WaveSize::Rest => left,
+        };
+        let size = size.min(left);
+        if size > 0 {
+            sizes.push(size);
+        }
+        left -= size;
+    }
+    sizes
+}
+
+/// The wave for a device that joins while the rollout runs: the last one if it takes whatever is
+/// left, else one more after it.
+pub(super) fn late_wave(policy: &RolloutPolicy, waves: u32) -> u32 {
+    match policy.waves.get(waves.saturating_sub(1) as usize) {
+        Some(WaveSize::Rest) | None => waves.saturating_sub(1),
+        Some(_) => waves,
+    }
+}
+
+/// Says which classes the canary wave does not speak for.
+fn uncovered(world: &World<'_>, going: &[RolloutDevice]) -> Option<String> {
+    let class_of = |device: &RolloutDevice| {
+        world.device(&device.device).map(|device| device.class.as_str().to_owned())
+    };
+    let canary: BTreeSet<String> =
+        going.iter().filter(|device| device.wave == 0).filter_map(class_of).collect();
+    let others: BTreeSet<String> = going.iter().filter_map(class_of).collect();
+    let missing: Vec<&String> = others.difference(&canary).collect();
+    if missing.is_empty() || canary.is_empty() {
+        return None;
+    }
+    Some(format!(
+        "the first wave speaks for {} alone; not covered by it: {}",
+        list(&canary.iter().collect::<Vec<_>>(), NAMES_SHOWN),
+        list(&missing, NAMES_SHOWN)
+    ))
+}

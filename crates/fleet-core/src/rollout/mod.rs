@@ -1,0 +1,195 @@
+//! Rollouts as a pure function of what is known.
+//!
+//! [`create`] makes one, [`command`] is an operator's hand, and [`plan`] moves every active rollout
+//! as far as the evidence allows and says what each device should be. Each of them takes the world
+//! and the time and returns what to persist; calling [`plan`] again with its own result changes
+//! nothing. Start reading at [`plan`], then `step.rs`.
+
+mod assign;
+mod create;
+mod operate;
+mod step;
+mod words;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use slmops_api::device::{DesiredModel, DesiredState};
+use slmops_api::rollout::{Decision, Rollout, RolloutState};
+use slmops_api::{ClassName, DeviceId, RolloutId};
+use slmops_artifact::Digest;
+
+pub use create::{Created, MAX_WAVES, create};
+pub use operate::{Command, command};
+pub use words::{failure_words, phase_words, why};
+
+use crate::world::World;
+
+/// A rollout and what is remembered for taking it back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RolloutRecord {
+    /// The rollout as everyone sees it.
+    pub rollout: Rollout,
+    /// What each device that was told ran before.
+    #[serde(default)]
+    pub before: BTreeMap<DeviceId, Option<DesiredModel>>,
+    /// Devices whose failure an operator has seen and set aside by resuming.
+    #[serde(default)]
+    pub forgiven: BTreeSet<DeviceId>,
+}
+
+/// A device and what it should be from now on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Assignment {
+    /// Which device.
+    pub device: DeviceId,
+    /// Its new desired state; its generation is greater than the one before.
+    pub desired: DesiredState,
+}
+
+/// Everything that changes at once.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// Rollouts that changed.
+    pub rollouts: Vec<RolloutRecord>,
+    /// Devices that are told something new.
+    pub assignments: Vec<Assignment>,
+    /// Manifests that are no longer offered to a class.
+    pub quarantined: Vec<(Digest, ClassName)>,
+    /// When to look again even if nothing is heard before.
+    pub deadline: Option<Timestamp>,
+}
+
+/// What a device is to be because of a rollout, before it is compared with what it is told now.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Target {
+    /// This variant of a release.
+    Model {
+        /// The variant.
+        model: DesiredModel,
+        /// Seconds to confirm.
+        confirm_timeout_s: u32,
+        /// Why.
+        reason: String,
+    },
+    /// What it was before; nothing if it was nothing.
+    Before {
+        /// The model.
+        model: Option<DesiredModel>,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Targets by device.
+pub type Targets = BTreeMap<DeviceId, TargetState>;
+
+/// A target made by [`command`] for [`plan`] to carry out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TargetState(pub(crate) Target);
+
+/// Why a rollout cannot be made or changed as asked.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub enum RolloutError {
+    /// The policy is out of bounds.
+    #[error("rollout policy: {0}")]
+    Policy(String),
+    /// The release is not registered.
+    #[error("release {0} is not registered")]
+    NoRelease(String),
+    /// Another rollout is under way on some of the same devices.
+    #[error("rollout {other} of {release} is {state} on {devices}")]
+    Overlap {
+        /// The other rollout.
+        other: RolloutId,
+        /// Its release.
+        release: String,
+        /// Its state.
+        state: &'static str,
+        /// The devices they share.
+        devices: String,
+    },
+    /// The rollout's state does not allow it.
+    #[error("rollout {id} is {state}: it cannot be {wanted}")]
+    State {
+        /// The rollout.
+        id: RolloutId,
+        /// Its state.
+        state: &'static str,
+        /// What was asked, such as `paused`.
+        wanted: &'static str,
+    },
+}
+
+impl RolloutError {
+    /// The next step.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Policy(_) => "see `slm rollout start --help`".to_owned(),
+            Self::NoRelease(_) => "`slm release list` shows what is registered".to_owned(),
+            Self::Overlap { other, .. } => format!(
+                "wait for it (`slm rollout watch {other}`), end it (`slm rollout abort {other}`), or choose other devices"
+            ),
+            Self::State { id, .. } => format!("`slm rollout why {id}` tells how it came to that"),
+        }
+    }
+}
+
+/// A state in words.
+pub fn state_name(state: RolloutState) -> &'static str {
+    match state {
+        RolloutState::Running => "running",
+        RolloutState::Paused => "paused",
+        RolloutState::Halted => "halted",
+        RolloutState::Completed => "completed",
+        RolloutState::Aborted => "aborted",
+        RolloutState::RolledBack => "rolled back",
+    }
+}
+
+/// Moves every rollout in `records` as far as the evidence allows, and says what each device should
+/// be. `records` are those that are not final and those that [`create`] or [`command`] just made;
+/// `targets` comes from [`command`].
+pub fn plan(world: &World<'_>, records: &[RolloutRecord], mut targets: Targets) -> Plan {
+    let mut plan = Plan::default();
+    let mut stepped = Vec::with_capacity(records.len());
+    let mut members: BTreeMap<DeviceId, RolloutId> = BTreeMap::new();
+    for record in records.iter().filter(|record| !record.rollout.state.is_final()) {
+        for device in &record.rollout.devices {
+            members.entry(device.device.clone()).or_insert_with(|| record.rollout.id.clone());
+        }
+    }
+    for before in records {
+        let mut record = before.clone();
+        let outcome = step::step(&mut record, world, &mut members);
+        targets.extend(outcome.targets.into_iter().map(|(id, target)| (id, TargetState(target))));
+        for pair in outcome.quarantined {
+            if !plan.quarantined.contains(&pair) {
+                plan.quarantined.push(pair);
+            }
+        }
+        plan.deadline = earlier(plan.deadline, outcome.deadline);
+        if record != *before {
+            record.rollout.updated_at = world.now;
+            plan.rollouts.push(record.clone());
+        }
+        stepped.push(record);
+    }
+    plan.assignments = assign::assign(world, &stepped, &targets);
+    plan
+}
+
+fn earlier(a: Option<Timestamp>, b: Option<Timestamp>) -> Option<Timestamp> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (one, other) => one.or(other),
+    }
+}
+
+pub(crate) fn decide(record: &mut Rollout, at: Timestamp, what: String, because: Vec<String>) {
+    record.decisions.push(Decision { at, what, because });
+}

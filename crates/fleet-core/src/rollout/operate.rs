@@ -1,0 +1,155 @@
+//! An operator's hand on a rollout.
+
+use slmops_api::rollout::{Outcome, Rollout, RolloutState};
+
+use super::{RolloutError, RolloutRecord, Target, TargetState, Targets, decide, state_name};
+use crate::words::count;
+use crate::world::World;
+
+/// What an operator can do with a rollout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Hold it: devices that were told go on, no other is told.
+    Pause,
+    /// Go on: after a pause, or after a halt in spite of its failures.
+    Resume,
+    /// End it where it stands.
+    Abort,
+    /// Take it back: its devices get a new generation that names what they ran before.
+    Rollback,
+}
+
+impl Command {
+    /// `paused`, `resumed`, …
+    pub fn past(self) -> &'static str {
+        match self {
+            Self::Pause => "paused",
+            Self::Resume => "resumed",
+            Self::Abort => "aborted",
+            Self::Rollback => "rolled back",
+        }
+    }
+}
+
+/// Carries out a command. A command that was carried out before changes nothing. The result goes
+/// through [`super::plan`], which tells the devices.
+///
+/// # Errors
+/// [`RolloutError::State`] where the rollout's state does not allow it.
+pub fn command(
+    record: &RolloutRecord,
+    command: Command,
+    by: &str,
+    world: &World<'_>,
+) -> Result<(RolloutRecord, Targets), RolloutError> {
+    let mut record = record.clone();
+    let state = record.rollout.state;
+    let refused = || RolloutError::State {
+        id: record.rollout.id.clone(),
+        state: state_name(state),
+        wanted: command.past(),
+    };
+    let (next, repeated) = match (command, state) {
+        (Command::Pause, RolloutState::Running) => (RolloutState::Paused, false),
+        (Command::Pause, RolloutState::Paused) => (state, true),
+        (Command::Resume, RolloutState::Paused | RolloutState::Halted) => {
+            (RolloutState::Running, false)
+        }
+        (Command::Resume, RolloutState::Running) => (state, true),
+        (Command::Abort, RolloutState::Aborted) => (state, true),
+        (Command::Abort, _) if !state.is_final() => (RolloutState::Aborted, false),
+        (Command::Rollback, RolloutState::RolledBack) => (state, true),
+        (Command::Rollback, _) => (RolloutState::RolledBack, false),
+        _ => return Err(refused()),
+    };
+    if repeated {
+        return Ok((record, Targets::new()));
+    }
+    let mut because = vec![format!("asked by {by}")];
+    if command == Command::Resume && state == RolloutState::Halted {
+        because.extend(forgive(&mut record));
+    }
+    let mut targets = Targets::new();
+    if command == Command::Rollback {
+        targets = take_back(&record, world);
+        because.push(format!("{} told to go back", count(targets.len(), "device")));
+    }
+    let rollout = &mut record.rollout;
+    rollout.state = next;
+    rollout.updated_at = world.now;
+    if next.is_final() {
+        rollout.waiting_for = String::new();
+    }
+    decide(rollout, world.now, command.past().to_owned(), because);
+    Ok((record, targets))
+}
+
+fn forgive(record: &mut RolloutRecord) -> Option<String> {
+    let failed: Vec<_> = record
+        .rollout
+        .devices
+        .iter()
+        .filter(|device| matches!(device.outcome, Outcome::Failed { .. }))
+        .filter(|device| !record.forgiven.contains(&device.device))
+        .map(|device| (device.device.clone(), device.name.clone()))
+        .collect();
+    let names: Vec<&str> = failed.iter().map(|(_, name)| name.as_str()).collect();
+    let line = (!names.is_empty()).then(|| format!("set aside: the failure of {}", names.join(", ")));
+    record.forgiven.extend(failed.into_iter().map(|(id, _)| id));
+    line
+}
+
+/// Devices that are told this rollout's release get what they had before; devices that joined after
+/// it was completed and got it from there get nothing, so that [`super::plan`] looks further back.
+fn take_back(record: &RolloutRecord, world: &World<'_>) -> Targets {
+    let Rollout { asked, id, .. } = &record.rollout;
+    let mut targets = Targets::new();
+    for device in world.devices.iter().filter(|device| !device.revoked) {
+        let told = device.desired.model.as_ref();
+        let ours = told.is_some_and(|m| m.model == asked.model && m.version == asked.version);
+        if !ours {
+            continue;
+        }
+        let before = match record.before.get(&device.id) {
+            Some(before) => before.clone(),
+            None if asked.policy.selector.matches(&device.labels)
+                && !record.rollout.devices.iter().any(|d| d.device == device.id) =>
+            {
+                earlier_release(record, world, device)
+            }
+            None => continue,
+        };
+        let reason = match &before {
+            Some(model) => format!(
+                "rollout {id} of {} was taken back: {} {} again",
+                asked.version, model.model, model.version
+            ),
+            None => format!("rollout {id} of {} was taken back; nothing ran before", asked.version),
+        };
+        let target = Target::Before { model: before, reason };
+        targets.insert(device.id.clone(), TargetState(target));
+    }
+    targets
+}
+
+fn earlier_release(
+    record: &RolloutRecord,
+    world: &World<'_>,
+    device: &crate::world::FleetDevice,
+) -> Option<slmops_api::device::DesiredModel> {
+    let asked = &record.rollout.asked;
+    let older = world.completed.iter().find(|rollout| {
+        rollout.id != record.rollout.id
+            && rollout.model == asked.model
+            && rollout.version != asked.version
+            && rollout.selector.matches(&device.labels)
+    })?;
+    let release = world.release(&older.model, &older.version)?;
+    let (fit, runtime) = super::assign::fit_device(device, release);
+    match fit {
+        crate::fit::Fit::Fits { index, .. } => {
+            Some(super::assign::desired_model(release, &release.variants[index], &runtime))
+        }
+        crate::fit::Fit::NoFit { .. } => None,
+    }
+}

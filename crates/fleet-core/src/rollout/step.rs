@@ -1,0 +1,495 @@
+//! One rollout's next step: read the evidence, halt or go on, start the devices of a wave.
+
+use std::collections::BTreeMap;
+
+use jiff::{SignedDuration, Timestamp};
+use slmops_api::device::{DesiredModel, Failure, Phase};
+use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
+use slmops_api::{ClassName, DeviceId, RolloutId};
+use slmops_artifact::Digest;
+
+use super::create::{entry, late_wave, leave_out, selected};
+use super::words::{failure_evidence, failure_words, phase_words};
+use super::{RolloutRecord, Target, assign, decide, earlier};
+use crate::fit::Fit;
+use crate::words::{count, list, seconds};
+use crate::world::{FleetDevice, World};
+
+/// Names listed in one line, at most.
+const NAMES_SHOWN: usize = 8;
+
+#[derive(Default)]
+pub(super) struct StepOutcome {
+    pub targets: BTreeMap<DeviceId, Target>,
+    pub quarantined: Vec<(Digest, ClassName)>,
+    pub deadline: Option<Timestamp>,
+}
+
+/// Moves `record` as far as the evidence allows. `members` says which rollout each device is in.
+pub(super) fn step(
+    record: &mut RolloutRecord,
+    world: &World<'_>,
+    members: &mut BTreeMap<DeviceId, RolloutId>,
+) -> StepOutcome {
+    let mut outcome = StepOutcome::default();
+    if record.rollout.state.is_final() {
+        return outcome;
+    }
+    drop_revoked(record, world);
+    observe(record, world, &mut outcome);
+    match record.rollout.state {
+        RolloutState::Running => {
+            admit(record, world, members);
+            if !halt(record, world, &mut outcome) {
+                advance(record, world, &mut outcome);
+            }
+        }
+        RolloutState::Paused => {
+            record.rollout.waiting_for =
+                format!("an operator: `slm rollout resume {}`", record.rollout.id);
+        }
+        RolloutState::Halted => record.rollout.waiting_for = halted_waits(&record.rollout.id),
+        RolloutState::Completed | RolloutState::Aborted | RolloutState::RolledBack => {}
+    }
+    for device in &record.rollout.devices {
+        if device.outcome == Outcome::Updating {
+            outcome.deadline = earlier(outcome.deadline, straggles_at(record, device));
+        }
+    }
+    outcome
+}
+
+fn halted_waits(id: &RolloutId) -> String {
+    format!("an operator: `slm rollout rollback {id}`, or ship a better version")
+}
+
+fn straggles_at(record: &RolloutRecord, device: &RolloutDevice) -> Option<Timestamp> {
+    let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
+    let started_at = device.started_at?;
+    started_at.checked_add(SignedDuration::from_secs(i64::from(timeout_s))).ok()
+}
+
+/// A device that was shut out or removed is no part of the rollout any more.
+fn drop_revoked(record: &mut RolloutRecord, world: &World<'_>) {
+    let gone = |device: &RolloutDevice| {
+        world.device(&device.device).is_none_or(|device| device.revoked)
+    };
+    let names: Vec<String> = record
+        .rollout
+        .devices
+        .iter()
+        .filter(|device| gone(device))
+        .map(|device| device.name.clone())
+        .collect();
+    if names.is_empty() {
+        return;
+    }
+    record.rollout.devices.retain(|device| !gone(device));
+    let because = vec!["shut out of the fleet".to_owned()];
+    let what = format!("left out {}", list(&names, NAMES_SHOWN));
+    decide(&mut record.rollout, world.now, what, because);
+}
+
+/// Devices that came to match the selector while the rollout runs join its last wave.
+fn admit(
+    record: &mut RolloutRecord,
+    world: &World<'_>,
+    members: &mut BTreeMap<DeviceId, RolloutId>,
+) {
+    let asked = record.rollout.asked.clone();
+    let Some(release) = world.release(&asked.model, &asked.version) else { return };
+    let mut joined = Vec::new();
+    for device in selected(world, &asked) {
+        if members.contains_key(&device.id) || leave_out(device, &asked).is_some() {
+            continue;
+        }
+        let mut part = entry(device, release, world);
+        part.wave = match part.outcome {
+            Outcome::Pending => late_wave(&asked.policy, record.rollout.waves),
+            _ => record.rollout.waves - 1,
+        };
+        record.rollout.waves = record.rollout.waves.max(part.wave + 1);
+        members.insert(device.id.clone(), record.rollout.id.clone());
+        joined.push(format!("{} joins wave {}: {}", device.name, part.wave + 1, part.fit));
+        record.rollout.devices.push(part);
+    }
+    if !joined.is_empty() {
+        record.rollout.devices.sort_by_key(|device| device.wave);
+        let what = format!("took in {}", count(joined.len(), "device"));
+        joined.truncate(NAMES_SHOWN);
+        decide(&mut record.rollout, world.now, what, joined);
+    }
+}
+
+/// Reads the latest reports into outcomes.
+fn observe(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
+    let now = world.now;
+    let mut failed = Vec::new();
+    for index in 0..record.rollout.devices.len() {
+        let deadline = straggles_at(record, &record.rollout.devices[index]);
+        let part = &mut record.rollout.devices[index];
+        if !matches!(part.outcome, Outcome::Updating | Outcome::Confirmed) {
+            continue;
+        }
+        let Some(device) = world.device(&part.device) else { continue };
+        follow_refit(part, device, now);
+        match verdict(part, device) {
+            Evidence::Failed(failure) => {
+                part.outcome = Outcome::Failed { failure };
+                part.finished_at = Some(now);
+            }
+            Evidence::Confirmed => {
+                if part.outcome != Outcome::Confirmed {
+                    part.outcome = Outcome::Confirmed;
+                    part.finished_at = Some(now);
+                }
+                continue;
+            }
+            Evidence::None => {
+                let late = deadline.is_some_and(|deadline| deadline <= now);
+                if part.outcome != Outcome::Updating || !late {
+                    continue;
+                }
+                part.outcome = Outcome::Failed { failure: Failure::Timeout };
+                part.finished_at = Some(now);
+            }
+        }
+        failed.push(index);
+    }
+    for index in failed {
+        let part = &record.rollout.devices[index];
+        // Told nothing new by this rollout (it ran this before): there is nothing to go back to.
+        let Some(before) = record.before.get(&part.device).cloned() else { continue };
+        let back_to = words_of(before.as_ref());
+        let Outcome::Failed { failure } = &part.outcome else { continue };
+        let reason = format!(
+            "{} {} failed here ({}); back to {back_to}",
+            record.rollout.asked.model,
+            record.rollout.asked.version,
+            failure_words(failure)
+        );
+        // Said by a new generation, so that a device that comes back late does not try it again.
+        let target = Target::Before { model: before, reason };
+        outcome.targets.insert(part.device.clone(), target);
+    }
+}
+
+fn words_of(model: Option<&DesiredModel>) -> String {
+    match model {
+        Some(model) => format!("{} {}", model.model, model.version),
+        None => "no model".to_owned(),
+    }
+}
+
+/// A device whose variant changed under way (its budget or blueprint did) is measured by the new one.
+fn follow_refit(part: &mut RolloutDevice, device: &FleetDevice, now: Timestamp) {
+    let Some(told) = &device.desired.model else { return };
+    let told_newer = part.generation.is_some_and(|ours| device.desired.generation > ours);
+    if told_newer && part.manifest != Some(told.manifest) {
+        part.manifest = Some(told.manifest);
+        part.variant = Some(told.variant.clone());
+        part.generation = Some(device.desired.generation);
+        part.started_at = Some(now);
+        part.finished_at = None;
+        part.outcome = Outcome::Updating;
+        part.fit = device.desired.reason.clone();
+    }
+}
+
+enum Evidence {
+    Confirmed,
+    Failed(Failure),
+    None,
+}
+
+/// What the latest report proves about the manifest that this device was told. A report of an older
+/// generation proves nothing; a confirmation counts only with the told manifest running.
+fn verdict(part: &RolloutDevice, device: &FleetDevice) -> Evidence {
+    let (Some(report), Some(manifest), Some(generation)) =
+        (&device.report, part.manifest, part.generation)
+    else {
+        return Evidence::None;
+    };
+    if report.generation < generation {
+        return Evidence::None;
+    }
+    let rejection = report
+        .rejected
+        .iter()
+        .find(|rejection| rejection.manifest == manifest && rejection.generation >= generation);
+    if let Some(rejection) = rejection {
+        return Evidence::Failed(rejection.failure.clone());
+    }
+    let told_this = device.desired.model.as_ref().is_some_and(|told| told.manifest == manifest);
+    match &report.phase {
+        Phase::RolledBack { failure } if told_this => Evidence::Failed(failure.clone()),
+        Phase::Confirmed
+            if report.running.as_ref().is_some_and(|running| running.manifest == manifest) =>
+        {
+            Evidence::Confirmed
+        }
+        _ => Evidence::None,
+    }
+}
+
+/// Halts if some wave has more failures than it may.
+fn halt(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) -> bool {
+    let allowed = record.rollout.asked.policy.max_failures as usize;
+    let counted = |part: &&RolloutDevice| {
+        matches!(part.outcome, Outcome::Failed { .. }) && !record.forgiven.contains(&part.device)
+    };
+    for wave in 0..record.rollout.waves {
+        let failed: Vec<RolloutDevice> = record
+            .rollout
+            .devices
+            .iter()
+            .filter(|part| part.wave == wave)
+            .filter(counted)
+            .cloned()
+            .collect();
+        if failed.len() <= allowed {
+            continue;
+        }
+        let mut because = vec![format!(
+            "wave {} has {} failed, {allowed} allowed (max_failures)",
+            wave + 1,
+            count(failed.len(), "device")
+        )];
+        for part in &failed {
+            because.extend(failure_evidence(part, world.device(&part.device)));
+            let Outcome::Failed { failure } = &part.outcome else { continue };
+            if let (true, Some(manifest), Some(device)) =
+                (blames_model(failure), part.manifest, world.device(&part.device))
+            {
+                outcome.quarantined.push((manifest, device.class.clone()));
+            }
+        }
+        let pending = record.rollout.devices.iter().filter(|p| p.outcome == Outcome::Pending);
+        let pending: Vec<String> = pending.map(|part| part.name.clone()).collect();
+        if !pending.is_empty() {
+            let names = list(&pending, NAMES_SHOWN);
+            because.push(format!("never told, so never downloaded it: {names}"));
+        }
+        record.rollout.state = RolloutState::Halted;
+        record.rollout.waiting_for = halted_waits(&record.rollout.id);
+        let what = format!("halted in wave {} of {}", wave + 1, record.rollout.waves);
+        decide(&mut record.rollout, world.now, what, because);
+        return true;
+    }
+    false
+}
+
+/// Whether a failure speaks against the model and not against the network or the moment.
+fn blames_model(failure: &Failure) -> bool {
+    match failure {
+        Failure::Probes { .. }
+        | Failure::Load
+        | Failure::Crash
+        | Failure::Package
+        | Failure::Signature
+        | Failure::Memory { .. } => true,
+        Failure::Digest | Failure::Configuration { .. } | Failure::Timeout => false,
+    }
+}
+
+/// Starts the current wave, or the next ones while nothing holds them back.
+fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
+    loop {
+        start(record, world, outcome);
+        let wave = record.rollout.current_wave;
+        let in_wave: Vec<&RolloutDevice> =
+            record.rollout.devices.iter().filter(|part| part.wave == wave).collect();
+        let updating: Vec<&RolloutDevice> =
+            in_wave.iter().copied().filter(|part| part.outcome == Outcome::Updating).collect();
+        if !updating.is_empty() {
+            record.rollout.waiting_for = waits_for_devices(record, world, &updating);
+            return;
+        }
+        let bake_s = record.rollout.asked.policy.bake_s;
+        let settled_at = in_wave
+            .iter()
+            .filter(|part| part.outcome == Outcome::Confirmed)
+            .filter_map(|part| part.finished_at)
+            .max();
+        if let Some(settled_at) = settled_at
+            && let Ok(baked_at) =
+                settled_at.checked_add(SignedDuration::from_secs(i64::from(bake_s)))
+            && baked_at > world.now
+        {
+            outcome.deadline = earlier(outcome.deadline, Some(baked_at));
+            record.rollout.waiting_for = format!(
+                "wave {} of {} to stay confirmed for {}, until {}",
+                wave + 1,
+                record.rollout.waves,
+                seconds(i64::from(bake_s)),
+                clock(baked_at)
+            );
+            return;
+        }
+        if wave + 1 < record.rollout.waves {
+            record.rollout.current_wave += 1;
+            continue;
+        }
+        finish(record, world);
+        return;
+    }
+}
+
+fn waits_for_devices(
+    record: &RolloutRecord,
+    world: &World<'_>,
+    updating: &[&RolloutDevice],
+) -> String {
+    let names: Vec<String> = updating
+        .iter()
+        .map(|part| {
+            let phase = world.device(&part.device).map_or("unknown", |device| {
+                match (&device.report, part.generation) {
+                    (Some(report), Some(told)) if report.generation >= told => {
+                        phase_words(&report.phase)
+                    }
+                    _ => "has not asked yet",
+                }
+            });
+            format!("{} ({phase})", part.name)
+        })
+        .collect();
+    let latest = updating.iter().filter_map(|part| straggles_at(record, part)).min();
+    let limit = latest.map(|at| format!("; fails at {}", clock(at))).unwrap_or_default();
+    format!(
+        "wave {} of {}: {} to confirm{limit}",
+        record.rollout.current_wave + 1,
+        record.rollout.waves,
+        list(&names, NAMES_SHOWN)
+    )
+}
+
+fn clock(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
+/// Tells the pending devices of the current wave.
+fn start(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
+    let asked = record.rollout.asked.clone();
+    let wave = record.rollout.current_wave;
+    let Some(release) = world.release(&asked.model, &asked.version) else { return };
+    let mut started = Vec::new();
+    for part in &mut record.rollout.devices {
+        if part.wave != wave || part.outcome != Outcome::Pending {
+            continue;
+        }
+        let Some(device) = world.device(&part.device) else { continue };
+        // Its budget or blueprint may have changed since the rollout was made.
+        let fresh = entry(device, release, world);
+        part.variant = fresh.variant;
+        part.manifest = fresh.manifest;
+        part.fit = fresh.fit;
+        if fresh.outcome != Outcome::Pending {
+            part.outcome = fresh.outcome;
+            part.finished_at = Some(world.now);
+            continue;
+        }
+        let (fit, runtime) = assign::fit_device(device, release);
+        let Fit::Fits { index, .. } = fit else { continue };
+        let model = assign::desired_model(release, &release.variants[index], &runtime);
+        part.outcome = Outcome::Updating;
+        part.started_at = Some(world.now);
+        if assign::same(&device.desired, Some(&model), &runtime) {
+            // It is told this already: what it reported counts.
+            part.generation = Some(device.desired.generation);
+        } else {
+            part.generation = Some(device.desired.generation + 1);
+            let before = device.desired.model.clone();
+            if before.as_ref().is_none_or(|before| before.manifest != model.manifest) {
+                record.before.insert(device.id.clone(), before);
+            }
+            let reason = format!(
+                "release {} by rollout {}, wave {}: {}",
+                asked.version,
+                record.rollout.id,
+                wave + 1,
+                part.fit
+            );
+            let confirm_timeout_s = asked.policy.confirm_timeout_s;
+            let target = Target::Model { model, confirm_timeout_s, reason };
+            outcome.targets.insert(device.id.clone(), target);
+        }
+        started.push(format!("{} gets {}", part.name, part.fit));
+    }
+    if started.is_empty() {
+        return;
+    }
+    let what = format!(
+        "started wave {} of {}: {}",
+        wave + 1,
+        record.rollout.waves,
+        count(started.len(), "device")
+    );
+    let more = started.len().saturating_sub(NAMES_SHOWN);
+    started.truncate(NAMES_SHOWN);
+    if more > 0 {
+        started.push(format!("and {more} more"));
+    }
+    let mut because = evidence_so_far(record, wave);
+    because.extend(started);
+    decide(&mut record.rollout, world.now, what, because);
+    // Confirmations that are known already count in this very step.
+    for part in &mut record.rollout.devices {
+        if part.outcome != Outcome::Updating || outcome.targets.contains_key(&part.device) {
+            continue;
+        }
+        let Some(device) = world.device(&part.device) else { continue };
+        if let Evidence::Confirmed = verdict(part, device) {
+            part.outcome = Outcome::Confirmed;
+            part.finished_at = Some(world.now);
+        }
+    }
+}
+
+fn evidence_so_far(record: &RolloutRecord, wave: u32) -> Vec<String> {
+    if wave == 0 {
+        return Vec::new();
+    }
+    let before = record.rollout.devices.iter().filter(|part| part.wave + 1 == wave);
+    let names: Vec<&str> = before
+        .filter(|part| part.outcome == Outcome::Confirmed)
+        .map(|part| part.name.as_str())
+        .collect();
+    vec![format!("wave {wave} confirmed by its probes on {}", list(&names, NAMES_SHOWN))]
+}
+
+fn finish(record: &mut RolloutRecord, world: &World<'_>) {
+    let number = |wanted: fn(&Outcome) -> bool| {
+        record.rollout.devices.iter().filter(|part| wanted(&part.outcome)).count()
+    };
+    let confirmed = number(|outcome| matches!(outcome, Outcome::Confirmed));
+    let failed = number(|outcome| matches!(outcome, Outcome::Failed { .. }));
+    let no_fit = number(|outcome| matches!(outcome, Outcome::NoFit { .. }));
+    let quarantined = number(|outcome| matches!(outcome, Outcome::Quarantined));
+    let mut because = vec![format!("confirmed by its probes on {}", count(confirmed, "device"))];
+    if failed > 0 {
+        because.push(format!("{} failed, within max_failures", count(failed, "device")));
+    }
+    if no_fit > 0 {
+        because.push(format!("no variant fits {}", count(no_fit, "device")));
+    }
+    if quarantined > 0 {
+        because.push(format!("not offered again to {} (quarantine)", count(quarantined, "device")));
+    }
+    if record.rollout.devices.is_empty() {
+        because = vec![
+            "no device matches yet; those that join and match the selector get it".to_owned(),
+        ];
+    }
+    // A release that nobody confirmed though somebody tried is not one to give to newcomers.
+    let what = if confirmed == 0 && failed + quarantined > 0 {
+        record.rollout.state = RolloutState::Halted;
+        record.rollout.waiting_for = halted_waits(&record.rollout.id);
+        "halted: no device confirmed it"
+    } else {
+        record.rollout.state = RolloutState::Completed;
+        record.rollout.waiting_for = String::new();
+        "completed"
+    };
+    decide(&mut record.rollout, world.now, what.to_owned(), because);
+}

@@ -1,0 +1,94 @@
+//! What is known of the fleet when a decision is made.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use slmops_api::device::{DesiredState, DeviceReport};
+use slmops_api::model::NewRelease;
+use slmops_api::selector::Selector;
+use slmops_api::{ClassName, DeviceId, ModelName, RolloutId};
+use slmops_artifact::Digest;
+
+use crate::blueprint::Resolved;
+
+/// Releases by model line and version.
+pub type Releases = BTreeMap<(ModelName, semver::Version), Arc<NewRelease>>;
+
+/// One device as decisions see it.
+#[derive(Clone, Debug)]
+pub struct FleetDevice {
+    /// Its id.
+    pub id: DeviceId,
+    /// Its name.
+    pub name: String,
+    /// Its class.
+    pub class: ClassName,
+    /// Its labels, with `class`, `site`, `name` and `id` among them.
+    pub labels: BTreeMap<String, String>,
+    /// Memory that models may use.
+    pub budget_bytes: u64,
+    /// Its blueprint, resolved.
+    pub config: Arc<Resolved>,
+    /// When it was last heard of.
+    pub last_seen: Timestamp,
+    /// What it is told to be.
+    pub desired: DesiredState,
+    /// Its latest report.
+    pub report: Option<DeviceReport>,
+    /// Whether it is shut out.
+    pub revoked: bool,
+}
+
+impl FleetDevice {
+    /// Whether this manifest failed on this very device before.
+    pub fn rejected(&self, manifest: &Digest) -> bool {
+        let rejected = self.report.iter().flat_map(|report| &report.rejected);
+        rejected.into_iter().any(|rejection| rejection.manifest == *manifest)
+    }
+}
+
+/// A rollout that was completed and not taken back: where devices that join later find their model.
+#[derive(Clone, Debug)]
+pub struct CompletedRollout {
+    /// Which.
+    pub id: RolloutId,
+    /// The model line.
+    pub model: ModelName,
+    /// The release.
+    pub version: semver::Version,
+    /// The devices it was for.
+    pub selector: Selector,
+}
+
+/// Everything that decisions are made from.
+#[derive(Clone, Debug)]
+pub struct World<'a> {
+    /// The time of the decision.
+    pub now: Timestamp,
+    /// All devices.
+    pub devices: &'a [FleetDevice],
+    /// All releases that devices or rollouts refer to.
+    pub releases: &'a Releases,
+    /// Manifests that halted a rollout, with the class of the device that failed.
+    pub quarantine: &'a BTreeSet<(Digest, ClassName)>,
+    /// Completed rollouts, newest first.
+    pub completed: &'a [CompletedRollout],
+}
+
+impl World<'_> {
+    /// The device with this id.
+    pub fn device(&self, id: &DeviceId) -> Option<&FleetDevice> {
+        self.devices.iter().find(|device| device.id == *id)
+    }
+
+    /// The release of this model and version.
+    pub fn release(&self, model: &ModelName, version: &semver::Version) -> Option<&NewRelease> {
+        self.releases.get(&(model.clone(), version.clone())).map(Arc::as_ref)
+    }
+
+    /// Whether this manifest may not be offered to this device.
+    pub fn quarantined(&self, device: &FleetDevice, manifest: &Digest) -> bool {
+        device.rejected(manifest) || self.quarantine.contains(&(*manifest, device.class.clone()))
+    }
+}
