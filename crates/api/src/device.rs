@@ -42,6 +42,40 @@ pub struct Invitation {
     pub expires_at: jiff::Timestamp,
 }
 
+/// An invitation as listings show it, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct InvitationInfo {
+    /// Its id.
+    pub id: InvitationId,
+    /// Labels that the device which joins with it gets.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// The site that it gets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<SiteName>,
+    /// When it was made.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: jiff::Timestamp,
+    /// When it expires.
+    #[schema(value_type = String, format = DateTime)]
+    pub expires_at: jiff::Timestamp,
+    /// The device that used it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_by: Option<DeviceId>,
+}
+
+/// Changes to a device by an operator (`PATCH /v1/devices/{id}`); absent fields stay as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DevicePatch {
+    /// All labels anew. `class` puts the device into a class by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub labels: Option<BTreeMap<String, String>>,
+    /// The site; an empty text takes it away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<String>,
+}
+
 /// What an invitation's text holds.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InvitationText {

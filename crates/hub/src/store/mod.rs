@@ -1,1 +1,411 @@
 //! What the hub remembers: whole transactions, behind a trait.
+//!
+//! Each method is one transaction; when it returns `Ok`, its change and the audit entries that
+//! record it are durable together. The store never decides: [`Store::transition`] hands a
+//! consistent [`Snapshot`] to the caller's decision and persists what comes back.
+//! Start reading at [`Store`], then `sqlite.rs`; `conformance.rs` says what every store must do.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use slmops_api::audit::{AuditEntry, AuditVerdict, Token};
+use slmops_api::blueprint::StoredBlueprint;
+use slmops_api::device::{
+    DesiredState, Device, DeviceEvent, DeviceFacts, DeviceReport, InvitationInfo, PublisherKey,
+};
+use slmops_api::model::{DeviceClass, NewRelease, Release};
+use slmops_api::{
+    ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, SiteName, TokenId,
+};
+use slmops_artifact::Digest;
+use slmops_fleet_core::blueprint::BlueprintError;
+use slmops_fleet_core::class::{Classification, classify};
+use slmops_fleet_core::rollout::{Assignment, RolloutError, RolloutRecord};
+use slmops_fleet_core::world::{CompletedRollout, Releases};
+
+use crate::db::DbError;
+
+#[cfg(test)]
+mod conformance;
+mod sqlite;
+
+pub use sqlite::{SCHEMA, SqliteStore};
+
+/// The most entries of one page.
+pub const MAX_PAGE: u32 = 500;
+/// Lines of history kept for each device.
+pub const MAX_EVENTS_PER_DEVICE: u32 = 1000;
+
+/// Why the store did not do what was asked. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no such object.
+    #[error("{kind} `{name}` does not exist")]
+    NotFound {
+        /// Its kind.
+        kind: &'static str,
+        /// What was asked for.
+        name: String,
+    },
+    /// The object exists already or is in another state.
+    #[error("{detail}")]
+    Conflict {
+        /// Which object and why.
+        detail: String,
+        /// The next step.
+        hint: String,
+    },
+    /// The caller may not.
+    #[error("{detail}")]
+    Forbidden {
+        /// Why.
+        detail: String,
+        /// The next step.
+        hint: String,
+    },
+    /// `fleet-core` refused a rollout or a command.
+    #[error(transparent)]
+    Rollout(#[from] RolloutError),
+    /// `fleet-core` refused a blueprint.
+    #[error(transparent)]
+    Blueprint(#[from] BlueprintError),
+    /// The database failed.
+    #[error(transparent)]
+    Db(#[from] DbError),
+    /// A stored document cannot be read.
+    #[error("read table {table}: a stored document is not what this program wrote")]
+    Document {
+        /// The table.
+        table: &'static str,
+        /// The cause.
+        source: serde_json::Error,
+    },
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Db(error.into())
+    }
+}
+
+/// Who does something, and when; it goes into the audit log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct By {
+    /// `token NAME`, `device ID` or `hub`.
+    pub actor: String,
+    /// When.
+    pub at: Timestamp,
+}
+
+impl By {
+    /// The hub itself.
+    pub fn hub(at: Timestamp) -> Self {
+        Self { actor: "hub".to_owned(), at }
+    }
+}
+
+/// An audit entry before it has its place in the chain.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AuditDraft {
+    /// What was done, such as `rollout.create`.
+    pub action: &'static str,
+    /// Upon which object.
+    pub object: String,
+    /// Details, with no secret and no floating-point number among them: their text must come back
+    /// from the database as it went in, or the chain breaks.
+    pub details: serde_json::Value,
+}
+
+/// A device as it is stored; its class follows from facts, labels and classes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredDevice {
+    /// Its id.
+    pub id: DeviceId,
+    /// Its name.
+    pub name: String,
+    /// Its public key, SPKI PEM.
+    pub public_key: String,
+    /// Its site.
+    pub site: Option<SiteName>,
+    /// Labels that people gave it.
+    pub labels: BTreeMap<String, String>,
+    /// Its facts.
+    pub facts: DeviceFacts,
+    /// What it should be.
+    pub desired: DesiredState,
+    /// Its latest report.
+    pub report: Option<DeviceReport>,
+    /// When it enrolled.
+    pub enrolled_at: Timestamp,
+    /// When it was last heard of, as far as written.
+    pub last_seen: Timestamp,
+    /// Whether it is shut out.
+    pub revoked: bool,
+}
+
+impl StoredDevice {
+    /// Its class and why.
+    pub fn classify(&self, classes: &[DeviceClass]) -> Classification {
+        classify(&self.facts, &self.labels, classes)
+    }
+
+    /// All its labels, with `class`, `site`, `name` and `id` among them.
+    pub fn all_labels(&self, class: &ClassName) -> BTreeMap<String, String> {
+        let mut labels = self.labels.clone();
+        labels.insert("class".to_owned(), class.to_string());
+        labels.insert("name".to_owned(), self.name.clone());
+        labels.insert("id".to_owned(), self.id.to_string());
+        match &self.site {
+            Some(site) => labels.insert("site".to_owned(), site.to_string()),
+            None => labels.remove("site"),
+        };
+        labels
+    }
+
+    /// The device as the API shows it.
+    pub fn to_api(&self, classes: &[DeviceClass]) -> Device {
+        let class = self.classify(classes).class;
+        Device {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            labels: self.all_labels(&class),
+            class,
+            site: self.site.clone(),
+            facts: self.facts.clone(),
+            desired: self.desired.clone(),
+            report: self.report.clone(),
+            enrolled_at: self.enrolled_at,
+            last_seen: self.last_seen,
+            revoked: self.revoked,
+        }
+    }
+}
+
+/// A device that wants to join.
+#[derive(Clone)]
+pub struct Enrolment {
+    /// The id it gets if it is new.
+    pub device: DeviceId,
+    /// The invitation.
+    pub invitation: InvitationId,
+    /// SHA-256 of the secret that it showed.
+    pub secret: Digest,
+    /// Its public key, SPKI PEM, checked.
+    pub public_key: String,
+    /// The name it asks for, if any.
+    pub name: Option<String>,
+    /// Its facts.
+    pub facts: DeviceFacts,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// What became of an enrolment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Enrolled {
+    /// The device.
+    pub device: StoredDevice,
+    /// Whether it is new; a repeated request gives the same device again.
+    pub new: bool,
+}
+
+/// A new invitation.
+#[derive(Clone)]
+pub struct NewInvitationRow {
+    /// What is shown of it.
+    pub info: InvitationInfo,
+    /// SHA-256 of its secret.
+    pub secret: Digest,
+}
+
+/// Changes to a device by an operator; absent fields stay.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceChange {
+    /// All labels anew.
+    pub labels: Option<BTreeMap<String, String>>,
+    /// The site; `Some(None)` takes it away.
+    pub site: Option<Option<SiteName>>,
+}
+
+/// What became of a report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReportOutcome {
+    /// Older than what is known: ignored.
+    Stale,
+    /// Only numbers changed.
+    Counters,
+    /// Something that decisions depend on changed.
+    News,
+}
+
+/// What became of a registration.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Registered {
+    /// New.
+    New(Arc<Release>),
+    /// The same release was registered before.
+    Same(Arc<Release>),
+}
+
+/// A consistent view of everything that decisions depend on.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// All devices.
+    pub devices: Vec<StoredDevice>,
+    /// All classes.
+    pub classes: Vec<DeviceClass>,
+    /// All blueprint layers.
+    pub blueprints: Vec<StoredBlueprint>,
+    /// Rollouts that are not final, oldest first, and those asked for by id.
+    pub rollouts: Vec<RolloutRecord>,
+    /// Completed rollouts, newest first.
+    pub completed: Vec<CompletedRollout>,
+    /// All releases.
+    pub releases: Releases,
+    /// Manifests that are not offered to a class any more.
+    pub quarantine: BTreeSet<(Digest, ClassName)>,
+}
+
+/// What a decision changes, all at once.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Transition {
+    /// Rollouts, new or changed.
+    pub rollouts: Vec<RolloutRecord>,
+    /// Desired states.
+    pub assignments: Vec<Assignment>,
+    /// Quarantined manifests.
+    pub quarantined: Vec<(Digest, ClassName)>,
+    /// What the audit log says, besides the rollouts' decisions and the assignments.
+    pub audit: Vec<AuditDraft>,
+    /// When to decide again even if nothing is heard before. Not stored.
+    pub deadline: Option<Timestamp>,
+}
+
+impl Transition {
+    /// Whether nothing changes.
+    pub fn is_empty(&self) -> bool {
+        self.rollouts.is_empty()
+            && self.assignments.is_empty()
+            && self.quarantined.is_empty()
+            && self.audit.is_empty()
+    }
+}
+
+/// A decision over a snapshot. May be run again if the transaction must be repeated.
+pub type Decide = Box<dyn FnMut(&Snapshot) -> Result<Transition, StoreError> + Send>;
+
+/// A page of a listing: where it starts and how long it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageRequest {
+    /// Where the page before ended.
+    pub cursor: Option<String>,
+    /// Entries, at most; never more than [`MAX_PAGE`].
+    pub limit: u32,
+}
+
+impl Default for PageRequest {
+    fn default() -> Self {
+        Self { cursor: None, limit: 100 }
+    }
+}
+
+/// The answer of a store that is still at work.
+pub type StoreFuture<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
+
+/// Everything that the hub remembers. Every method is one transaction.
+pub trait Store: Send + Sync + 'static {
+    /// A value of the hub's own, such as the key of device tokens; made by `make` if absent.
+    fn setting(&self, name: &'static str, make: String) -> StoreFuture<'_, String>;
+
+    /// Adds an invitation.
+    fn add_invitation(&self, by: By, invitation: NewInvitationRow) -> StoreFuture<'_, ()>;
+    /// All invitations, newest first.
+    fn invitations(&self) -> StoreFuture<'_, Vec<InvitationInfo>>;
+    /// Withdraws an invitation that nobody used.
+    fn withdraw_invitation(&self, by: By, id: InvitationId) -> StoreFuture<'_, ()>;
+    /// Uses an invitation: one device for each, the same device for the same public key.
+    fn enrol(&self, enrolment: Enrolment) -> StoreFuture<'_, Enrolled>;
+
+    /// The device with this id or name.
+    fn device(&self, id_or_name: String) -> StoreFuture<'_, StoredDevice>;
+    /// Devices by name.
+    fn devices(&self, page: PageRequest) -> StoreFuture<'_, Page<StoredDevice>>;
+    /// Changes labels or site.
+    fn change_device(&self, by: By, id: DeviceId, change: DeviceChange)
+    -> StoreFuture<'_, StoredDevice>;
+    /// Shuts a device out. Doing it again changes nothing.
+    fn revoke_device(&self, by: By, id: DeviceId) -> StoreFuture<'_, StoredDevice>;
+    /// Takes in a report, unless a newer one is known.
+    fn record_report(
+        &self,
+        at: Timestamp,
+        id: DeviceId,
+        report: DeviceReport,
+    ) -> StoreFuture<'_, ReportOutcome>;
+    /// Writes when devices were last heard of.
+    fn record_seen(&self, seen: Vec<(DeviceId, Timestamp)>) -> StoreFuture<'_, ()>;
+    /// A device's history, newest first.
+    fn history(&self, id: DeviceId, page: PageRequest) -> StoreFuture<'_, Page<DeviceEvent>>;
+
+    /// All classes by name.
+    fn classes(&self) -> StoreFuture<'_, Vec<DeviceClass>>;
+    /// Adds or changes a class.
+    fn put_class(&self, by: By, class: DeviceClass) -> StoreFuture<'_, ()>;
+    /// Removes a class.
+    fn delete_class(&self, by: By, name: ClassName) -> StoreFuture<'_, ()>;
+
+    /// All blueprint layers.
+    fn blueprints(&self) -> StoreFuture<'_, Vec<StoredBlueprint>>;
+    /// Adds or changes a blueprint layer, which the caller has checked.
+    fn put_blueprint(&self, by: By, blueprint: StoredBlueprint) -> StoreFuture<'_, ()>;
+    /// Removes a blueprint layer.
+    fn delete_blueprint(
+        &self,
+        by: By,
+        place: slmops_api::blueprint::Layer,
+    ) -> StoreFuture<'_, ()>;
+
+    /// Registers a release, which the caller has checked. The same content again is no error; other
+    /// content under the same version is.
+    fn add_release(&self, by: By, release: NewRelease) -> StoreFuture<'_, Registered>;
+    /// One release.
+    fn release(&self, model: ModelName, version: semver::Version)
+    -> StoreFuture<'_, Arc<Release>>;
+    /// Releases, newest first.
+    fn releases(&self, page: PageRequest) -> StoreFuture<'_, Page<Arc<Release>>>;
+
+    /// One rollout.
+    fn rollout(&self, id: RolloutId) -> StoreFuture<'_, RolloutRecord>;
+    /// Rollouts, newest first.
+    fn rollouts(&self, page: PageRequest) -> StoreFuture<'_, Page<RolloutRecord>>;
+    /// Everything that decisions depend on. `also` names rollouts wanted even if they are final.
+    fn snapshot(&self, also: Vec<RolloutId>) -> StoreFuture<'_, Snapshot>;
+    /// Decides over a snapshot and persists the result, in one transaction.
+    fn transition(
+        &self,
+        by: By,
+        also: Vec<RolloutId>,
+        decide: Decide,
+    ) -> StoreFuture<'_, Transition>;
+
+    /// Adds an operator token by the SHA-256 of its secret.
+    fn add_token(&self, by: By, token: Token, hash: Digest) -> StoreFuture<'_, ()>;
+    /// The token with this hash, whether or not it has expired.
+    fn token(&self, hash: Digest) -> StoreFuture<'_, Option<Token>>;
+    /// All tokens.
+    fn tokens(&self) -> StoreFuture<'_, Vec<Token>>;
+    /// Removes a token; the last admin's cannot be removed.
+    fn delete_token(&self, by: By, id: TokenId) -> StoreFuture<'_, ()>;
+
+    /// All publisher keys.
+    fn keys(&self) -> StoreFuture<'_, Vec<PublisherKey>>;
+    /// Adds a publisher key; the same key again is no error.
+    fn add_key(&self, by: By, key: PublisherKey) -> StoreFuture<'_, ()>;
+
+    /// Audit entries, newest first.
+    fn audit(&self, page: PageRequest) -> StoreFuture<'_, Page<AuditEntry>>;
+    /// Checks the whole audit chain.
+    fn verify_audit(&self) -> StoreFuture<'_, AuditVerdict>;
+}

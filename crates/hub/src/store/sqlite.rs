@@ -1,0 +1,1204 @@
+//! The store over SQLite.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use rusqlite::{OptionalExtension as _, Row, Transaction, params};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use slmops_api::audit::{AuditEntry, AuditVerdict, Role, Token};
+use slmops_api::blueprint::{Layer, StoredBlueprint};
+use slmops_api::device::{
+    DesiredState, DeviceEvent, DeviceReport, InvitationInfo, Phase, PublisherKey,
+};
+use slmops_api::model::{DeviceClass, NewRelease, Release};
+use slmops_api::rollout::RolloutState;
+use slmops_api::runtime::RuntimeConfig;
+use slmops_api::{ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, TokenId};
+use slmops_artifact::Digest;
+use slmops_fleet_core::blueprint::DEFAULT_CONFIRM_TIMEOUT_S;
+use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words, state_name};
+use slmops_fleet_core::world::CompletedRollout;
+
+use super::{
+    AuditDraft, By, Decide, DeviceChange, Enrolled, Enrolment, MAX_EVENTS_PER_DEVICE, MAX_PAGE,
+    NewInvitationRow, PageRequest, Registered, ReportOutcome, Snapshot, Store, StoreError,
+    StoreFuture, StoredDevice, Transition,
+};
+use crate::db::{Database, Schema};
+
+/// The store's tables. Documents are JSON of the API's own types; columns beside them are what
+/// queries need.
+pub const SCHEMA: Schema = Schema {
+    component: "store",
+    migrations: &["
+    CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    CREATE TABLE devices (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        public_key TEXT NOT NULL UNIQUE,
+        site TEXT,
+        labels TEXT NOT NULL,
+        facts TEXT NOT NULL,
+        desired TEXT NOT NULL,
+        report TEXT,
+        report_sequence INTEGER NOT NULL DEFAULT 0,
+        enrolled_at TEXT NOT NULL,
+        last_seen TEXT NOT NULL,
+        revoked INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE TABLE device_events (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        device TEXT NOT NULL REFERENCES devices (id),
+        at TEXT NOT NULL,
+        generation INTEGER NOT NULL,
+        what TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX device_events_by_device ON device_events (device, sequence);
+    CREATE TABLE invitations (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        secret TEXT NOT NULL,
+        info TEXT NOT NULL,
+        used_by TEXT REFERENCES devices (id)
+    ) STRICT;
+    CREATE TABLE classes (name TEXT PRIMARY KEY, class TEXT NOT NULL) STRICT;
+    CREATE TABLE blueprints (
+        layer TEXT NOT NULL, name TEXT NOT NULL, toml TEXT NOT NULL, PRIMARY KEY (layer, name)
+    ) STRICT;
+    CREATE TABLE releases (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        model TEXT NOT NULL,
+        version TEXT NOT NULL,
+        release TEXT NOT NULL,
+        UNIQUE (model, version)
+    ) STRICT;
+    CREATE TABLE rollouts (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        state TEXT NOT NULL,
+        final INTEGER NOT NULL,
+        completed_sequence INTEGER,
+        rollout TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX rollouts_active ON rollouts (final, sequence);
+    CREATE TABLE quarantine (
+        manifest TEXT NOT NULL, class TEXT NOT NULL, PRIMARY KEY (manifest, class)
+    ) STRICT;
+    CREATE TABLE tokens (
+        sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        hash TEXT NOT NULL UNIQUE,
+        token TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE publisher_keys (id TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT;
+    CREATE TABLE audit (
+        sequence INTEGER PRIMARY KEY,
+        at TEXT NOT NULL,
+        actor TEXT NOT NULL,
+        action TEXT NOT NULL,
+        object TEXT NOT NULL,
+        details TEXT NOT NULL,
+        previous TEXT NOT NULL,
+        hash TEXT NOT NULL
+    ) STRICT;
+    "],
+};
+
+/// Device names tried when a host name is taken: `pi`, `pi-2`, … `pi-1000`.
+const MAX_NAME_SUFFIX: u32 = 1000;
+
+/// The store over SQLite.
+#[derive(Clone)]
+pub struct SqliteStore {
+    db: Database,
+    /// Releases are immutable, and large with their reports: each is read once.
+    releases: Arc<Mutex<ReleaseCache>>,
+}
+
+type ReleaseCache = BTreeMap<(ModelName, semver::Version), (Arc<Release>, Arc<NewRelease>)>;
+
+impl SqliteStore {
+    /// A store over an open database that was migrated with [`SCHEMA`].
+    pub fn new(db: Database) -> Self {
+        Self { db, releases: Arc::default() }
+    }
+
+    fn write<T: Send + 'static>(
+        &self,
+        change: impl FnOnce(&Transaction<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> StoreFuture<'_, T> {
+        Box::pin(self.db.write(change))
+    }
+
+    fn read<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&Transaction<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> StoreFuture<'_, T> {
+        Box::pin(self.db.read(query))
+    }
+}
+
+fn not_found(kind: &'static str, name: impl ToString) -> StoreError {
+    StoreError::NotFound { kind, name: name.to_string() }
+}
+
+fn conflict(detail: impl Into<String>, hint: impl Into<String>) -> StoreError {
+    StoreError::Conflict { detail: detail.into(), hint: hint.into() }
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("the API's types always serialise")
+}
+
+fn from_json<T: DeserializeOwned>(table: &'static str, text: &str) -> Result<T, StoreError> {
+    serde_json::from_str(text).map_err(|source| StoreError::Document { table, source })
+}
+
+/// Parses a column that this program wrote by `Display`.
+fn column<T: FromStr>(table: &'static str, text: &str) -> Result<T, StoreError>
+where
+    T::Err: std::fmt::Display,
+{
+    text.parse().map_err(|error: T::Err| StoreError::Document {
+        table,
+        source: serde::de::Error::custom(format_args!("`{text}`: {error}")),
+    })
+}
+
+/// Collects the rows of a query, each read by `read`.
+fn collect<T>(
+    tx: &Transaction<'_>,
+    sql: &str,
+    params: impl rusqlite::Params,
+    mut read: impl FnMut(&Row<'_>) -> Result<T, StoreError>,
+) -> Result<Vec<T>, StoreError> {
+    let mut statement = tx.prepare_cached(sql)?;
+    let mut rows = statement.query(params)?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        found.push(read(row)?);
+    }
+    Ok(found)
+}
+
+/// Turns one entry more than asked for into a cursor.
+fn page<T>(mut found: Vec<(String, T)>, limit: u32) -> Page<T> {
+    let limit = limit as usize;
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let cursor = if more { found.last().map(|(cursor, _)| cursor.clone()) } else { None };
+    Page { items: found.into_iter().map(|(_, item)| item).collect(), cursor }
+}
+
+fn limit_of(request: &PageRequest) -> u32 {
+    request.limit.clamp(1, MAX_PAGE)
+}
+
+/// The sequence number below which a newest-first page starts.
+fn below(request: &PageRequest) -> Result<i64, StoreError> {
+    match &request.cursor {
+        None => Ok(i64::MAX),
+        Some(cursor) => cursor.parse().map_err(|_| {
+            conflict(
+                format!("`{}` is no cursor", cursor.chars().take(40).collect::<String>()),
+                "use the `cursor` of the page before, unchanged",
+            )
+        }),
+    }
+}
+
+const DEVICE_COLUMNS: &str = "id, name, public_key, site, labels, facts, desired, report, \
+                              enrolled_at, last_seen, revoked";
+
+fn device_of(row: &Row<'_>) -> Result<StoredDevice, StoreError> {
+    let text = |index: usize| row.get::<_, String>(index);
+    let site: Option<String> = row.get(3)?;
+    let report: Option<String> = row.get(7)?;
+    Ok(StoredDevice {
+        id: column("devices", &text(0)?)?,
+        name: text(1)?,
+        public_key: text(2)?,
+        site: site.map(|site| column("devices", &site)).transpose()?,
+        labels: from_json("devices", &text(4)?)?,
+        facts: from_json("devices", &text(5)?)?,
+        desired: from_json("devices", &text(6)?)?,
+        report: report.map(|report| from_json("devices", &report)).transpose()?,
+        enrolled_at: column("devices", &text(8)?)?,
+        last_seen: column("devices", &text(9)?)?,
+        revoked: row.get(10)?,
+    })
+}
+
+fn find_device(tx: &Transaction<'_>, id_or_name: &str) -> Result<StoredDevice, StoreError> {
+    for key in ["id", "name"] {
+        let sql = format!("SELECT {DEVICE_COLUMNS} FROM devices WHERE {key} = ?1");
+        let mut statement = tx.prepare_cached(&sql)?;
+        let mut rows = statement.query([id_or_name])?;
+        if let Some(row) = rows.next()? {
+            return device_of(row);
+        }
+    }
+    let shown: String = id_or_name.chars().take(100).collect();
+    Err(not_found("device", shown))
+}
+
+fn add_event(
+    tx: &Transaction<'_>,
+    device: &DeviceId,
+    at: Timestamp,
+    generation: u64,
+    what: &str,
+) -> Result<(), StoreError> {
+    tx.prepare_cached(
+        "INSERT INTO device_events (device, at, generation, what) VALUES (?1, ?2, ?3, ?4)",
+    )?
+    .execute(params![device.as_str(), at.to_string(), generation as i64, what])?;
+    tx.prepare_cached(
+        "DELETE FROM device_events WHERE device = ?1 AND sequence <= (
+             SELECT sequence FROM device_events WHERE device = ?1
+             ORDER BY sequence DESC LIMIT 1 OFFSET ?2)",
+    )?
+    .execute(params![device.as_str(), MAX_EVENTS_PER_DEVICE])?;
+    Ok(())
+}
+
+/// Adds an entry to the audit chain, inside the transaction that it records.
+fn append_audit(tx: &Transaction<'_>, by: &By, draft: AuditDraft) -> Result<(), StoreError> {
+    let last = tx
+        .prepare_cached("SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1")?
+        .query_row([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))
+        .optional()?;
+    let (sequence, previous) = match last {
+        Some((sequence, hash)) => (sequence as u64 + 1, column("audit", &hash)?),
+        None => (1, Digest::from([0; 32])),
+    };
+    let mut entry = AuditEntry {
+        sequence,
+        at: by.at,
+        actor: by.actor.clone(),
+        action: draft.action.to_owned(),
+        object: draft.object,
+        details: draft.details,
+        previous,
+        hash: previous,
+    };
+    entry.hash = entry.computed_hash();
+    tx.prepare_cached(
+        "INSERT INTO audit (sequence, at, actor, action, object, details, previous, hash)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+    )?
+    .execute(params![
+        entry.sequence as i64,
+        entry.at.to_string(),
+        entry.actor,
+        entry.action,
+        entry.object,
+        entry.details.to_string(),
+        entry.previous.to_string(),
+        entry.hash.to_string(),
+    ])?;
+    Ok(())
+}
+
+fn draft(action: &'static str, object: impl ToString, details: serde_json::Value) -> AuditDraft {
+    AuditDraft { action, object: object.to_string(), details }
+}
+
+fn audit_of(row: &Row<'_>) -> Result<AuditEntry, StoreError> {
+    let text = |index: usize| row.get::<_, String>(index);
+    Ok(AuditEntry {
+        sequence: row.get::<_, i64>(0)? as u64,
+        at: column("audit", &text(1)?)?,
+        actor: text(2)?,
+        action: text(3)?,
+        object: text(4)?,
+        details: from_json("audit", &text(5)?)?,
+        previous: column("audit", &text(6)?)?,
+        hash: column("audit", &text(7)?)?,
+    })
+}
+
+const AUDIT_COLUMNS: &str = "sequence, at, actor, action, object, details, previous, hash";
+
+fn layer_key(layer: &Layer) -> (&'static str, &str) {
+    match layer {
+        Layer::Fleet => ("fleet", "-"),
+        Layer::Class(name) => ("class", name.as_str()),
+        Layer::Site(name) => ("site", name.as_str()),
+        Layer::Device(name) => ("device", name.as_str()),
+    }
+}
+
+fn layer_of(kind: &str, name: &str) -> Result<Layer, StoreError> {
+    Ok(match kind {
+        "class" => Layer::Class(column("blueprints", name)?),
+        "site" => Layer::Site(column("blueprints", name)?),
+        "device" => Layer::Device(column("blueprints", name)?),
+        _ => Layer::Fleet,
+    })
+}
+
+fn load_classes(tx: &Transaction<'_>) -> Result<Vec<DeviceClass>, StoreError> {
+    collect(tx, "SELECT class FROM classes ORDER BY name", [], |row| {
+        from_json("classes", &row.get::<_, String>(0)?)
+    })
+}
+
+fn load_blueprints(tx: &Transaction<'_>) -> Result<Vec<StoredBlueprint>, StoreError> {
+    collect(tx, "SELECT layer, name, toml FROM blueprints ORDER BY layer, name", [], |row| {
+        let place = layer_of(&row.get::<_, String>(0)?, &row.get::<_, String>(1)?)?;
+        Ok(StoredBlueprint { place, toml: row.get(2)? })
+    })
+}
+
+fn rollout_of(row: &Row<'_>) -> Result<RolloutRecord, StoreError> {
+    from_json("rollouts", &row.get::<_, String>(0)?)
+}
+
+fn find_rollout(tx: &Transaction<'_>, id: &RolloutId) -> Result<RolloutRecord, StoreError> {
+    let mut statement = tx.prepare_cached("SELECT rollout FROM rollouts WHERE id = ?1")?;
+    let mut rows = statement.query([id.as_str()])?;
+    match rows.next()? {
+        Some(row) => rollout_of(row),
+        None => Err(not_found("rollout", id)),
+    }
+}
+
+fn load_snapshot(
+    tx: &Transaction<'_>,
+    cache: &Mutex<ReleaseCache>,
+    also: &[RolloutId],
+) -> Result<Snapshot, StoreError> {
+    let devices =
+        collect(tx, &format!("SELECT {DEVICE_COLUMNS} FROM devices ORDER BY name"), [], device_of)?;
+    let mut rollouts =
+        collect(tx, "SELECT rollout FROM rollouts WHERE final = 0 ORDER BY sequence", [], rollout_of)?;
+    for id in also {
+        if !rollouts.iter().any(|record| record.rollout.id == *id) {
+            rollouts.push(find_rollout(tx, id)?);
+        }
+    }
+    let completed = collect(
+        tx,
+        "SELECT rollout FROM rollouts WHERE state = 'completed' ORDER BY completed_sequence DESC",
+        [],
+        |row| {
+            let rollout = rollout_of(row)?.rollout;
+            Ok(CompletedRollout {
+                id: rollout.id,
+                model: rollout.asked.model,
+                version: rollout.asked.version,
+                selector: rollout.asked.policy.selector,
+            })
+        },
+    )?;
+    let keys: Vec<(ModelName, semver::Version)> =
+        collect(tx, "SELECT model, version FROM releases", [], |row| {
+            let model = column("releases", &row.get::<_, String>(0)?)?;
+            Ok((model, column("releases", &row.get::<_, String>(1)?)?))
+        })?;
+    let mut releases = BTreeMap::new();
+    for (model, version) in keys {
+        let (_, release) = load_release(tx, cache, &model, &version)?;
+        releases.insert((model, version), release);
+    }
+    let quarantine = collect(tx, "SELECT manifest, class FROM quarantine", [], |row| {
+        let manifest = column("quarantine", &row.get::<_, String>(0)?)?;
+        Ok((manifest, column("quarantine", &row.get::<_, String>(1)?)?))
+    })?;
+    Ok(Snapshot {
+        devices,
+        classes: load_classes(tx)?,
+        blueprints: load_blueprints(tx)?,
+        rollouts,
+        completed,
+        releases,
+        quarantine: quarantine.into_iter().collect(),
+    })
+}
+
+fn load_release(
+    tx: &Transaction<'_>,
+    cache: &Mutex<ReleaseCache>,
+    model: &ModelName,
+    version: &semver::Version,
+) -> Result<(Arc<Release>, Arc<NewRelease>), StoreError> {
+    let key = (model.clone(), version.clone());
+    if let Some(found) = cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+        return Ok(found.clone());
+    }
+    let text: Option<String> = tx
+        .prepare_cached("SELECT release FROM releases WHERE model = ?1 AND version = ?2")?
+        .query_row([model.as_str(), &version.to_string()], |row| row.get(0))
+        .optional()?;
+    let text = text.ok_or_else(|| not_found("release", format!("{model} {version}")))?;
+    let release: Release = from_json("releases", &text)?;
+    let inner = Arc::new(release.release.clone());
+    let both = (Arc::new(release), inner);
+    cache.lock().unwrap_or_else(PoisonError::into_inner).insert(key, both.clone());
+    Ok(both)
+}
+
+/// Whether what decisions and people look at differs, beyond counters.
+fn is_news(before: Option<&DeviceReport>, report: &DeviceReport) -> bool {
+    let Some(before) = before else { return true };
+    let quiet = |phase: &Phase| match phase {
+        Phase::Downloading { total_bytes, .. } => {
+            Phase::Downloading { done_bytes: 0, total_bytes: *total_bytes }
+        }
+        other => other.clone(),
+    };
+    before.generation != report.generation
+        || quiet(&before.phase) != quiet(&report.phase)
+        || before.running != report.running
+        || before.previous != report.previous
+        || before.rejected != report.rejected
+        || before.effective != report.effective
+        || before.facts.memory_budget_bytes != report.facts.memory_budget_bytes
+        || before.facts.agent_version != report.facts.agent_version
+        || before.facts.engine != report.facts.engine
+        || before.facts.endpoint != report.facts.endpoint
+}
+
+/// What a change of report says in a device's history.
+fn report_events(before: Option<&DeviceReport>, report: &DeviceReport) -> Vec<String> {
+    let mut events = Vec::new();
+    let kind = |phase: &Phase| std::mem::discriminant(phase);
+    let fresh = before.is_none_or(|before| {
+        kind(&before.phase) != kind(&report.phase) || before.generation != report.generation
+    });
+    let running = match &report.running {
+        Some(model) => format!("{} {} ({})", model.model, model.version, model.variant),
+        None => "no model".to_owned(),
+    };
+    if fresh {
+        events.push(match &report.phase {
+            Phase::RolledBack { failure } => {
+                format!("went back: {}; runs {running}", failure_words(failure))
+            }
+            Phase::Confirmed => format!("confirmed: runs {running}"),
+            phase => phase_words(phase).to_owned(),
+        });
+    }
+    if let Some(before) = before {
+        let crashes = report.telemetry.worker_crashes;
+        if crashes > before.telemetry.worker_crashes {
+            events.push(format!("its worker died unasked ({crashes} in all)"));
+        }
+        if before.facts.memory_budget_bytes != report.facts.memory_budget_bytes {
+            events.push(format!(
+                "memory budget is now {}",
+                slmops_fleet_core::words::bytes(report.facts.memory_budget_bytes)
+            ));
+        }
+        if before.running != report.running && !fresh {
+            events.push(format!("runs {running}"));
+        }
+    }
+    for rejection in &report.rejected {
+        let known = before.is_some_and(|before| {
+            before.rejected.iter().any(|known| known.manifest == rejection.manifest)
+        });
+        if !known {
+            events.push(format!(
+                "rejected {}: {}",
+                rejection.manifest.short(),
+                failure_words(&rejection.failure)
+            ));
+        }
+    }
+    events
+}
+
+fn persist_transition(
+    tx: &Transaction<'_>,
+    by: &By,
+    transition: &Transition,
+) -> Result<(), StoreError> {
+    for entry in &transition.audit {
+        append_audit(tx, by, entry.clone())?;
+    }
+    let hub = By::hub(by.at);
+    for record in &transition.rollouts {
+        let rollout = &record.rollout;
+        let known = match find_rollout(tx, &rollout.id) {
+            Ok(before) => before.rollout.decisions.len(),
+            Err(StoreError::NotFound { .. }) => 0,
+            Err(error) => return Err(error),
+        };
+        for decision in rollout.decisions.iter().skip(known) {
+            let details = json!({
+                "what": decision.what, "because": decision.because,
+                "state": state_name(rollout.state),
+            });
+            append_audit(tx, &hub, draft("rollout.decide", &rollout.id, details))?;
+        }
+        let completed = rollout.state == RolloutState::Completed;
+        tx.prepare_cached(
+            "INSERT INTO rollouts (id, state, final, completed_sequence, rollout)
+             VALUES (?1, ?2, ?3, CASE WHEN ?4 THEN
+                 (SELECT COALESCE(MAX(completed_sequence), 0) + 1 FROM rollouts) END, ?5)
+             ON CONFLICT (id) DO UPDATE SET state = excluded.state, final = excluded.final,
+                 completed_sequence = COALESCE(completed_sequence, excluded.completed_sequence),
+                 rollout = excluded.rollout",
+        )?
+        .execute(params![
+            rollout.id.as_str(),
+            state_name(rollout.state),
+            rollout.state.is_final(),
+            completed,
+            to_json(record),
+        ])?;
+    }
+    for assignment in &transition.assignments {
+        let desired = &assignment.desired;
+        let changed = tx
+            .prepare_cached(
+                "UPDATE devices SET desired = ?2
+                 WHERE id = ?1 AND json_extract(desired, '$.generation') < ?3",
+            )?
+            .execute(params![
+                assignment.device.as_str(),
+                to_json(desired),
+                desired.generation as i64
+            ])?;
+        if changed == 0 {
+            return Err(conflict(
+                format!(
+                    "device {} has generation {} or a later one already",
+                    assignment.device, desired.generation
+                ),
+                "generations never go down; this is a defect of the hub",
+            ));
+        }
+        let model = match &desired.model {
+            Some(model) => format!("{} {} ({})", model.model, model.version, model.variant),
+            None => "no model".to_owned(),
+        };
+        let what = format!("told to be {model}: {}", desired.reason);
+        add_event(tx, &assignment.device, by.at, desired.generation, &what)?;
+        let details = json!({
+            "generation": desired.generation,
+            "model": desired.model.as_ref().map(|m| format!("{} {}", m.model, m.version)),
+            "variant": desired.model.as_ref().map(|m| m.variant.to_string()),
+            "manifest": desired.model.as_ref().map(|m| m.manifest.to_string()),
+            "reason": desired.reason,
+        });
+        append_audit(tx, &hub, draft("device.assign", &assignment.device, details))?;
+    }
+    for (manifest, class) in &transition.quarantined {
+        tx.prepare_cached("INSERT OR IGNORE INTO quarantine (manifest, class) VALUES (?1, ?2)")?
+            .execute([manifest.to_string(), class.to_string()])?;
+        let details = json!({ "class": class });
+        append_audit(tx, &hub, draft("manifest.quarantine", manifest, details))?;
+    }
+    Ok(())
+}
+
+fn free_name(tx: &Transaction<'_>, enrolment: &Enrolment) -> Result<String, StoreError> {
+    let taken = |name: &str| -> Result<bool, StoreError> {
+        let mut statement = tx.prepare_cached("SELECT 1 FROM devices WHERE name = ?1")?;
+        Ok(statement.exists([name])?)
+    };
+    if let Some(name) = &enrolment.name {
+        if taken(name)? {
+            return Err(conflict(
+                format!("a device named `{name}` is in the fleet already"),
+                "choose another name with --name",
+            ));
+        }
+        return Ok(name.clone());
+    }
+    let base = plain_name(&enrolment.facts.hostname);
+    for suffix in 1..=MAX_NAME_SUFFIX {
+        let name = if suffix == 1 { base.clone() } else { format!("{base}-{suffix}") };
+        if !taken(&name)? {
+            return Ok(name);
+        }
+    }
+    Err(conflict(format!("every name from `{base}` on is taken"), "choose a name with --name"))
+}
+
+/// A host name as a device name: lower case, with anything else as `-`.
+fn plain_name(hostname: &str) -> String {
+    let plain: String = hostname
+        .chars()
+        .take(60)
+        .map(|c| c.to_ascii_lowercase())
+        .map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' })
+        .collect();
+    let plain = plain.replace("..", "-");
+    let plain = plain.trim_start_matches(['.', '_', '-']);
+    if plain.is_empty() { "device".to_owned() } else { plain.to_owned() }
+}
+
+impl Store for SqliteStore {
+    fn setting(&self, name: &'static str, make: String) -> StoreFuture<'_, String> {
+        self.write(move |tx| {
+            tx.execute("INSERT OR IGNORE INTO settings (name, value) VALUES (?1, ?2)", [name, &make])?;
+            let value =
+                tx.query_row("SELECT value FROM settings WHERE name = ?1", [name], |r| r.get(0))?;
+            Ok(value)
+        })
+    }
+
+    fn add_invitation(&self, by: By, invitation: NewInvitationRow) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            let NewInvitationRow { info, secret } = invitation;
+            tx.execute(
+                "INSERT INTO invitations (id, secret, info) VALUES (?1, ?2, ?3)",
+                [info.id.as_str(), &secret.to_string(), &to_json(&info)],
+            )?;
+            let details = json!({
+                "labels": info.labels, "site": info.site, "expires_at": info.expires_at,
+            });
+            append_audit(tx, &by, draft("invitation.create", &info.id, details))
+        })
+    }
+
+    fn invitations(&self) -> StoreFuture<'_, Vec<InvitationInfo>> {
+        self.read(|tx| {
+            let sql = "SELECT info, used_by FROM invitations ORDER BY sequence DESC LIMIT 500";
+            collect(tx, sql, [], |row| {
+                let mut info: InvitationInfo =
+                    from_json("invitations", &row.get::<_, String>(0)?)?;
+                let used_by: Option<String> = row.get(1)?;
+                info.used_by = used_by.map(|id| column("invitations", &id)).transpose()?;
+                Ok(info)
+            })
+        })
+    }
+
+    fn withdraw_invitation(&self, by: By, id: InvitationId) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            let used_by: Option<Option<String>> = tx
+                .query_row("SELECT used_by FROM invitations WHERE id = ?1", [id.as_str()], |row| {
+                    row.get(0)
+                })
+                .optional()?;
+            match used_by {
+                None => return Err(not_found("invitation", &id)),
+                Some(Some(device)) => {
+                    return Err(conflict(
+                        format!("invitation {id} was used by device {device}"),
+                        format!("to shut the device out: `slm device revoke {device}`"),
+                    ));
+                }
+                Some(None) => {}
+            }
+            tx.execute("DELETE FROM invitations WHERE id = ?1", [id.as_str()])?;
+            append_audit(tx, &by, draft("invitation.withdraw", &id, json!({})))
+        })
+    }
+
+    fn enrol(&self, enrolment: Enrolment) -> StoreFuture<'_, Enrolled> {
+        self.write(move |tx| {
+            let refused = |detail: String| StoreError::Forbidden {
+                detail,
+                hint: "ask an operator for a new one: `slm device invite`".to_owned(),
+            };
+            let id = &enrolment.invitation;
+            let row: Option<(String, String, Option<String>)> = tx
+                .query_row(
+                    "SELECT secret, info, used_by FROM invitations WHERE id = ?1",
+                    [id.as_str()],
+                    |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+                )
+                .optional()?;
+            // An unknown invitation and a wrong secret look the same from outside.
+            let unknown = || refused(format!("invitation {id} is not known or its secret is wrong"));
+            let (secret, info, used_by) = row.ok_or_else(unknown)?;
+            if secret != enrolment.secret.to_string() {
+                return Err(unknown());
+            }
+            let info: InvitationInfo = from_json("invitations", &info)?;
+            if let Some(used_by) = used_by {
+                let device = find_device(tx, &used_by)?;
+                if device.public_key == enrolment.public_key && !device.revoked {
+                    return Ok(Enrolled { device, new: false });
+                }
+                return Err(refused(format!("invitation {id} was used before, by another device")));
+            }
+            if info.expires_at <= enrolment.at {
+                return Err(refused(format!("invitation {id} expired at {}", info.expires_at)));
+            }
+            let known: bool = tx
+                .prepare_cached("SELECT 1 FROM devices WHERE public_key = ?1")?
+                .exists([&enrolment.public_key])?;
+            if known {
+                return Err(conflict(
+                    "this device key is in the fleet already",
+                    "the device needs no new invitation; to start afresh, use another state folder",
+                ));
+            }
+            let device = StoredDevice {
+                id: enrolment.device.clone(),
+                name: free_name(tx, &enrolment)?,
+                public_key: enrolment.public_key.clone(),
+                site: info.site.clone(),
+                labels: info.labels.clone(),
+                facts: enrolment.facts.clone(),
+                desired: DesiredState {
+                    generation: 1,
+                    model: None,
+                    runtime: RuntimeConfig::default(),
+                    confirm_timeout_s: DEFAULT_CONFIRM_TIMEOUT_S,
+                    reason: "no release is meant for this device yet".to_owned(),
+                },
+                report: None,
+                enrolled_at: enrolment.at,
+                last_seen: enrolment.at,
+                revoked: false,
+            };
+            tx.execute(
+                "INSERT INTO devices (id, name, public_key, site, labels, facts, desired,
+                     enrolled_at, last_seen) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?8)",
+                params![
+                    device.id.as_str(),
+                    device.name,
+                    device.public_key,
+                    device.site.as_ref().map(|site| site.as_str()),
+                    to_json(&device.labels),
+                    to_json(&device.facts),
+                    to_json(&device.desired),
+                    device.enrolled_at.to_string(),
+                ],
+            )?;
+            tx.execute(
+                "UPDATE invitations SET used_by = ?2 WHERE id = ?1",
+                [id.as_str(), device.id.as_str()],
+            )?;
+            add_event(tx, &device.id, enrolment.at, 1, &format!("joined by invitation {id}"))?;
+            let by = By { actor: format!("device {}", device.id), at: enrolment.at };
+            let details = json!({ "name": device.name, "invitation": id });
+            append_audit(tx, &by, draft("device.enrol", &device.id, details))?;
+            Ok(Enrolled { device, new: true })
+        })
+    }
+
+    fn device(&self, id_or_name: String) -> StoreFuture<'_, StoredDevice> {
+        self.read(move |tx| find_device(tx, &id_or_name))
+    }
+
+    fn devices(&self, request: PageRequest) -> StoreFuture<'_, Page<StoredDevice>> {
+        self.read(move |tx| {
+            let limit = limit_of(&request);
+            let sql = format!(
+                "SELECT {DEVICE_COLUMNS} FROM devices WHERE name > ?1 ORDER BY name LIMIT ?2"
+            );
+            let after = request.cursor.unwrap_or_default();
+            let found = collect(tx, &sql, params![after, limit + 1], |row| {
+                let device = device_of(row)?;
+                Ok((device.name.clone(), device))
+            })?;
+            Ok(page(found, limit))
+        })
+    }
+
+    fn change_device(
+        &self,
+        by: By,
+        id: DeviceId,
+        change: DeviceChange,
+    ) -> StoreFuture<'_, StoredDevice> {
+        self.write(move |tx| {
+            let mut device = find_device(tx, id.as_str())?;
+            if let Some(labels) = change.labels {
+                device.labels = labels;
+            }
+            if let Some(site) = change.site {
+                device.site = site;
+            }
+            tx.execute(
+                "UPDATE devices SET labels = ?2, site = ?3 WHERE id = ?1",
+                params![
+                    id.as_str(),
+                    to_json(&device.labels),
+                    device.site.as_ref().map(|site| site.as_str())
+                ],
+            )?;
+            let details = json!({ "labels": device.labels, "site": device.site });
+            append_audit(tx, &by, draft("device.update", &id, details))?;
+            Ok(device)
+        })
+    }
+
+    fn revoke_device(&self, by: By, id: DeviceId) -> StoreFuture<'_, StoredDevice> {
+        self.write(move |tx| {
+            let mut device = find_device(tx, id.as_str())?;
+            if !device.revoked {
+                device.revoked = true;
+                tx.execute("UPDATE devices SET revoked = 1 WHERE id = ?1", [id.as_str()])?;
+                let generation = device.desired.generation;
+                add_event(tx, &id, by.at, generation, "shut out of the fleet")?;
+                let details = json!({ "name": device.name });
+                append_audit(tx, &by, draft("device.revoke", &id, details))?;
+            }
+            Ok(device)
+        })
+    }
+
+    fn record_report(
+        &self,
+        at: Timestamp,
+        id: DeviceId,
+        report: DeviceReport,
+    ) -> StoreFuture<'_, ReportOutcome> {
+        self.write(move |tx| {
+            let (known, before): (i64, Option<String>) = tx
+                .prepare_cached("SELECT report_sequence, report FROM devices WHERE id = ?1")?
+                .query_row([id.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+                .optional()?
+                .ok_or_else(|| not_found("device", &id))?;
+            if report.sequence <= known as u64 {
+                return Ok(ReportOutcome::Stale);
+            }
+            let before: Option<DeviceReport> =
+                before.map(|text| from_json("devices", &text)).transpose()?;
+            for what in report_events(before.as_ref(), &report) {
+                add_event(tx, &id, at, report.generation, &what)?;
+            }
+            let news = is_news(before.as_ref(), &report);
+            tx.prepare_cached(
+                "UPDATE devices SET report = ?2, report_sequence = ?3, facts = ?4, last_seen = ?5
+                 WHERE id = ?1",
+            )?
+            .execute(params![
+                id.as_str(),
+                to_json(&report),
+                report.sequence as i64,
+                to_json(&report.facts),
+                at.to_string()
+            ])?;
+            Ok(if news { ReportOutcome::News } else { ReportOutcome::Counters })
+        })
+    }
+
+    fn record_seen(&self, seen: Vec<(DeviceId, Timestamp)>) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            for (id, at) in seen {
+                tx.prepare_cached("UPDATE devices SET last_seen = ?2 WHERE id = ?1")?
+                    .execute([id.as_str(), &at.to_string()])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn history(&self, id: DeviceId, request: PageRequest) -> StoreFuture<'_, Page<DeviceEvent>> {
+        self.read(move |tx| {
+            let limit = limit_of(&request);
+            let found = collect(
+                tx,
+                "SELECT sequence, at, generation, what FROM device_events
+                 WHERE device = ?1 AND sequence < ?2 ORDER BY sequence DESC LIMIT ?3",
+                params![id.as_str(), below(&request)?, limit + 1],
+                |row| {
+                    let event = DeviceEvent {
+                        at: column("device_events", &row.get::<_, String>(1)?)?,
+                        generation: row.get::<_, i64>(2)? as u64,
+                        what: row.get(3)?,
+                    };
+                    Ok((row.get::<_, i64>(0)?.to_string(), event))
+                },
+            )?;
+            Ok(page(found, limit))
+        })
+    }
+
+    fn classes(&self) -> StoreFuture<'_, Vec<DeviceClass>> {
+        self.read(load_classes)
+    }
+
+    fn put_class(&self, by: By, class: DeviceClass) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            tx.execute(
+                "INSERT INTO classes (name, class) VALUES (?1, ?2)
+                 ON CONFLICT (name) DO UPDATE SET class = excluded.class",
+                [class.name.as_str(), &to_json(&class)],
+            )?;
+            let details = json!({
+                "min_memory_bytes": class.min_memory_bytes, "quantisation": class.quantisation,
+            });
+            append_audit(tx, &by, draft("class.put", &class.name, details))
+        })
+    }
+
+    fn delete_class(&self, by: By, name: ClassName) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            if tx.execute("DELETE FROM classes WHERE name = ?1", [name.as_str()])? == 0 {
+                return Err(not_found("class", &name));
+            }
+            append_audit(tx, &by, draft("class.delete", &name, json!({})))
+        })
+    }
+
+    fn blueprints(&self) -> StoreFuture<'_, Vec<StoredBlueprint>> {
+        self.read(load_blueprints)
+    }
+
+    fn put_blueprint(&self, by: By, blueprint: StoredBlueprint) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            let (layer, name) = layer_key(&blueprint.place);
+            tx.execute(
+                "INSERT INTO blueprints (layer, name, toml) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (layer, name) DO UPDATE SET toml = excluded.toml",
+                [layer, name, &blueprint.toml],
+            )?;
+            let details = json!({ "toml": blueprint.toml });
+            append_audit(tx, &by, draft("blueprint.put", format!("{layer}/{name}"), details))
+        })
+    }
+
+    fn delete_blueprint(&self, by: By, place: Layer) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            let (layer, name) = layer_key(&place);
+            let gone = tx
+                .execute("DELETE FROM blueprints WHERE layer = ?1 AND name = ?2", [layer, name])?;
+            if gone == 0 {
+                return Err(not_found("blueprint", format!("{layer}/{name}")));
+            }
+            append_audit(tx, &by, draft("blueprint.delete", format!("{layer}/{name}"), json!({})))
+        })
+    }
+
+    fn add_release(&self, by: By, release: NewRelease) -> StoreFuture<'_, Registered> {
+        let cache = Arc::clone(&self.releases);
+        self.write(move |tx| {
+            let title = format!("{} {}", release.model, release.version);
+            match load_release(tx, &cache, &release.model, &release.version) {
+                // Compared as JSON: what was stored has been through it.
+                Ok((known, inner)) if to_json(&*inner) == to_json(&release) => {
+                    return Ok(Registered::Same(known));
+                }
+                Ok(_) => {
+                    return Err(conflict(
+                        format!("two releases of the same version: {title} is registered with other content"),
+                        "releases never change; choose a new version with --version",
+                    ));
+                }
+                Err(StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            let manifests: Vec<String> =
+                release.variants.iter().map(|v| format!("{} {}", v.name, v.manifest)).collect();
+            let mut details = json!({ "variants": manifests, "key": release.key });
+            if let Some(reason) = &release.gate_override {
+                details["gate_override"] = json!(reason.reason);
+            }
+            let stored =
+                Release { release, created_at: by.at, created_by: by.actor.clone() };
+            tx.execute(
+                "INSERT INTO releases (model, version, release) VALUES (?1, ?2, ?3)",
+                [
+                    stored.release.model.as_str(),
+                    &stored.release.version.to_string(),
+                    &to_json(&stored),
+                ],
+            )?;
+            append_audit(tx, &by, draft("release.create", title, details))?;
+            Ok(Registered::New(Arc::new(stored)))
+        })
+    }
+
+    fn release(
+        &self,
+        model: ModelName,
+        version: semver::Version,
+    ) -> StoreFuture<'_, Arc<Release>> {
+        let cache = Arc::clone(&self.releases);
+        self.read(move |tx| load_release(tx, &cache, &model, &version).map(|(release, _)| release))
+    }
+
+    fn releases(&self, request: PageRequest) -> StoreFuture<'_, Page<Arc<Release>>> {
+        let cache = Arc::clone(&self.releases);
+        self.read(move |tx| {
+            let limit = limit_of(&request);
+            let found = collect(
+                tx,
+                "SELECT sequence, model, version FROM releases WHERE sequence < ?1
+                 ORDER BY sequence DESC LIMIT ?2",
+                params![below(&request)?, limit + 1],
+                |row| {
+                    let model = column("releases", &row.get::<_, String>(1)?)?;
+                    let version = column("releases", &row.get::<_, String>(2)?)?;
+                    let (release, _) = load_release(tx, &cache, &model, &version)?;
+                    Ok((row.get::<_, i64>(0)?.to_string(), release))
+                },
+            )?;
+            Ok(page(found, limit))
+        })
+    }
+
+    fn rollout(&self, id: RolloutId) -> StoreFuture<'_, RolloutRecord> {
+        self.read(move |tx| find_rollout(tx, &id))
+    }
+
+    fn rollouts(&self, request: PageRequest) -> StoreFuture<'_, Page<RolloutRecord>> {
+        self.read(move |tx| {
+            let limit = limit_of(&request);
+            let found = collect(
+                tx,
+                "SELECT rollout, sequence FROM rollouts WHERE sequence < ?1
+                 ORDER BY sequence DESC LIMIT ?2",
+                params![below(&request)?, limit + 1],
+                |row| Ok((row.get::<_, i64>(1)?.to_string(), rollout_of(row)?)),
+            )?;
+            Ok(page(found, limit))
+        })
+    }
+
+    fn snapshot(&self, also: Vec<RolloutId>) -> StoreFuture<'_, Snapshot> {
+        let cache = Arc::clone(&self.releases);
+        self.read(move |tx| load_snapshot(tx, &cache, &also))
+    }
+
+    fn transition(
+        &self,
+        by: By,
+        also: Vec<RolloutId>,
+        mut decide: Decide,
+    ) -> StoreFuture<'_, Transition> {
+        let cache = Arc::clone(&self.releases);
+        self.write(move |tx| {
+            let snapshot = load_snapshot(tx, &cache, &also)?;
+            let transition = decide(&snapshot)?;
+            persist_transition(tx, &by, &transition)?;
+            Ok(transition)
+        })
+    }
+
+    fn add_token(&self, by: By, token: Token, hash: Digest) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            tx.execute(
+                "INSERT INTO tokens (id, hash, token) VALUES (?1, ?2, ?3)",
+                [token.id.as_str(), &hash.to_string(), &to_json(&token)],
+            )?;
+            let details = json!({
+                "name": token.name, "role": token.role, "expires_at": token.expires_at,
+            });
+            append_audit(tx, &by, draft("token.create", &token.id, details))
+        })
+    }
+
+    fn token(&self, hash: Digest) -> StoreFuture<'_, Option<Token>> {
+        self.read(move |tx| {
+            let text: Option<String> = tx
+                .prepare_cached("SELECT token FROM tokens WHERE hash = ?1")?
+                .query_row([hash.to_string()], |row| row.get(0))
+                .optional()?;
+            text.map(|text| from_json("tokens", &text)).transpose()
+        })
+    }
+
+    fn tokens(&self) -> StoreFuture<'_, Vec<Token>> {
+        self.read(|tx| {
+            collect(tx, "SELECT token FROM tokens ORDER BY sequence", [], |row| {
+                from_json("tokens", &row.get::<_, String>(0)?)
+            })
+        })
+    }
+
+    fn delete_token(&self, by: By, id: TokenId) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            let tokens: Vec<Token> = collect(tx, "SELECT token FROM tokens", [], |row| {
+                from_json("tokens", &row.get::<_, String>(0)?)
+            })?;
+            let token = tokens.iter().find(|token| token.id == id);
+            let token = token.ok_or_else(|| not_found("token", &id))?;
+            let lasting_admin =
+                |token: &&Token| token.role == Role::Admin && token.expires_at.is_none();
+            if lasting_admin(&token) && tokens.iter().filter(lasting_admin).count() == 1 {
+                return Err(conflict(
+                    format!("token {id} is the last one that an administrator has"),
+                    "make another first: `slm token create --role admin`",
+                ));
+            }
+            tx.execute("DELETE FROM tokens WHERE id = ?1", [id.as_str()])?;
+            append_audit(tx, &by, draft("token.delete", &id, json!({ "name": token.name })))
+        })
+    }
+
+    fn keys(&self) -> StoreFuture<'_, Vec<PublisherKey>> {
+        self.read(|tx| {
+            collect(tx, "SELECT key FROM publisher_keys ORDER BY id", [], |row| {
+                from_json("publisher_keys", &row.get::<_, String>(0)?)
+            })
+        })
+    }
+
+    fn add_key(&self, by: By, key: PublisherKey) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            let added = tx.execute(
+                "INSERT OR IGNORE INTO publisher_keys (id, key) VALUES (?1, ?2)",
+                [key.id.as_str(), &to_json(&key)],
+            )?;
+            if added == 0 {
+                return Ok(());
+            }
+            append_audit(tx, &by, draft("key.add", &key.id, json!({ "name": key.name })))
+        })
+    }
+
+    fn audit(&self, request: PageRequest) -> StoreFuture<'_, Page<AuditEntry>> {
+        self.read(move |tx| {
+            let limit = limit_of(&request);
+            let sql = format!(
+                "SELECT {AUDIT_COLUMNS} FROM audit WHERE sequence < ?1
+                 ORDER BY sequence DESC LIMIT ?2"
+            );
+            let found = collect(tx, &sql, params![below(&request)?, limit + 1], |row| {
+                let entry = audit_of(row)?;
+                Ok((entry.sequence.to_string(), entry))
+            })?;
+            Ok(page(found, limit))
+        })
+    }
+
+    fn verify_audit(&self) -> StoreFuture<'_, AuditVerdict> {
+        self.read(|tx| {
+            let sql = format!("SELECT {AUDIT_COLUMNS} FROM audit ORDER BY sequence");
+            let mut statement = tx.prepare_cached(&sql)?;
+            let mut rows = statement.query([])?;
+            let mut head = Digest::from([0; 32]);
+            let mut entries = 0_u64;
+            while let Some(row) = rows.next()? {
+                let broken = |what: String| AuditVerdict { entries, head, broken: Some(what) };
+                let expected = entries + 1;
+                let entry = match audit_of(row) {
+                    Ok(entry) => entry,
+                    Err(error) => {
+                        return Ok(broken(format!("entry {expected} cannot be read: {error}")));
+                    }
+                };
+                if entry.sequence != expected {
+                    return Ok(broken(format!(
+                        "entry {expected} is missing: {} follows {entries}",
+                        entry.sequence
+                    )));
+                }
+                if entry.previous != head {
+                    return Ok(broken(format!(
+                        "entry {expected} does not follow the one before: it names {}, not {}",
+                        entry.previous.short(),
+                        head.short()
+                    )));
+                }
+                let computed = entry.computed_hash();
+                if entry.hash != computed {
+                    return Ok(broken(format!(
+                        "entry {expected} was changed: its hash is {}, its content gives {}",
+                        entry.hash.short(),
+                        computed.short()
+                    )));
+                }
+                head = entry.hash;
+                entries = expected;
+            }
+            Ok(AuditVerdict { entries, head, broken: None })
+        })
+    }
+}
