@@ -1,0 +1,294 @@
+//! What the core asks of its shell, and what the shell tells it. Both are closed.
+
+use std::collections::BTreeSet;
+
+use slmops_api::device::{DesiredModel, DesiredState, WaitCause};
+use slmops_api::probe::ProbeResult;
+use slmops_api::runtime::EffectiveConfig;
+use slmops_artifact::Digest;
+
+use crate::{Deployment, Ledger, Package, Snapshot};
+
+/// One effect of this process. A completion with an id that nobody waits for is ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EffectId(pub u64);
+
+/// What must happen. Everything with an `id` ends with one event of that id, unless cancelled.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Ask the hub what this device should be.
+    Poll {
+        /// Answered by [`Event::Polled`].
+        id: EffectId,
+        /// The generation the core knows: the hub may answer "not modified", after `wait_s`.
+        known: Option<u64>,
+        /// Seconds that the hub may hold the question.
+        wait_s: u32,
+    },
+    /// Get a manifest and its signature, and check both: the manifest against its digest, the
+    /// signature against the trusted keys and the manifest's files.
+    FetchPackage {
+        /// Answered by [`Event::PackageFetched`].
+        id: EffectId,
+        /// Whose.
+        model: DesiredModel,
+    },
+    /// Get the package's files, continuing what an earlier attempt left.
+    Download {
+        /// Answered by [`Event::Downloaded`], with [`Event::Progress`] before.
+        id: EffectId,
+        /// Whose.
+        model: DesiredModel,
+        /// Which files.
+        package: Package,
+    },
+    /// Hash the package's files on disk.
+    Verify {
+        /// Answered by [`Event::FilesVerified`].
+        id: EffectId,
+        /// Which files.
+        package: Package,
+    },
+    /// Load a model in a worker of its own, which gets no traffic. The worker is known by this id.
+    Stage {
+        /// Answered by [`Event::Staged`].
+        id: EffectId,
+        /// What and how.
+        deployment: Deployment,
+    },
+    /// Run the golden probes: on a staged worker, or through the live endpoint.
+    Probe {
+        /// Answered by [`Event::Probed`].
+        id: EffectId,
+        /// The worker.
+        worker: EffectId,
+        /// The package that carries the probes.
+        package: Package,
+        /// Whether the worker is the one that serves now, asked as a user would ask.
+        live: bool,
+    },
+    /// Let new requests go to a staged worker; the one before finishes its own and ends.
+    Activate {
+        /// Answered by [`Event::Activated`].
+        id: EffectId,
+        /// The worker.
+        worker: EffectId,
+    },
+    /// Make the ledger durable: complete on disk or untouched, whatever happens.
+    SaveLedger {
+        /// Answered by [`Event::LedgerSaved`].
+        id: EffectId,
+        /// The ledger.
+        ledger: Box<Ledger>,
+    },
+    /// Tell the hub.
+    Report {
+        /// Answered by [`Event::Reported`].
+        id: EffectId,
+        /// What; the shell adds telemetry, facts and the sequence number.
+        snapshot: Box<Snapshot>,
+    },
+    /// Delete every file that is not one of these. Has no answer.
+    Collect {
+        /// What stays.
+        keep: BTreeSet<Digest>,
+    },
+    /// Forget an effect: stop it if it runs, end the worker that it staged. Has no answer.
+    Cancel {
+        /// Which.
+        id: EffectId,
+    },
+    /// End the serving worker: there is no model to go back to. Has no answer.
+    StopServing,
+}
+
+/// Something in the way that is not the model's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What.
+    pub cause: WaitCause,
+    /// The server's `Retry-After`, in milliseconds.
+    pub retry_after_ms: Option<u64>,
+}
+
+impl Obstacle {
+    /// An obstacle without a time to wait.
+    pub fn new(cause: WaitCause) -> Self {
+        Self { cause, retry_after_ms: None }
+    }
+}
+
+/// The hub's answer to a poll.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Polled {
+    /// What the device should be.
+    Desired(Box<DesiredState>),
+    /// Still what it was.
+    NotModified,
+}
+
+/// Why a package or a file did not arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FetchError {
+    /// Nobody's fault: try again.
+    Obstacle(Obstacle),
+    /// The source does not have it.
+    Missing,
+    /// The signature is missing, wrong, or by a key that this device does not trust.
+    Signature,
+    /// The source's bytes are not what their digest says, twice.
+    Digest,
+    /// Not a package that this agent understands.
+    Package,
+}
+
+/// Why local files cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VerifyError {
+    /// A file is missing, short or changed.
+    Damaged,
+    /// They cannot be read just now.
+    Obstacle(Obstacle),
+}
+
+/// Why a worker ended unasked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// By itself: an assertion, a fault, an error.
+    Fault,
+    /// Somebody killed it.
+    Killed,
+}
+
+/// Why a model did not come up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StageError {
+    /// The engine refused the file or the configuration.
+    Load,
+    /// The worker died.
+    Died(Death),
+    /// The file is not what its digest says any more.
+    Damaged,
+    /// The worker could not be started at all, for a reason outside the model.
+    Obstacle(Obstacle),
+}
+
+/// A worker that has loaded its model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// Read back from the engine.
+    pub effective: EffectiveConfig,
+    /// Resident bytes.
+    pub memory_bytes: u64,
+}
+
+/// How the probes went.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Probed {
+    /// In the package's order.
+    pub results: Vec<ProbeResult>,
+    /// The worker's resident bytes afterwards.
+    pub memory_bytes: u64,
+}
+
+/// Why there is no verdict of the probes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProbeError {
+    /// The worker died of them.
+    Died(Death),
+    /// The package's probes cannot be understood.
+    Package,
+    /// The file that holds them is not what its digest says any more.
+    Damaged,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The process has started, or [`crate::Core::deadline`] has come.
+    Tick,
+    /// Answers [`Effect::Poll`].
+    Polled {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<Polled, Obstacle>,
+    },
+    /// Answers [`Effect::FetchPackage`].
+    PackageFetched {
+        /// Of which effect.
+        id: EffectId,
+        /// The package, its signature checked.
+        result: Result<Package, FetchError>,
+    },
+    /// A download moves.
+    Progress {
+        /// Of which effect.
+        id: EffectId,
+        /// Bytes so far, of all files.
+        done_bytes: u64,
+        /// Bytes in all.
+        total_bytes: u64,
+    },
+    /// Answers [`Effect::Download`].
+    Downloaded {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<(), FetchError>,
+    },
+    /// Answers [`Effect::Verify`].
+    FilesVerified {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<(), VerifyError>,
+    },
+    /// Answers [`Effect::Stage`].
+    Staged {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<Loaded, StageError>,
+    },
+    /// Answers [`Effect::Probe`].
+    Probed {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<Probed, ProbeError>,
+    },
+    /// Answers [`Effect::Activate`].
+    Activated {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<(), StageError>,
+    },
+    /// Answers [`Effect::SaveLedger`].
+    LedgerSaved {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<(), Obstacle>,
+    },
+    /// Answers [`Effect::Report`].
+    Reported {
+        /// Of which effect.
+        id: EffectId,
+        /// How it went.
+        result: Result<(), Obstacle>,
+    },
+    /// An activated worker ended unasked; the shell restarts it by itself.
+    WorkerDied {
+        /// The worker.
+        worker: EffectId,
+        /// Why.
+        death: Death,
+    },
+    /// It answers again.
+    WorkerRestarted {
+        /// The worker.
+        worker: EffectId,
+    },
+}

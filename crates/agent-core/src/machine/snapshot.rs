@@ -1,0 +1,144 @@
+//! What the core says of itself: to the hub, and to people on the device.
+
+use rand::Rng;
+use slmops_api::device::{InstalledModel, Phase, Rejection, WaitCause};
+use slmops_api::probe::ProbeResult;
+use slmops_api::runtime::EffectiveConfig;
+
+use super::Core;
+use super::work::{Resume, Step};
+use crate::{Deployment, Millis, Outcome, Scope};
+
+/// The core's part of a [`slmops_api::device::DeviceReport`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// The newest durable generation.
+    pub generation: u64,
+    /// How far the device is with it.
+    pub phase: Phase,
+    /// The model that answers.
+    pub running: Option<InstalledModel>,
+    /// The model to go back to.
+    pub previous: Option<InstalledModel>,
+    /// Manifests that failed here, in any configuration.
+    pub rejected: Vec<Rejection>,
+    /// The latest probe results of the running model.
+    pub probes: Vec<ProbeResult>,
+    /// Read back from the running engine.
+    pub effective: Option<EffectiveConfig>,
+}
+
+impl Snapshot {
+    /// Whether more than the progress of a download differs.
+    pub(super) fn differs_in_substance(&self, other: &Self) -> bool {
+        let downloading = |phase: &Phase| matches!(phase, Phase::Downloading { .. });
+        let same_phase =
+            self.phase == other.phase || (downloading(&self.phase) && downloading(&other.phase));
+        !same_phase || Self { phase: other.phase.clone(), ..self.clone() } != *other
+    }
+}
+
+/// What a person on the device may ask.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Status {
+    /// As reported to the hub; absent while the ledger's model is being loaded.
+    pub snapshot: Option<Snapshot>,
+    /// The hub's reason for what it wants, in words.
+    pub reason: Option<String>,
+    /// Whether the latest poll was answered.
+    pub hub_answers: bool,
+    /// Whether the latest report did not arrive.
+    pub report_failing: bool,
+    /// When what is in the way is tried again.
+    pub retry_at: Option<Millis>,
+}
+
+impl<R: Rng> Core<R> {
+    /// The state for people.
+    pub fn status(&self) -> Status {
+        Status {
+            snapshot: self.snapshot(),
+            reason: self.desired.as_ref().map(|desired| desired.reason.clone()),
+            hub_answers: self.hub_answers,
+            report_failing: self.report.failed.is_some(),
+            retry_at: match &self.step {
+                Step::Pause { until, .. } => Some(*until),
+                Step::Settled => self.restore_at,
+                _ => None,
+            },
+        }
+    }
+
+    /// The deployment that answers requests, if one does.
+    pub fn serving(&self) -> Option<&Deployment> {
+        self.serving.as_ref().map(|serving| &serving.deployment)
+    }
+
+    /// None while it is not yet known what serves.
+    pub(super) fn snapshot(&self) -> Option<Snapshot> {
+        let phase = self.phase()?;
+        let up = self.serving.as_ref().filter(|serving| serving.up);
+        let rejected =
+            self.saved.rejected.iter().filter(|rejected| rejected.scope == Scope::Manifest);
+        Some(Snapshot {
+            generation: self.saved.generation,
+            phase,
+            running: up.map(|serving| serving.deployment.model.clone()),
+            previous: self.saved.previous.as_ref().map(|previous| previous.model.clone()),
+            rejected: rejected.map(|rejected| rejected.rejection.clone()).collect(),
+            probes: up.map(|serving| serving.probes.clone()).unwrap_or_default(),
+            effective: up.map(|serving| serving.effective.clone()),
+        })
+    }
+
+    fn phase(&self) -> Option<Phase> {
+        let waits_for_ledger = matches!(
+            self.step,
+            Step::Settled | Step::Mark { .. } | Step::Commit { .. } | Step::Confirm
+        );
+        if let Some(cause) = self.save.failed
+            && waits_for_ledger
+            && self.dirty()
+        {
+            return Some(Phase::Waiting { cause });
+        }
+        Some(match &self.step {
+            Step::Restore(_) => return None,
+            Step::Settled => return self.settled_phase(),
+            Step::Pause { cause: Some(cause), .. } => Phase::Waiting { cause: *cause },
+            Step::Pause { resume: Resume::ProbeLive, .. } => Phase::Activated,
+            Step::Pause { resume: Resume::Fetch | Resume::Download, target, .. }
+            | Step::Fetch { target, .. } => {
+                Phase::Downloading { done_bytes: 0, total_bytes: target.total_bytes() }
+            }
+            Step::Download { done_bytes, total_bytes, .. } => {
+                Phase::Downloading { done_bytes: *done_bytes, total_bytes: *total_bytes }
+            }
+            Step::Pause { resume: Resume::Verify, .. } | Step::Verify { .. } => Phase::Downloaded,
+            Step::Pause { resume: Resume::Mark, .. } | Step::Mark { .. } | Step::Stage { .. } => {
+                Phase::Verified
+            }
+            Step::Probe { .. } | Step::Commit { .. } | Step::Activate { .. } => Phase::Staged,
+            Step::ProbeLive { .. } | Step::Confirm => Phase::Activated,
+        })
+    }
+
+    fn settled_phase(&self) -> Option<Phase> {
+        if !self.booted {
+            return None;
+        }
+        if self.serving.is_none()
+            && let Some(failure) = &self.restore_failure
+        {
+            return Some(Phase::RolledBack { failure: failure.clone() });
+        }
+        let serves_current =
+            self.serving.as_ref().map(|serving| &serving.deployment) == self.saved.current.as_ref();
+        Some(match &self.saved.outcome {
+            _ if !serves_current => Phase::Waiting { cause: WaitCause::Storage },
+            None => Phase::Idle,
+            Some(Outcome::Confirmed) => Phase::Confirmed,
+            Some(Outcome::RolledBack { failure }) => Phase::RolledBack { failure: failure.clone() },
+        })
+    }
+}
