@@ -62,4 +62,4 @@ install: build ## Installs slm and slm-agent into PREFIX/bin (default ~/.local/b
 
 .PHONY: generate
 generate: ## Rewrites the generated files (docs/cli.md, snapshots)
-	SLM_REGENERATE=1 cargo nextest run --release -p slmops-cli
+	SLM_REGENERATE=1 TRYCMD=overwrite cargo nextest run --release -p slmops-cli

@@ -1,0 +1,339 @@
+//! `slm device`.
+
+use std::collections::BTreeMap;
+
+use clap::Subcommand;
+use reqwest::Method;
+use serde::Serialize;
+use slmops_api::SiteName;
+use slmops_api::device::{
+    Device as DeviceFacts, DeviceEvent, Failure as DeviceFailure, Invitation, NewInvitation, Phase,
+    WaitCause,
+};
+
+use super::Session;
+use crate::error::{Failure, Result};
+use crate::output::{fields, table};
+use crate::units;
+
+/// Devices.
+#[derive(Debug, Subcommand)]
+pub enum Device {
+    /// Make a one-time invitation; its text is the secret that a device joins with
+    #[command(
+        after_help = "Example:\n  $ slm device invite --site berlin-3 > invite.txt\n  $ slm-agent join invite.txt --state /var/lib/slm-agent      (on the device)"
+    )]
+    Invite {
+        /// The site of the device that joins
+        #[arg(long)]
+        site: Option<SiteName>,
+        /// A label of the device that joins, as key=value; may be repeated
+        #[arg(long = "label", value_parser = parse_label, value_name = "KEY=VALUE")]
+        labels: Vec<(String, String)>,
+        /// How long it works
+        #[arg(long, value_parser = units::parse_seconds, value_name = "TIME", default_value = "1d")]
+        valid: u64,
+    },
+    /// List the devices with what each runs
+    #[command(after_help = "Example:\n  $ slm device list --output json | jq '.[].name'")]
+    List,
+    /// Show one device: facts, model, configuration, history
+    #[command(after_help = "Example:\n  $ slm device show till-7")]
+    Show {
+        /// Its name or id
+        device: String,
+    },
+    /// Show every effective setting with the layer that set it, and which variant fits
+    #[command(after_help = "Example:\n  $ slm device explain till-7")]
+    Explain {
+        /// Its name or id
+        device: String,
+    },
+    /// Set labels (key=value), remove them (key=) or move the device to a site
+    #[command(after_help = "Example:\n  $ slm device label till-7 floor=2 --site berlin-3")]
+    Label {
+        /// Its name or id
+        device: String,
+        /// Labels to set, as key=value; `key=` removes one
+        #[arg(value_parser = parse_label, value_name = "KEY=VALUE")]
+        labels: Vec<(String, String)>,
+        /// The site
+        #[arg(long)]
+        site: Option<SiteName>,
+    },
+    /// Shut a device out: its key no longer opens anything
+    #[command(after_help = "Example:\n  $ slm device revoke till-7")]
+    Revoke {
+        /// Its name or id
+        device: String,
+    },
+}
+
+fn parse_label(given: &str) -> Result<(String, String), String> {
+    let (key, value) = given
+        .split_once('=')
+        .ok_or_else(|| format!("`{given}` is not a label: write key=value"))?;
+    let good = |text: &str| {
+        text.len() <= 128 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-/".contains(&b))
+    };
+    if key.is_empty() || !good(key) || !good(value) {
+        return Err(format!(
+            "`{given}` is not a label: use letters, digits, '.', '_', '-' and '/'"
+        ));
+    }
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+/// `PATCH /v1/devices/{id}`.
+#[derive(Serialize)]
+struct Change {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    labels: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    site: Option<SiteName>,
+}
+
+impl Device {
+    pub(crate) async fn run(self, session: &Session) -> Result<()> {
+        let hub = session.hub()?;
+        match self {
+            Self::Invite { site, labels, valid } => {
+                let body = NewInvitation {
+                    labels: labels.into_iter().collect(),
+                    site,
+                    valid_s: Some(valid),
+                };
+                let invitation: Invitation =
+                    hub.call(Method::POST, "/v1/invitations", &body, "invite a device").await?;
+                session.progress.say(format!(
+                    "Good for one device until {}. Give it to the device as a file or on stdin:\n  \
+                     slm-agent join invite.txt --state DIR",
+                    super::time(invitation.expires_at)
+                ));
+                session.out.show(&invitation, || invitation.text.clone())
+            }
+            Self::List => {
+                let devices: Vec<DeviceFacts> = hub.list("/v1/devices", "list the devices").await?;
+                session.out.show(&devices, || {
+                    let rows = devices.iter().map(row);
+                    table(&["name", "class", ">memory", "runs", "state", "seen"], rows)
+                })
+            }
+            Self::Show { device } => {
+                let name = super::segment(&device)?;
+                let what = format!("show the device `{name}`");
+                let facts: DeviceFacts = hub.get(&format!("/v1/devices/{name}"), &what).await?;
+                if session.out.is_json() {
+                    return session.out.show(&facts, String::new);
+                }
+                let history: Vec<DeviceEvent> =
+                    hub.list(&format!("/v1/devices/{name}/history"), &what).await?;
+                session.out.show(&facts, || show(&facts, &history))
+            }
+            Self::Explain { device } => super::blueprint::explain(session, &device).await,
+            Self::Label { device, labels, site } => {
+                let name = super::segment(&device)?;
+                if labels.is_empty() && site.is_none() {
+                    return Err(Failure::user("nothing to change")
+                        .hint(format!("slm device label {name} key=value")));
+                }
+                let what = format!("label the device `{name}`");
+                let path = format!("/v1/devices/{name}");
+                let labels = if labels.is_empty() {
+                    None
+                } else {
+                    let facts: DeviceFacts = hub.get(&path, &what).await?;
+                    let mut all = facts.labels;
+                    // The hub derives these by itself.
+                    for derived in ["site", "name", "id"] {
+                        all.remove(derived);
+                    }
+                    if !labels.iter().any(|(key, _)| key == "class") {
+                        all.remove("class");
+                    }
+                    for (key, value) in labels {
+                        if value.is_empty() {
+                            all.remove(&key);
+                        } else {
+                            all.insert(key, value);
+                        }
+                    }
+                    Some(all)
+                };
+                let body = Change { labels, site };
+                hub.send(hub.request(Method::PATCH, &path).json(&body), &what).await?;
+                session.out.done(&format!("device {name} is changed"))
+            }
+            Self::Revoke { device } => {
+                let name = super::segment(&device)?;
+                let what = format!("revoke the device `{name}`");
+                hub.act(Method::DELETE, &format!("/v1/devices/{name}"), &what).await?;
+                session.out.done(&format!("device {name} is revoked"))
+            }
+        }
+    }
+}
+
+fn row(device: &DeviceFacts) -> Vec<String> {
+    vec![
+        device.name.clone(),
+        device.class.to_string(),
+        units::bytes(device.facts.memory_budget_bytes),
+        running(device),
+        state(device),
+        units::ago(device.last_seen),
+    ]
+}
+
+fn running(device: &DeviceFacts) -> String {
+    let model = device.report.as_ref().and_then(|report| report.running.as_ref());
+    model.map_or_else(
+        || "nothing".to_owned(),
+        |m| format!("{} {} {}", m.model, m.version, m.variant),
+    )
+}
+
+/// A device's state in words.
+pub fn state(device: &DeviceFacts) -> String {
+    if device.revoked {
+        return "revoked".to_owned();
+    }
+    match &device.report {
+        None => "not heard of yet".to_owned(),
+        Some(report) => phase(&report.phase),
+    }
+}
+
+/// A phase in words.
+pub fn phase(phase: &Phase) -> String {
+    match phase {
+        Phase::Idle => "idle".to_owned(),
+        Phase::Downloading { done_bytes, total_bytes } => {
+            format!("downloading {} of {}", units::bytes(*done_bytes), units::bytes(*total_bytes))
+        }
+        Phase::Downloaded => "downloaded".to_owned(),
+        Phase::Verified => "verified".to_owned(),
+        Phase::Staged => "staged, being probed".to_owned(),
+        Phase::Activated => "activated".to_owned(),
+        Phase::Confirmed => "confirmed".to_owned(),
+        Phase::RolledBack { failure } => format!("rolled back: {}", failure_text(failure)),
+        Phase::Waiting { cause } => match cause {
+            WaitCause::Network => "waits for the network".to_owned(),
+            WaitCause::DiskFull => "waits: the disk is full".to_owned(),
+            WaitCause::Storage => "waits: its state folder cannot be written".to_owned(),
+        },
+    }
+}
+
+/// A failure in words.
+pub fn failure_text(failure: &DeviceFailure) -> String {
+    match failure {
+        DeviceFailure::Probes { results } => {
+            let failed: Vec<&str> =
+                results.iter().filter(|r| !r.passed).map(|r| r.name.as_str()).collect();
+            format!("{} of {} probes failed ({})", failed.len(), results.len(), failed.join(", "))
+        }
+        DeviceFailure::Load => "the engine could not load it".to_owned(),
+        DeviceFailure::Crash => "its worker died".to_owned(),
+        DeviceFailure::Signature => "its signature is not trusted here".to_owned(),
+        DeviceFailure::Digest => "its bytes are not what their digest says".to_owned(),
+        DeviceFailure::Package => "its package is not understood".to_owned(),
+        DeviceFailure::Configuration { settings } => {
+            format!("the engine did not honour {}", settings.join(", "))
+        }
+        DeviceFailure::Memory { measured_bytes, budget_bytes } => format!(
+            "it took {} of memory, the device offers {}",
+            units::bytes(*measured_bytes),
+            units::bytes(*budget_bytes)
+        ),
+        DeviceFailure::Timeout => "it was not confirmed in time".to_owned(),
+    }
+}
+
+fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
+    let facts = &device.facts;
+    let mut head = vec![
+        ("device", format!("{} ({})", device.name, device.id)),
+        ("class", device.class.to_string()),
+        ("site", device.site.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string)),
+        ("state", state(device)),
+        ("runs", running(device)),
+        ("reason", device.desired.reason.clone()),
+        ("endpoint", facts.endpoint.clone().unwrap_or_else(|| "none yet".to_owned())),
+        ("machine", format!("{}, {} cores, {}", facts.cpu, facts.cores, facts.arch)),
+        ("kernel", facts.kernel.clone()),
+        (
+            "memory",
+            format!(
+                "{} for models, of {}",
+                units::bytes(facts.memory_budget_bytes),
+                units::bytes(facts.memory_bytes)
+            ),
+        ),
+        ("disk", format!("{} free", units::bytes(facts.disk_free_bytes))),
+        ("agent", format!("{}; {}", facts.agent_version, facts.engine)),
+        ("enrolled", super::time(device.enrolled_at)),
+        ("last seen", units::ago(device.last_seen)),
+    ];
+    if let Some(report) = &device.report {
+        let telemetry = &report.telemetry;
+        head.push((
+            "use",
+            format!(
+                "{} requests, {} failed, {} tokens, {:.1} tokens/s, first token {:.0} ms",
+                telemetry.requests,
+                telemetry.errors,
+                telemetry.generated_tokens,
+                telemetry.tokens_per_s,
+                telemetry.time_to_first_token_ms
+            ),
+        ));
+        head.push((
+            "worker",
+            format!(
+                "{} now, {} at its peak; {} crashes",
+                units::bytes(telemetry.worker_memory_bytes),
+                units::bytes(telemetry.worker_peak_memory_bytes),
+                telemetry.worker_crashes
+            ),
+        ));
+        head.push(("downloaded", units::bytes(telemetry.downloaded_bytes)));
+        if let Some(effective) = &report.effective {
+            head.push((
+                "engine says",
+                format!(
+                    "context {}, {} parallel, {} threads, batch {}, KV {}, flash attention {}",
+                    effective.context_tokens,
+                    effective.parallel,
+                    effective.threads,
+                    effective.batch_tokens,
+                    super::word(&effective.kv_type),
+                    if effective.flash_attention { "on" } else { "off" },
+                ),
+            ));
+        }
+    }
+    let mut text = fields(&head);
+    if !history.is_empty() {
+        text.push_str("\n\nHistory:\n");
+        let rows = history.iter().map(|event| {
+            vec![super::time(event.at), event.generation.to_string(), event.what.clone()]
+        });
+        text.push_str(&table(&["when", ">generation", "what"], rows));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_read_and_nonsense_is_refused() {
+        assert_eq!(parse_label("floor=2"), Ok(("floor".to_owned(), "2".to_owned())));
+        assert_eq!(parse_label("floor="), Ok(("floor".to_owned(), String::new())));
+        for bad in ["floor", "=2", "a b=c", "a=b c"] {
+            assert!(parse_label(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! `slm release`.
+
+use clap::Subcommand;
+use semver::Version;
+use slmops_api::ModelName;
+use slmops_api::model::Release as ReleaseFacts;
+
+use super::Session;
+use crate::error::Result;
+use crate::output::{fields, table};
+use crate::ship::report;
+use crate::units;
+
+/// Releases.
+#[derive(Debug, Subcommand)]
+pub enum Release {
+    /// List releases
+    #[command(after_help = "Example:\n  $ slm release list smollm2-135m-instruct")]
+    List {
+        /// Only those of this model
+        model: Option<ModelName>,
+    },
+    /// Show one release: its variants, what was measured, what the gate said
+    #[command(after_help = "Example:\n  $ slm release show smollm2-135m-instruct 1.0.0")]
+    Show {
+        /// The model
+        model: ModelName,
+        /// The version
+        version: Version,
+    },
+}
+
+impl Release {
+    pub(crate) async fn run(self, session: &Session) -> Result<()> {
+        let hub = session.hub()?;
+        match self {
+            Self::List { model } => {
+                let mut releases: Vec<ReleaseFacts> =
+                    hub.list("/v1/releases", "list the releases").await?;
+                releases
+                    .retain(|one| model.as_ref().is_none_or(|model| one.release.model == *model));
+                session.out.show(&releases, || {
+                    let rows = releases.iter().map(|one| {
+                        let variants: Vec<&str> =
+                            one.release.variants.iter().map(|v| v.name.as_str()).collect();
+                        let gate = match &one.release.gate_override {
+                            Some(_) => "overridden".to_owned(),
+                            None => report::worst(&one.release.variants),
+                        };
+                        vec![
+                            one.release.model.to_string(),
+                            one.release.version.to_string(),
+                            variants.join(" "),
+                            gate,
+                            super::time(one.created_at),
+                            one.created_by.clone(),
+                        ]
+                    });
+                    table(&["model", "version", "variants", "gate", "created", "by"], rows)
+                })
+            }
+            Self::Show { model, version } => {
+                let what = format!("show the release {model} {version}");
+                let release: ReleaseFacts =
+                    hub.get(&format!("/v1/releases/{model}/{version}"), &what).await?;
+                session.out.show(&release, || show(&release))
+            }
+        }
+    }
+}
+
+fn show(release: &ReleaseFacts) -> String {
+    let mut head = vec![
+        ("release", format!("{} {}", release.release.model, release.release.version)),
+        ("created", format!("{} by {}", super::time(release.created_at), release.created_by)),
+        ("original", release.release.original.to_string()),
+        ("signed by", release.release.key.to_string()),
+    ];
+    if let Some(forced) = &release.release.gate_override {
+        head.push(("gate", format!("overridden: {}", forced.reason)));
+    }
+    let mut text = fields(&head);
+    text.push_str("\n\n");
+    text.push_str(&report::variants_table(&release.release.variants));
+    for variant in &release.release.variants {
+        if let Some(gate) = &variant.gate {
+            text.push_str(&format!(
+                "\n\n{} gate: {}\n",
+                variant.name,
+                report::verdict(gate.verdict)
+            ));
+            text.push_str(&report::gate_table(gate));
+        }
+    }
+    text.push_str("\n\nManifests in the hub's registry:");
+    for variant in &release.release.variants {
+        text.push_str(&format!(
+            "\n  {}@{}  {} ({})",
+            release.release.model,
+            variant.manifest,
+            variant.name,
+            units::bytes(variant.size_bytes)
+        ));
+    }
+    text
+}

@@ -1,0 +1,416 @@
+//! `slm rollout`.
+
+use std::time::Duration;
+
+use clap::Subcommand;
+use reqwest::Method;
+use semver::Version;
+use slmops_api::rollout::{
+    NewRollout, Outcome, Rollout as RolloutFacts, RolloutPolicy, RolloutState, WaveSize,
+};
+use slmops_api::selector::Selector;
+use slmops_api::{ModelName, RolloutId};
+
+use super::Session;
+use crate::client::Hub;
+use crate::error::{Exit, Failure, Result};
+use crate::output::{fields, print, table};
+use crate::units;
+
+/// How often a followed rollout is looked at.
+pub const FOLLOW_INTERVAL: Duration = Duration::from_millis(400);
+
+/// Rollouts.
+#[derive(Debug, Subcommand)]
+pub enum Rollout {
+    /// Start rolling a release out
+    #[command(
+        after_help = "Example:\n  $ slm rollout start smollm2-135m-instruct 1.1.0 --to class=small --waves 1,25%,rest --bake 10m"
+    )]
+    Start {
+        /// The model
+        model: ModelName,
+        /// The release
+        version: Version,
+        /// Which devices, and how
+        #[command(flatten)]
+        policy: PolicyArgs,
+        /// Stay until it is over
+        #[arg(long)]
+        watch: bool,
+    },
+    /// List rollouts, newest first
+    #[command(after_help = "Example:\n  $ slm rollout list")]
+    List,
+    /// Show how far a rollout is
+    #[command(after_help = "Example:\n  $ slm rollout status --watch")]
+    Status {
+        /// The rollout; the newest if absent
+        id: Option<RolloutId>,
+        /// Stay until it is over
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Print every decision with the evidence behind it
+    #[command(after_help = "Example:\n  $ slm rollout why")]
+    Why {
+        /// The rollout; the newest if absent
+        id: Option<RolloutId>,
+    },
+    /// Start no further device; those that have started go on
+    #[command(after_help = "Example:\n  $ slm rollout pause")]
+    Pause {
+        /// The rollout; the newest if absent
+        id: Option<RolloutId>,
+    },
+    /// Go on with a paused or halted rollout
+    #[command(after_help = "Example:\n  $ slm rollout resume")]
+    Resume {
+        /// The rollout; the newest if absent
+        id: Option<RolloutId>,
+    },
+    /// End a rollout where it stands
+    #[command(after_help = "Example:\n  $ slm rollout abort")]
+    Abort {
+        /// The rollout; the newest if absent
+        id: Option<RolloutId>,
+    },
+    /// Take a rollout back: its devices get a new generation that names their model before
+    #[command(after_help = "Example:\n  $ slm rollout rollback")]
+    Rollback {
+        /// The rollout; the newest if absent
+        id: Option<RolloutId>,
+    },
+}
+
+/// Which devices, in which waves.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PolicyArgs {
+    /// Which devices: `all`, or terms such as class=small|large and site!=berlin, joined by commas
+    #[arg(long, default_value = "all", value_name = "SELECTOR")]
+    pub to: Selector,
+    /// The waves in order: numbers of devices, shares, and `rest`
+    #[arg(long, default_value = "1,rest", value_parser = parse_waves, value_name = "WAVES")]
+    pub waves: Waves,
+    /// Failed devices that a wave tolerates; one more halts the rollout
+    #[arg(long, default_value_t = 0, value_name = "COUNT")]
+    pub max_failures: u32,
+    /// How long a wave must stay confirmed before the next one starts
+    #[arg(long, default_value = "0s", value_parser = parse_seconds, value_name = "TIME")]
+    pub bake: u32,
+    /// How long a device has to confirm before it counts as failed
+    #[arg(long, default_value = "15m", value_parser = parse_seconds, value_name = "TIME")]
+    pub confirm_timeout: u32,
+}
+
+/// Wave sizes (a type of its own, since clap treats a bare `Vec` as a repeated option).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waves(pub Vec<WaveSize>);
+
+fn parse_waves(given: &str) -> Result<Waves, String> {
+    let one = |part: &str| match part.trim() {
+        "rest" => Some(WaveSize::Rest),
+        part => match part.strip_suffix('%') {
+            Some(share) => {
+                share.parse().ok().filter(|share| (1..=100).contains(share)).map(WaveSize::Percent)
+            }
+            None => part.parse().ok().filter(|count| *count > 0).map(WaveSize::Count),
+        },
+    };
+    let waves: Option<Vec<WaveSize>> = given.split(',').map(one).collect();
+    waves.map(Waves).ok_or_else(|| {
+        format!("`{given}` are no waves: write numbers, shares and `rest`, such as 1,25%,rest")
+    })
+}
+
+fn parse_seconds(given: &str) -> Result<u32, String> {
+    u32::try_from(units::parse_seconds(given)?).map_err(|_| format!("`{given}` is out of range"))
+}
+
+impl PolicyArgs {
+    /// As the hub wants it.
+    pub fn policy(&self) -> RolloutPolicy {
+        RolloutPolicy {
+            selector: self.to.clone(),
+            waves: self.waves.0.clone(),
+            max_failures: self.max_failures,
+            bake_s: self.bake,
+            confirm_timeout_s: self.confirm_timeout,
+        }
+    }
+}
+
+impl Rollout {
+    pub(crate) async fn run(self, session: &Session) -> Result<()> {
+        let hub = session.hub()?;
+        match self {
+            Self::Start { model, version, policy, watch } => {
+                let rollout = start(&hub, model, version, policy.policy()).await?;
+                if watch {
+                    return finish(session, &follow(session, &hub, &rollout.id).await?);
+                }
+                session.out.show(&rollout, || status(&rollout))
+            }
+            Self::List => {
+                let mut rollouts = all(&hub).await?;
+                rollouts.sort_by_key(|rollout| std::cmp::Reverse(rollout.created_at));
+                session.out.show(&rollouts, || {
+                    let rows = rollouts.iter().map(|rollout| {
+                        vec![
+                            rollout.id.to_string(),
+                            format!("{} {}", rollout.asked.model, rollout.asked.version),
+                            rollout.asked.policy.selector.to_string(),
+                            super::word(&rollout.state),
+                            tally(rollout),
+                            super::time(rollout.created_at),
+                        ]
+                    });
+                    table(&["id", "release", "to", "state", "devices", "created"], rows)
+                })
+            }
+            Self::Status { id, watch } => {
+                let id = find(&hub, id).await?.id;
+                if watch {
+                    return finish(session, &follow(session, &hub, &id).await?);
+                }
+                let rollout = get(&hub, &id).await?;
+                session.out.show(&rollout, || status(&rollout))
+            }
+            Self::Why { id } => {
+                let rollout = find(&hub, id).await?;
+                session.out.show(&rollout.decisions, || why(&rollout))
+            }
+            Self::Pause { id } => act(session, &hub, id, "pause").await,
+            Self::Resume { id } => act(session, &hub, id, "resume").await,
+            Self::Abort { id } => act(session, &hub, id, "abort").await,
+            Self::Rollback { id } => act(session, &hub, id, "rollback").await,
+        }
+    }
+}
+
+/// Creates a rollout.
+pub async fn start(
+    hub: &Hub,
+    model: ModelName,
+    version: Version,
+    policy: RolloutPolicy,
+) -> Result<RolloutFacts> {
+    let what = format!("roll {model} {version} out");
+    let body = NewRollout { model, version, policy };
+    hub.call(Method::POST, "/v1/rollouts", &body, &what).await
+}
+
+async fn all(hub: &Hub) -> Result<Vec<RolloutFacts>> {
+    hub.list("/v1/rollouts", "list the rollouts").await
+}
+
+async fn get(hub: &Hub, id: &RolloutId) -> Result<RolloutFacts> {
+    hub.get(&format!("/v1/rollouts/{id}"), &format!("show the rollout {id}")).await
+}
+
+/// The rollout that is meant: the newest, unless one is named.
+pub async fn find(hub: &Hub, id: Option<RolloutId>) -> Result<RolloutFacts> {
+    match id {
+        Some(id) => get(hub, &id).await,
+        None => {
+            all(hub).await?.into_iter().max_by_key(|rollout| rollout.created_at).ok_or_else(|| {
+                Failure::user("there is no rollout yet").hint("slm ship model.gguf --to all")
+            })
+        }
+    }
+}
+
+async fn act(session: &Session, hub: &Hub, id: Option<RolloutId>, verb: &str) -> Result<()> {
+    let id = find(hub, id).await?.id;
+    hub.act(
+        Method::POST,
+        &format!("/v1/rollouts/{id}/{verb}"),
+        &format!("{verb} the rollout {id}"),
+    )
+    .await?;
+    let rollout = get(hub, &id).await?;
+    session.out.show(&rollout, || status(&rollout))
+}
+
+/// Prints each change of a rollout until it is over or halted.
+/// Ctrl-C leaves it running and says how to look again.
+pub async fn follow(session: &Session, hub: &Hub, id: &RolloutId) -> Result<RolloutFacts> {
+    let say = |line: String| session.progress.say(line);
+    let mut told_decisions = 0;
+    let mut told_devices = std::collections::BTreeMap::new();
+    let mut lost = 0_u32;
+    let stage = session.progress.stage(format!("rollout {id}"));
+    loop {
+        match get(hub, id).await {
+            // The hub may be restarting: rollouts live in its database, not in this connection.
+            Err(failure) if lost < 50 => {
+                lost += 1;
+                if lost == 1 {
+                    say(format!("  … {}", failure.line()));
+                }
+            }
+            Err(failure) => return Err(failure),
+            Ok(rollout) => {
+                lost = 0;
+                for decision in rollout.decisions.iter().skip(told_decisions) {
+                    say(format!("  → {}", decision.what));
+                    for line in &decision.because {
+                        say(format!("      {line}"));
+                    }
+                }
+                told_decisions = told_decisions.max(rollout.decisions.len());
+                for device in &rollout.devices {
+                    let line = outcome(&device.outcome);
+                    let before = told_devices.insert(device.device.clone(), line.clone());
+                    let was_pending = before.is_none() && device.outcome == Outcome::Pending;
+                    if before.as_ref() != Some(&line) && !was_pending {
+                        let variant =
+                            device.variant.as_ref().map(|v| format!(" ({v})")).unwrap_or_default();
+                        say(format!("  • {}{variant}: {line}", device.name));
+                    }
+                }
+                stage.note(&rollout.waiting_for);
+                if rollout.state.is_final() || rollout.state == RolloutState::Halted {
+                    return Ok(rollout);
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(FOLLOW_INTERVAL) => {}
+            _ = tokio::signal::ctrl_c() => {
+                return Err(Failure::user(format!("stopped looking; the rollout {id} goes on"))
+                    .hint(format!("slm rollout status {id} --watch")));
+            }
+        }
+    }
+}
+
+/// Shows where a rollout ended; anything but completion is a failure of the command.
+pub fn finish(session: &Session, rollout: &RolloutFacts) -> Result<()> {
+    session.out.show(rollout, || status(rollout))?;
+    let id = &rollout.id;
+    match rollout.state {
+        RolloutState::Completed => Ok(()),
+        RolloutState::Halted => {
+            let failure = Failure::user(format!("the rollout {id} was halted"));
+            Err(failure.exit(Exit::Gate).hint(format!("slm rollout why {id}")))
+        }
+        state => Err(Failure::user(format!("the rollout {id} is {}", super::word(&state)))
+            .hint(format!("slm rollout why {id}"))),
+    }
+}
+
+fn tally(rollout: &RolloutFacts) -> String {
+    let count = |wanted: fn(&Outcome) -> bool| {
+        rollout.devices.iter().filter(|device| wanted(&device.outcome)).count()
+    };
+    let confirmed = count(|outcome| *outcome == Outcome::Confirmed);
+    let failed = count(|outcome| matches!(outcome, Outcome::Failed { .. }));
+    let mut text = format!("{confirmed}/{} confirmed", rollout.devices.len());
+    if failed > 0 {
+        text.push_str(&format!(", {failed} failed"));
+    }
+    text
+}
+
+/// A rollout as text.
+pub fn status(rollout: &RolloutFacts) -> String {
+    let mut text = fields(&[
+        ("rollout", rollout.id.to_string()),
+        ("release", format!("{} {}", rollout.asked.model, rollout.asked.version)),
+        ("to", rollout.asked.policy.selector.to_string()),
+        ("state", super::word(&rollout.state)),
+        ("wave", format!("{} of {}", rollout.current_wave + 1, rollout.waves)),
+        ("waits for", or_nothing(&rollout.waiting_for)),
+    ]);
+    text.push_str("\n\n");
+    let rows = rollout.devices.iter().map(|device| {
+        vec![
+            (device.wave + 1).to_string(),
+            device.name.clone(),
+            device.variant.as_ref().map_or_else(|| "none".to_owned(), ToString::to_string),
+            outcome(&device.outcome),
+            device.fit.clone(),
+        ]
+    });
+    text.push_str(&table(&[">wave", "device", "variant", "state", "why this variant"], rows));
+    text
+}
+
+fn or_nothing(text: &str) -> String {
+    if text.is_empty() { "nothing".to_owned() } else { text.to_owned() }
+}
+
+/// Every decision with its evidence.
+pub fn why(rollout: &RolloutFacts) -> String {
+    let mut lines = vec![format!(
+        "rollout {} of {} {}: {}",
+        rollout.id,
+        rollout.asked.model,
+        rollout.asked.version,
+        super::word(&rollout.state)
+    )];
+    for decision in &rollout.decisions {
+        lines.push(format!("{}  {}", super::time(decision.at), decision.what));
+        lines.extend(decision.because.iter().map(|line| format!("    {line}")));
+    }
+    for device in &rollout.devices {
+        if let Outcome::Failed { failure: slmops_api::device::Failure::Probes { results } } =
+            &device.outcome
+        {
+            lines.push(format!("probes on {}:", device.name));
+            for result in results {
+                lines.push(format!(
+                    "    {} {}: {} (at least {:.3})",
+                    if result.passed { "passed" } else { "FAILED" },
+                    result.name,
+                    result.value.map_or_else(|| "no value".to_owned(), |v| format!("{v:.3}")),
+                    result.floor
+                ));
+            }
+        }
+    }
+    if !rollout.waiting_for.is_empty() {
+        lines.push(format!("now it waits for {}", rollout.waiting_for));
+    }
+    lines.join("\n")
+}
+
+/// An outcome in words.
+pub fn outcome(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Pending => "not told yet".to_owned(),
+        Outcome::Updating => "updating".to_owned(),
+        Outcome::Confirmed => "confirmed".to_owned(),
+        Outcome::Failed { failure } => {
+            format!("failed: {}", super::device::failure_text(failure))
+        }
+        Outcome::NoFit { smallest_bytes, budget_bytes } => format!(
+            "no variant fits: smallest needs {}, device offers {}",
+            units::bytes(*smallest_bytes),
+            units::bytes(*budget_bytes)
+        ),
+        Outcome::Quarantined => "left out: this model failed here before".to_owned(),
+    }
+}
+
+/// Prints the evidence of a halted rollout on stderr, for commands that go on.
+pub fn print_why(rollout: &RolloutFacts) -> Result<()> {
+    print(&why(rollout))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waves_are_read_and_nonsense_is_refused() {
+        assert_eq!(
+            parse_waves("1,25%,rest"),
+            Ok(Waves(vec![WaveSize::Count(1), WaveSize::Percent(25), WaveSize::Rest]))
+        );
+        for bad in ["", "0", "101%", "0%", "1,,rest", "all", "-1"] {
+            assert!(parse_waves(bad).is_err(), "{bad}");
+        }
+    }
+}
