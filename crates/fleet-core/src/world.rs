@@ -41,6 +41,18 @@ pub struct FleetDevice {
 }
 
 impl FleetDevice {
+    /// The generation of the next thing it is told: above all that it was told or says it has seen
+    /// (more than the hub knows of when the hub was restored from a backup).
+    pub fn next_generation(&self) -> u64 {
+        let seen = self.report.as_ref().map_or(0, |report| report.generation);
+        self.desired.generation.max(seen).saturating_add(1)
+    }
+
+    /// Whether it has seen a generation that the hub does not know of.
+    pub fn is_ahead(&self) -> bool {
+        self.report.as_ref().is_some_and(|report| report.generation > self.desired.generation)
+    }
+
     /// Whether this manifest failed on this very device before.
     pub fn rejected(&self, manifest: &Digest) -> bool {
         let rejected = self.report.iter().flat_map(|report| &report.rejected);

@@ -1,1 +1,342 @@
 //! Runs `fleet-core` on every change and persists what it decides.
+//!
+//! A decision is one transaction: snapshot, pure function, result. Handlers run the operator's
+//! commands through [`Engine::create_rollout`] and [`Engine::command`]; the task in [`Engine::run`]
+//! does the rest whenever it is told that something changed, or a deadline comes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde_json::json;
+use slmops_api::RolloutId;
+use slmops_api::blueprint::{Layer, StoredBlueprint};
+use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
+use slmops_api::model::DeviceClass;
+use slmops_fleet_core::blueprint::{BlueprintError, Resolved, resolve};
+use slmops_fleet_core::rollout::{self, Command, Plan, RolloutRecord, Targets};
+use slmops_fleet_core::world::{FleetDevice, World};
+use tokio::sync::Notify;
+use tokio::sync::watch;
+
+use crate::events::{Board, Events};
+use crate::store::{AuditDraft, By, Snapshot, Store, StoreError, StoredDevice, Transition};
+
+/// How often the engine looks even if nothing happened.
+const HEARTBEAT: Duration = Duration::from_secs(30);
+/// How often "last seen" is written.
+const WRITE_SEEN_EVERY: Duration = Duration::from_secs(10);
+/// After a failed decision the engine waits this long.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Decisions in a row without a pause; more would mean that they do not settle.
+const MAX_ROUNDS: u32 = 16;
+
+/// The hub's decisions. Clones share it.
+#[derive(Clone)]
+pub struct Engine {
+    store: Arc<dyn Store>,
+    board: Board,
+    events: Events,
+    wake: Arc<Notify>,
+}
+
+impl Engine {
+    /// An engine over a store; [`Engine::run`] must run for devices to be told anything.
+    pub fn new(store: Arc<dyn Store>, board: Board, events: Events) -> Self {
+        Self { store, board, events, wake: Arc::default() }
+    }
+
+    /// Says that something changed. Returns at once; several calls may be one decision.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Decides until `stop` turns true.
+    pub async fn run(self, mut stop: watch::Receiver<bool>) {
+        let mut write_seen = tokio::time::interval(WRITE_SEEN_EVERY);
+        write_seen.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut next = Duration::ZERO;
+        loop {
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep(next) => {}
+                _ = write_seen.tick() => {
+                    self.write_seen().await;
+                    continue;
+                }
+                () = stopped(&mut stop) => break,
+            }
+            next = match self.settle().await {
+                Ok(deadline) => until(deadline),
+                Err(error) => {
+                    tracing::error!(%error, "cannot decide; trying again");
+                    RETRY_AFTER
+                }
+            };
+        }
+        self.write_seen().await;
+    }
+
+    async fn write_seen(&self) {
+        let seen = self.board.take_seen();
+        if seen.is_empty() {
+            return;
+        }
+        if let Err(error) = self.store.record_seen(seen).await {
+            tracing::warn!(%error, "cannot write when devices were last seen");
+        }
+    }
+
+    /// Decides until nothing changes any more. Returns when to look again.
+    ///
+    /// # Errors
+    /// What the store says; nothing of the failed decision was changed.
+    pub async fn settle(&self) -> Result<Option<Timestamp>, StoreError> {
+        for _ in 0..MAX_ROUNDS {
+            // Most wakes change nothing: look over a read-only snapshot first.
+            let now = Timestamp::now();
+            let snapshot = self.store.snapshot(vec![]).await?;
+            let board = self.board.clone();
+            let look = tick(&snapshot, &board, now);
+            if look.is_empty() {
+                return Ok(look.deadline);
+            }
+            let board = self.board.clone();
+            let decide = move |snapshot: &Snapshot| Ok(tick(snapshot, &board, now));
+            let done = self.store.transition(By::hub(now), vec![], Box::new(decide)).await?;
+            self.publish(&done);
+        }
+        tracing::error!("decisions do not settle; going on later");
+        Ok(None)
+    }
+
+    fn publish(&self, transition: &Transition) {
+        self.board.apply(transition);
+        for record in &transition.rollouts {
+            self.events.announce("rollout", &record.rollout.id);
+        }
+        for assignment in &transition.assignments {
+            self.events.announce("device", &assignment.device);
+        }
+    }
+
+    /// Makes a rollout and starts its first wave. Asking again for what is under way gives that.
+    ///
+    /// # Errors
+    /// What `fleet-core` refuses, or what the store says.
+    pub async fn create_rollout(
+        &self,
+        by: By,
+        id: RolloutId,
+        asked: NewRollout,
+    ) -> Result<(Rollout, bool), StoreError> {
+        let board = self.board.clone();
+        let (at, actor) = (by.at, by.actor.clone());
+        let (given, wanted) = (id.clone(), asked.clone());
+        let decide = move |snapshot: &Snapshot| {
+            if under_way(snapshot, &asked).is_some() {
+                return Ok(Transition::default());
+            }
+            let devices = fleet_devices(snapshot, &board);
+            let world = world(snapshot, &devices, at);
+            let created =
+                rollout::create(id.clone(), asked.clone(), &actor, &world, &snapshot.rollouts)?;
+            let mut records = snapshot.rollouts.clone();
+            let mut forced = created.superseded;
+            forced.push(created.record);
+            replace(&mut records, &forced);
+            let plan = rollout::plan(&world, &records, Targets::new());
+            let audit = AuditDraft {
+                action: "rollout.create",
+                object: id.to_string(),
+                details: json!({
+                    "model": asked.model, "version": asked.version, "policy": asked.policy,
+                }),
+            };
+            Ok(transition(plan, forced, vec![audit]))
+        };
+        let done = self.store.transition(by, vec![], Box::new(decide)).await?;
+        self.publish(&done);
+        self.wake();
+        let new = !done.is_empty();
+        if !new {
+            let snapshot = self.store.snapshot(vec![]).await?;
+            if let Some(record) = under_way(&snapshot, &wanted) {
+                return Ok((record.rollout.clone(), false));
+            }
+        }
+        Ok((self.store.rollout(given).await?.rollout, new))
+    }
+
+    /// Carries out an operator's command on a rollout.
+    ///
+    /// # Errors
+    /// What `fleet-core` refuses, or what the store says.
+    pub async fn command(
+        &self,
+        by: By,
+        id: RolloutId,
+        command: Command,
+    ) -> Result<Rollout, StoreError> {
+        let board = self.board.clone();
+        let (at, actor) = (by.at, by.actor.clone());
+        let wanted = id.clone();
+        let decide = move |snapshot: &Snapshot| {
+            let devices = fleet_devices(snapshot, &board);
+            let world = world(snapshot, &devices, at);
+            let record = snapshot.rollouts.iter().find(|record| record.rollout.id == wanted);
+            let record = record.ok_or_else(|| StoreError::NotFound {
+                kind: "rollout",
+                name: wanted.to_string(),
+            })?;
+            let (changed, targets) = rollout::command(record, command, &actor, &world)?;
+            if changed == *record {
+                return Ok(Transition::default());
+            }
+            let mut records = snapshot.rollouts.clone();
+            let forced = vec![changed];
+            replace(&mut records, &forced);
+            let plan = rollout::plan(&world, &records, targets);
+            let audit = AuditDraft {
+                action: match command {
+                    Command::Pause => "rollout.pause",
+                    Command::Resume => "rollout.resume",
+                    Command::Abort => "rollout.abort",
+                    Command::Rollback => "rollout.rollback",
+                },
+                object: wanted.to_string(),
+                details: json!({}),
+            };
+            Ok(transition(plan, forced, vec![audit]))
+        };
+        let done = self.store.transition(by, vec![id.clone()], Box::new(decide)).await?;
+        self.publish(&done);
+        self.wake();
+        Ok(self.store.rollout(id).await?.rollout)
+    }
+}
+
+/// Waits until the hub stops, or nobody is left who could say so.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+fn until(deadline: Option<Timestamp>) -> Duration {
+    let Some(deadline) = deadline else { return HEARTBEAT };
+    let left = deadline.duration_since(Timestamp::now());
+    let left = Duration::try_from(left).unwrap_or(Duration::ZERO);
+    left.clamp(Duration::from_millis(10), HEARTBEAT)
+}
+
+fn under_way<'s>(snapshot: &'s Snapshot, asked: &NewRollout) -> Option<&'s RolloutRecord> {
+    let active =
+        |record: &&RolloutRecord| matches!(record.rollout.state, RolloutState::Running | RolloutState::Paused);
+    snapshot.rollouts.iter().filter(active).find(|record| record.rollout.asked == *asked)
+}
+
+/// One decision of the hub by itself.
+fn tick(snapshot: &Snapshot, board: &Board, now: Timestamp) -> Transition {
+    let devices = fleet_devices(snapshot, board);
+    let world = world(snapshot, &devices, now);
+    let plan = rollout::plan(&world, &snapshot.rollouts, Targets::new());
+    let known = |pair: &_| snapshot.quarantine.contains(pair);
+    let plan = Plan {
+        quarantined: plan.quarantined.into_iter().filter(|pair| !known(pair)).collect(),
+        ..plan
+    };
+    transition(plan, vec![], vec![])
+}
+
+fn replace(records: &mut Vec<RolloutRecord>, changed: &[RolloutRecord]) {
+    for record in changed {
+        match records.iter_mut().find(|known| known.rollout.id == record.rollout.id) {
+            Some(known) => *known = record.clone(),
+            None => records.push(record.clone()),
+        }
+    }
+}
+
+/// A plan as what to persist; `forced` are records to write even if the plan left them alone.
+fn transition(plan: Plan, mut forced: Vec<RolloutRecord>, audit: Vec<AuditDraft>) -> Transition {
+    replace(&mut forced, &plan.rollouts);
+    Transition {
+        rollouts: forced,
+        assignments: plan.assignments,
+        quarantined: plan.quarantined,
+        audit,
+        deadline: plan.deadline,
+    }
+}
+
+fn world<'a>(snapshot: &'a Snapshot, devices: &'a [FleetDevice], now: Timestamp) -> World<'a> {
+    World {
+        now,
+        devices,
+        releases: &snapshot.releases,
+        quarantine: &snapshot.quarantine,
+        completed: &snapshot.completed,
+    }
+}
+
+/// The devices as decisions see them.
+fn fleet_devices(snapshot: &Snapshot, board: &Board) -> Vec<FleetDevice> {
+    let mut resolved: BTreeMap<Vec<Layer>, Result<Arc<Resolved>, BlueprintError>> = BTreeMap::new();
+    let mut devices = Vec::with_capacity(snapshot.devices.len());
+    for device in &snapshot.devices {
+        let layers = layers_of(device, &snapshot.classes, &snapshot.blueprints);
+        let places: Vec<Layer> = layers.iter().map(|(place, _)| place.clone()).collect();
+        let config = resolved
+            .entry(places)
+            .or_insert_with(|| resolve(&layers).map(Arc::new))
+            .clone()
+            // Layers are checked when they are put; should they contradict each other all the same
+            // (a device moved to another class), the device stays as it is until they are mended.
+            .unwrap_or_else(|_| Arc::new(as_it_is(device)));
+        let class = device.classify(&snapshot.classes).class;
+        devices.push(FleetDevice {
+            id: device.id.clone(),
+            name: device.name.clone(),
+            labels: device.all_labels(&class),
+            class,
+            budget_bytes: device.facts.memory_budget_bytes,
+            config,
+            last_seen: board.last_seen(&device.id).unwrap_or(device.last_seen).max(device.last_seen),
+            desired: device.desired.clone(),
+            report: device.report.clone(),
+            revoked: device.revoked,
+        });
+    }
+    devices
+}
+
+fn as_it_is(device: &StoredDevice) -> Resolved {
+    Resolved {
+        model: None,
+        runtime: device.desired.runtime.clone(),
+        context_set: true,
+        confirm_timeout_s: device.desired.confirm_timeout_s,
+        frozen: true,
+        values: vec![],
+    }
+}
+
+/// The blueprint layers that apply to a device.
+pub fn layers_of(
+    device: &StoredDevice,
+    classes: &[DeviceClass],
+    blueprints: &[StoredBlueprint],
+) -> Vec<(Layer, String)> {
+    let class = device.classify(classes).class;
+    let applies = |place: &Layer| match place {
+        Layer::Fleet => true,
+        Layer::Class(name) => *name == class,
+        Layer::Site(name) => device.site.as_ref() == Some(name),
+        Layer::Device(id) => *id == device.id,
+    };
+    blueprints
+        .iter()
+        .filter(|blueprint| applies(&blueprint.place))
+        .map(|blueprint| (blueprint.place.clone(), blueprint.toml.clone()))
+        .collect()
+}

@@ -16,4 +16,4 @@ pub mod server;
 pub mod store;
 pub mod tls;
 
-pub use server::{Hub, HubConfig, RunningHub};
+pub use server::{Hub, HubConfig, HubError, RunningHub};

@@ -1,7 +1,50 @@
 //! Starting and stopping the hub.
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use axum::Router;
+use axum_server::Handle;
+use axum_server::tls_rustls::RustlsConfig;
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+use slmops_api::audit::{Role, Token};
+use slmops_api::model::DeviceClass;
+use slmops_api::DeviceId;
+use slmops_artifact::Digest;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::auth::{
+    Auth, AuthError, HubSecret, LookupError, Operator, Principals, SecretHash, new_operator_token,
+};
+use crate::db::{Database, DbError};
+use crate::durable;
+use crate::engine::Engine;
+use crate::events::{Board, Events};
+use crate::routes::{self, AppState, Metrics, NoPackages, Shared};
+use crate::store::{By, SCHEMA, SqliteStore, Store, StoreError};
+use crate::tls::{CA_CERTIFICATE_FILE, Tls, TlsError};
+
+/// The file of the first administrator's token in the data folder (mode 0600).
+pub const ADMIN_TOKEN_FILE: &str = "admin.token";
+/// The file of the secret behind device tokens in the data folder (mode 0600).
+const HUB_SECRET_FILE: &str = "hub.secret";
+/// The folder of the hub's authority in the data folder.
+const TLS_FOLDER: &str = "tls";
+/// The longest admin token file, in bytes.
+const MAX_TOKEN_FILE_BYTES: u64 = 256;
+/// How long open requests may take to end when the hub is stopped.
+const GRACE: Duration = Duration::from_secs(3);
+/// Classes of a fleet that has none: name, least memory budget, quantisation, description.
+const DEFAULT_CLASSES: [(&str, u64, &str, &str); 3] = [
+    ("large", 256 << 20, "Q8_0", "devices with room for the best variant"),
+    ("medium", 192 << 20, "Q4_K_M", "devices with room for a good variant"),
+    ("small", 0, "Q2_K", "devices that need the smallest variant"),
+];
 
 /// How the hub is started.
 #[derive(Clone, Debug)]
@@ -18,8 +61,322 @@ pub struct HubConfig {
     pub public_url: Option<String>,
 }
 
+/// Why the hub does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// Nothing to listen on.
+    #[error("the hub has no address to listen on\nhint: give --listen, --http, or both")]
+    NoAddress,
+    /// Plain HTTP on an address that others can reach.
+    #[error(
+        "plain HTTP on {0} could be read by others on the network\nhint: plain HTTP is for loopback addresses such as 127.0.0.1; use HTTPS (--listen) for others"
+    )]
+    PlainHttp(SocketAddr),
+    /// The address is in use or not this machine's.
+    #[error(
+        "listen on {address}: {source}\nhint: another program may use the port; choose another one, or port 0 for any free one"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A file of the data folder cannot be read or written.
+    #[error("{}: {source}\nhint: check the owner and mode of the data folder", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The database cannot be used.
+    #[error(transparent)]
+    Db(#[from] DbError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The certificate authority cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The secret behind device tokens cannot be used.
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+    /// A listener ended.
+    #[error("serve {address}: {source}")]
+    Serve {
+        /// The address.
+        address: SocketAddr,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
 /// The hub.
 pub struct Hub;
 
-/// A started hub.
-pub struct RunningHub {}
+/// A started hub. It runs until [`RunningHub::stop`]; dropping it stops it without waiting.
+pub struct RunningHub {
+    /// Where HTTPS answers.
+    pub https: Option<SocketAddr>,
+    /// Where plain HTTP answers.
+    pub http: Option<SocketAddr>,
+    /// The URL that invitations name.
+    pub url: String,
+    /// The certificate of the hub's authority, for clients.
+    pub ca_file: PathBuf,
+    /// The digest of that certificate, which invitations pin.
+    pub ca: Digest,
+    /// The first administrator's token.
+    pub admin_token_file: PathBuf,
+    /// Whether this start made the data folder's content.
+    pub first_start: bool,
+    handles: Vec<Handle<SocketAddr>>,
+    listeners: Vec<JoinHandle<Result<(), HubError>>>,
+    engine: Option<JoinHandle<()>>,
+    stop: watch::Sender<bool>,
+}
+
+impl Hub {
+    /// Starts a hub on `config.data_dir`: opens (or makes) the database, the certificate authority
+    /// and the administrator's token, then listens. When this returns, requests are answered.
+    ///
+    /// # Errors
+    /// [`HubError`]; nothing listens then.
+    pub async fn start(config: HubConfig) -> Result<RunningHub, HubError> {
+        if let Some(address) = config.http
+            && !address.ip().to_canonical().is_loopback()
+        {
+            return Err(HubError::PlainHttp(address));
+        }
+        if config.listen.is_none() && config.http.is_none() {
+            return Err(HubError::NoAddress);
+        }
+        let folder = config.data_dir.clone();
+        durable::create_private_folder(&folder)
+            .map_err(|source| HubError::File { path: folder.clone(), source })?;
+        let opened = folder.clone();
+        let schemas = [SCHEMA];
+        let db = tokio::task::spawn_blocking(move || Database::open(&opened, &schemas))
+            .await
+            .map_err(|_| DbError::Panicked)??;
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::new(db));
+        let first_start = first_start(&store, &folder).await?;
+
+        let tls = Tls::open(&folder.join(TLS_FOLDER), &config.names)?;
+        let secret = HubSecret::load_or_create(&folder.join(HUB_SECRET_FILE))?;
+        let snapshot = store.snapshot(vec![]).await?;
+        let board = Board::new(&snapshot.devices);
+        let events = Events::default();
+        let engine = Engine::new(Arc::clone(&store), board.clone(), events.clone());
+        let principals = Known { store: Arc::clone(&store), board: board.clone() };
+        let state = AppState::new(Shared {
+            store,
+            auth: Auth::new(secret, Arc::new(principals)),
+            board,
+            events,
+            engine: engine.clone(),
+            packages: Arc::new(NoPackages),
+            metrics: Metrics::default(),
+            ca: tls.ca_digest(),
+            url: OnceLock::new(),
+        });
+        let app = app(&state);
+
+        let bind = |address: SocketAddr| {
+            TcpListener::bind(address).map_err(|source| HubError::Listen { address, source })
+        };
+        let secure = config.listen.map(bind).transpose()?;
+        let plain = config.http.map(bind).transpose()?;
+        let local = |listener: &Option<TcpListener>| {
+            listener.as_ref().and_then(|listener| listener.local_addr().ok())
+        };
+        let (https, http) = (local(&secure), local(&plain));
+        let url = config.public_url.clone().unwrap_or_else(|| own_url(https, http, &tls));
+        // Set once, here, before anyone can ask.
+        let _ = state.url.set(url.clone());
+
+        let mut handles = Vec::new();
+        let mut listeners = Vec::new();
+        if let (Some(listener), Some(address)) = (secure, https) {
+            let handle = Handle::new();
+            let rustls = RustlsConfig::from_config(tls.server_config()?);
+            let server = axum_server::from_tcp_rustls(listener, rustls)
+                .map_err(|source| HubError::Listen { address, source })?
+                .handle(handle.clone());
+            let service = app.clone().into_make_service_with_connect_info::<SocketAddr>();
+            listeners.push(tokio::spawn(async move {
+                server.serve(service).await.map_err(|source| HubError::Serve { address, source })
+            }));
+            handles.push(handle);
+        }
+        if let (Some(listener), Some(address)) = (plain, http) {
+            let handle = Handle::new();
+            let server = axum_server::from_tcp(listener)
+                .map_err(|source| HubError::Listen { address, source })?
+                .handle(handle.clone());
+            let service = app.into_make_service_with_connect_info::<SocketAddr>();
+            listeners.push(tokio::spawn(async move {
+                server.serve(service).await.map_err(|source| HubError::Serve { address, source })
+            }));
+            handles.push(handle);
+        }
+        let (stop, stopped) = watch::channel(false);
+        let engine = tokio::spawn(engine.run(stopped));
+        tracing::info!(?https, ?http, data = %folder.display(), "hub started");
+        Ok(RunningHub {
+            https,
+            http,
+            url,
+            ca_file: folder.join(TLS_FOLDER).join(CA_CERTIFICATE_FILE),
+            ca: tls.ca_digest(),
+            admin_token_file: folder.join(ADMIN_TOKEN_FILE),
+            first_start,
+            handles,
+            listeners,
+            engine: Some(engine),
+            stop,
+        })
+    }
+}
+
+fn app(state: &AppState) -> Router {
+    routes::router(state.clone())
+}
+
+impl RunningHub {
+    /// The administrator's token.
+    ///
+    /// # Errors
+    /// [`HubError::File`] if its file was taken away.
+    pub fn admin_token(&self) -> Result<String, HubError> {
+        read_token(&self.admin_token_file)
+            .map_err(|source| HubError::File { path: self.admin_token_file.clone(), source })
+    }
+
+    /// Runs until a listener fails. Cancellation safe.
+    ///
+    /// # Errors
+    /// What the listener says.
+    pub async fn wait(&mut self) -> Result<(), HubError> {
+        let (result, index, _) = futures_util::future::select_all(&mut self.listeners).await;
+        drop(self.listeners.remove(index));
+        result.unwrap_or(Ok(()))
+    }
+
+    /// Stops listening, lets open requests end (a few seconds at most), and lets go of the folder.
+    pub async fn stop(mut self) {
+        for handle in &self.handles {
+            handle.graceful_shutdown(Some(GRACE));
+        }
+        for listener in self.listeners.drain(..) {
+            // It ends because it was told to; there is nobody left to tell an error.
+            let _ = listener.await;
+        }
+        let _ = self.stop.send(true);
+        if let Some(engine) = self.engine.take() {
+            let _ = engine.await;
+        }
+    }
+}
+
+impl Drop for RunningHub {
+    fn drop(&mut self) {
+        let _ = self.stop.send(true);
+        for handle in &self.handles {
+            handle.shutdown();
+        }
+    }
+}
+
+/// The URL by which devices reach this hub, as far as it knows itself.
+fn own_url(https: Option<SocketAddr>, http: Option<SocketAddr>, tls: &Tls) -> String {
+    let (scheme, address) = match (https, http) {
+        (Some(address), _) => ("https", address),
+        (None, Some(address)) => ("http", address),
+        (None, None) => return String::new(),
+    };
+    let host = match address.ip() {
+        ip if !ip.is_unspecified() => match ip {
+            IpAddr::V4(ip) => ip.to_string(),
+            IpAddr::V6(ip) => format!("[{ip}]"),
+        },
+        // Every interface: the main address is in the certificate.
+        _ => {
+            let names = tls.names().iter().filter_map(|name| name.parse::<IpAddr>().ok());
+            let main = names.filter(|ip| !ip.is_loopback()).find(IpAddr::is_ipv4);
+            main.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)).to_string()
+        }
+    };
+    format!("{scheme}://{host}:{}", address.port())
+}
+
+fn read_token(path: &Path) -> io::Result<String> {
+    let bytes = durable::read_secret(path, MAX_TOKEN_FILE_BYTES)?;
+    let text = String::from_utf8(bytes).map_err(|_| io::ErrorKind::InvalidData)?;
+    Ok(text.trim().to_owned())
+}
+
+/// Makes the administrator's token and the default classes where there is no token yet. The file is
+/// written first: a crash in between leaves a token that is taken up the next time.
+async fn first_start(store: &Arc<dyn Store>, folder: &Path) -> Result<bool, HubError> {
+    if !store.tokens().await?.is_empty() {
+        return Ok(false);
+    }
+    let path = folder.join(ADMIN_TOKEN_FILE);
+    let failed = |source| HubError::File { path: path.clone(), source };
+    let secret = match read_token(&path) {
+        Ok(secret) if !secret.is_empty() => secret,
+        Ok(_) => return Err(failed(io::ErrorKind::InvalidData.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let secret = new_operator_token();
+            let line = format!("{}\n", secret.expose());
+            durable::write_secret(&path, line.as_bytes()).map_err(failed)?;
+            secret.expose().to_owned()
+        }
+        Err(error) => return Err(failed(error)),
+    };
+    let now = Timestamp::now();
+    if store.classes().await?.is_empty() {
+        for (name, min_memory_bytes, quantisation, description) in DEFAULT_CLASSES {
+            let class = DeviceClass {
+                name: name.parse().expect("a constant name is a name"),
+                description: description.to_owned(),
+                min_memory_bytes,
+                quantisation: quantisation.to_owned(),
+            };
+            store.put_class(By::hub(now), class).await?;
+        }
+    }
+    let token = Token {
+        id: "t-first".parse().expect("a constant id is an id"),
+        name: "first administrator".to_owned(),
+        role: Role::Admin,
+        created_at: now,
+        expires_at: None,
+    };
+    store.add_token(By::hub(now), token, SecretHash::of(&secret)).await?;
+    Ok(true)
+}
+
+/// Who may call, from the store and the board.
+struct Known {
+    store: Arc<dyn Store>,
+    board: Board,
+}
+
+impl Principals for Known {
+    fn operator(&self, hash: SecretHash) -> BoxFuture<'_, Result<Option<Operator>, LookupError>> {
+        Box::pin(async move {
+            let found = self.store.token(hash).await?;
+            let now = Timestamp::now();
+            let valid = found.filter(|token| token.expires_at.is_none_or(|at| at > now));
+            Ok(valid.map(|token| Operator { name: token.name, role: token.role }))
+        })
+    }
+
+    fn device_is_active(&self, device: DeviceId) -> BoxFuture<'_, Result<bool, LookupError>> {
+        Box::pin(async move { Ok(self.board.is_active(&device)) })
+    }
+}
+

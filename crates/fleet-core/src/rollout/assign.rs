@@ -66,11 +66,16 @@ pub(super) fn assign(
             Some(target) => targeted(world, device, target),
             None => sticky(world, device, &completed),
         };
-        let Some(mut desired) = wanted else { continue };
-        if same(&device.desired, desired.model.as_ref(), &desired.runtime) {
-            continue;
-        }
-        desired.generation = device.desired.generation + 1;
+        let changed = |wanted: &DesiredState| {
+            !same(&device.desired, wanted.model.as_ref(), &wanted.runtime)
+        };
+        let mut desired = match wanted {
+            Some(wanted) if changed(&wanted) || device.is_ahead() => wanted,
+            // It must hear a generation that is newer than what it has seen.
+            None if device.is_ahead() => device.desired.clone(),
+            _ => continue,
+        };
+        desired.generation = device.next_generation();
         assignments.push(Assignment { device: device.id.clone(), desired });
     }
     assignments

@@ -394,11 +394,11 @@ fn start(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcom
         let model = assign::desired_model(release, &release.variants[index], &runtime);
         part.outcome = Outcome::Updating;
         part.started_at = Some(world.now);
-        if assign::same(&device.desired, Some(&model), &runtime) {
+        if assign::same(&device.desired, Some(&model), &runtime) && !device.is_ahead() {
             // It is told this already: what it reported counts.
             part.generation = Some(device.desired.generation);
         } else {
-            part.generation = Some(device.desired.generation + 1);
+            part.generation = Some(device.next_generation());
             let before = device.desired.model.clone();
             if before.as_ref().is_none_or(|before| before.manifest != model.manifest) {
                 record.before.insert(device.id.clone(), before);

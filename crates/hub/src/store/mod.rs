@@ -25,6 +25,7 @@ use slmops_fleet_core::class::{Classification, classify};
 use slmops_fleet_core::rollout::{Assignment, RolloutError, RolloutRecord};
 use slmops_fleet_core::world::{CompletedRollout, Releases};
 
+use crate::auth::SecretHash;
 use crate::db::DbError;
 
 #[cfg(test)]
@@ -191,7 +192,7 @@ pub struct Enrolment {
     /// The invitation.
     pub invitation: InvitationId,
     /// SHA-256 of the secret that it showed.
-    pub secret: Digest,
+    pub secret: SecretHash,
     /// Its public key, SPKI PEM, checked.
     pub public_key: String,
     /// The name it asks for, if any.
@@ -217,7 +218,7 @@ pub struct NewInvitationRow {
     /// What is shown of it.
     pub info: InvitationInfo,
     /// SHA-256 of its secret.
-    pub secret: Digest,
+    pub secret: SecretHash,
 }
 
 /// Changes to a device by an operator; absent fields stay.
@@ -316,9 +317,6 @@ pub type StoreFuture<'a, T> = BoxFuture<'a, Result<T, StoreError>>;
 
 /// Everything that the hub remembers. Every method is one transaction.
 pub trait Store: Send + Sync + 'static {
-    /// A value of the hub's own, such as the key of device tokens; made by `make` if absent.
-    fn setting(&self, name: &'static str, make: String) -> StoreFuture<'_, String>;
-
     /// Adds an invitation.
     fn add_invitation(&self, by: By, invitation: NewInvitationRow) -> StoreFuture<'_, ()>;
     /// All invitations, newest first.
@@ -391,9 +389,9 @@ pub trait Store: Send + Sync + 'static {
     ) -> StoreFuture<'_, Transition>;
 
     /// Adds an operator token by the SHA-256 of its secret.
-    fn add_token(&self, by: By, token: Token, hash: Digest) -> StoreFuture<'_, ()>;
+    fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()>;
     /// The token with this hash, whether or not it has expired.
-    fn token(&self, hash: Digest) -> StoreFuture<'_, Option<Token>>;
+    fn token(&self, hash: SecretHash) -> StoreFuture<'_, Option<Token>>;
     /// All tokens.
     fn tokens(&self) -> StoreFuture<'_, Vec<Token>>;
     /// Removes a token; the last admin's cannot be removed.

@@ -28,6 +28,7 @@ use super::{
     NewInvitationRow, PageRequest, Registered, ReportOutcome, Snapshot, Store, StoreError,
     StoreFuture, StoredDevice, Transition,
 };
+use crate::auth::SecretHash;
 use crate::db::{Database, Schema};
 
 /// The store's tables. Documents are JSON of the API's own types; columns beside them are what
@@ -35,7 +36,6 @@ use crate::db::{Database, Schema};
 pub const SCHEMA: Schema = Schema {
     component: "store",
     migrations: &["
-    CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     CREATE TABLE devices (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -637,15 +637,6 @@ fn plain_name(hostname: &str) -> String {
 }
 
 impl Store for SqliteStore {
-    fn setting(&self, name: &'static str, make: String) -> StoreFuture<'_, String> {
-        self.write(move |tx| {
-            tx.execute("INSERT OR IGNORE INTO settings (name, value) VALUES (?1, ?2)", [name, &make])?;
-            let value =
-                tx.query_row("SELECT value FROM settings WHERE name = ?1", [name], |r| r.get(0))?;
-            Ok(value)
-        })
-    }
-
     fn add_invitation(&self, by: By, invitation: NewInvitationRow) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
             let NewInvitationRow { info, secret } = invitation;
@@ -712,7 +703,7 @@ impl Store for SqliteStore {
             // An unknown invitation and a wrong secret look the same from outside.
             let unknown = || refused(format!("invitation {id} is not known or its secret is wrong"));
             let (secret, info, used_by) = row.ok_or_else(unknown)?;
-            if secret != enrolment.secret.to_string() {
+            if secret.parse() != Ok(enrolment.secret) {
                 return Err(unknown());
             }
             let info: InvitationInfo = from_json("invitations", &info)?;
@@ -1071,7 +1062,7 @@ impl Store for SqliteStore {
         })
     }
 
-    fn add_token(&self, by: By, token: Token, hash: Digest) -> StoreFuture<'_, ()> {
+    fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
             tx.execute(
                 "INSERT INTO tokens (id, hash, token) VALUES (?1, ?2, ?3)",
@@ -1084,7 +1075,7 @@ impl Store for SqliteStore {
         })
     }
 
-    fn token(&self, hash: Digest) -> StoreFuture<'_, Option<Token>> {
+    fn token(&self, hash: SecretHash) -> StoreFuture<'_, Option<Token>> {
         self.read(move |tx| {
             let text: Option<String> = tx
                 .prepare_cached("SELECT token FROM tokens WHERE hash = ?1")?

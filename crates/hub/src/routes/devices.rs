@@ -1,0 +1,167 @@
+//! What devices call: enrol, ask for a token, learn what to be, report.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use jiff::Timestamp;
+use serde::Deserialize;
+use slmops_api::device::{
+    Challenge, ChallengeRequest, DesiredState, DeviceReport, DeviceToken, DeviceTokenRequest,
+    EnrolRequest, EnrolResponse,
+};
+use slmops_api::problem::Problem;
+use slmops_api::SiteName;
+
+use super::input::{Body, Query, check_facts, check_report, parse_name};
+use super::{ApiError, AppState, new_id};
+use crate::auth::{AuthError, DeviceIdentity, DeviceKey, Peer, SecretHash};
+use crate::store::{Enrolment, ReportOutcome, StoreError};
+
+/// The longest wait of a poll, in seconds.
+pub const MAX_WAIT_S: u64 = 60;
+
+/// Join the fleet with an invitation. The same key with the same invitation gives the same device.
+#[utoipa::path(post, path = "/v1/enrol", tag = "device", security(()), request_body = EnrolRequest,
+    responses((status = 200, body = EnrolResponse), (status = 403, body = Problem)))]
+pub async fn enrol(
+    State(state): State<AppState>,
+    peer: Peer,
+    Body(request): Body<EnrolRequest>,
+) -> Result<Json<EnrolResponse>, ApiError> {
+    state.auth.check_rate(peer)?;
+    check_facts(&request.facts)?;
+    let public_key = DeviceKey::from_pem(&request.public_key)?.to_pem();
+    if let Some(name) = &request.name {
+        // A device's name has the form of every other name.
+        parse_name::<SiteName>(name)?;
+    }
+    let enrolment = Enrolment {
+        device: new_id("d"),
+        invitation: request.invitation,
+        secret: SecretHash::of(&request.secret),
+        public_key,
+        name: request.name,
+        facts: request.facts,
+        at: Timestamp::now(),
+    };
+    let enrolled = state.store.enrol(enrolment).await.inspect_err(|error| {
+        if let StoreError::Forbidden { .. } = error {
+            state.auth.record_failure(peer);
+        }
+    })?;
+    state.board.put(&enrolled.device);
+    if enrolled.new {
+        state.events.announce("device", &enrolled.device.id);
+        state.events.announce("invitation", "");
+        state.engine.wake();
+    }
+    let publisher_keys = state.store.keys().await?;
+    Ok(Json(EnrolResponse { device: enrolled.device.id, publisher_keys }))
+}
+
+/// Ask for a challenge to sign.
+#[utoipa::path(post, path = "/v1/device/challenge", tag = "device", security(()),
+    request_body = ChallengeRequest, responses((status = 200, body = Challenge)))]
+pub async fn challenge(
+    State(state): State<AppState>,
+    Body(request): Body<ChallengeRequest>,
+) -> Json<Challenge> {
+    Json(state.auth.challenge(&request.device))
+}
+
+/// Trade a signed challenge for a short-lived bearer token.
+#[utoipa::path(post, path = "/v1/device/token", tag = "device", security(()),
+    request_body = DeviceTokenRequest,
+    responses((status = 200, body = DeviceToken), (status = 401, body = Problem)))]
+pub async fn token(
+    State(state): State<AppState>,
+    peer: Peer,
+    Body(request): Body<DeviceTokenRequest>,
+) -> Result<Json<DeviceToken>, ApiError> {
+    state.auth.check_rate(peer)?;
+    let device = match state.store.device(request.device.to_string()).await {
+        Ok(device) if !device.revoked && device.id == request.device => device,
+        Ok(_) | Err(StoreError::NotFound { .. }) => {
+            state.auth.record_failure(peer);
+            return Err(AuthError::Invalid.into());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let key = DeviceKey::from_pem(&device.public_key)?;
+    Ok(Json(state.auth.device_token(peer, &request, &key)?))
+}
+
+/// How long a poll waits.
+#[derive(Deserialize)]
+pub struct WaitQuery {
+    wait_s: Option<u64>,
+}
+
+/// What the device should be. With `If-None-Match` and `wait_s`, waits for a change.
+#[utoipa::path(get, path = "/v1/device/desired", tag = "device",
+    params(("wait_s" = Option<u64>, Query, description = "Seconds to wait for a change; at most 60"),
+        ("If-None-Match" = Option<String>, Header, description = "The ETag of the state at hand")),
+    responses((status = 200, body = DesiredState), (status = 304, description = "No change")))]
+pub async fn desired(
+    State(state): State<AppState>,
+    device: DeviceIdentity,
+    Query(query): Query<WaitQuery>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    state.board.seen(&device.id, Timestamp::now());
+    let gone = || ApiError::Auth(AuthError::Invalid);
+    let mut watch = state.board.watch(&device.id).ok_or_else(gone)?;
+    let held = headers.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok());
+    let changed = |desired: &Arc<DesiredState>| held != Some(etag(desired).as_str());
+    let wait = Duration::from_secs(query.wait_s.unwrap_or(0).min(MAX_WAIT_S));
+    let found = tokio::time::timeout(wait, watch.wait_for(changed)).await;
+    // Cloned at once: a watch's guard must not be held over an await.
+    let current = match found {
+        Ok(Ok(desired)) => Some(Arc::clone(&desired)),
+        Ok(Err(_)) => return Err(gone()),
+        Err(_) => None,
+    };
+    state.board.seen(&device.id, Timestamp::now());
+    if !state.board.is_active(&device.id) {
+        return Err(gone());
+    }
+    Ok(match current {
+        Some(desired) => {
+            ([(header::ETAG, etag(&desired))], Json((*desired).clone())).into_response()
+        }
+        None => {
+            let tag = held.unwrap_or_default().to_owned();
+            (StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response()
+        }
+    })
+}
+
+fn etag(desired: &DesiredState) -> String {
+    format!("\"g{}\"", desired.generation)
+}
+
+/// Take in a device's report. One that is older than the newest known is ignored.
+#[utoipa::path(post, path = "/v1/device/report", tag = "device", request_body = DeviceReport,
+    responses((status = 204, description = "Taken in, or older than what is known"),
+        (status = 400, body = Problem)))]
+pub async fn report(
+    State(state): State<AppState>,
+    device: DeviceIdentity,
+    Body(report): Body<DeviceReport>,
+) -> Result<StatusCode, ApiError> {
+    check_report(&report)?;
+    let now = Timestamp::now();
+    state.board.seen(&device.id, now);
+    let outcome = state.store.record_report(now, device.id.clone(), report).await?;
+    if outcome != ReportOutcome::Stale {
+        state.events.announce("device", &device.id);
+    }
+    if outcome == ReportOutcome::News {
+        state.engine.wake();
+    }
+    Ok(StatusCode::NO_CONTENT)
+}

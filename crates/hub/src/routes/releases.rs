@@ -1,0 +1,259 @@
+//! Releases: checked against the registry, the keys and the gate before they are taken in.
+
+use std::collections::BTreeSet;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use slmops_api::model::{NewRelease, Release, Variant};
+use slmops_api::problem::Problem;
+use slmops_api::report::Verdict;
+use slmops_api::{ModelName, Page};
+use slmops_artifact::package::{self, parse_signature_manifest};
+use slmops_artifact::signing::{BUNDLE_MEDIA_TYPE, MAX_BUNDLE_BYTES, PublicKey};
+
+use super::input::{Body, PageQuery, Path, Query};
+use super::packages::PackagesError;
+use super::{ApiError, AppState, by};
+use crate::auth::{AsOperator, AsViewer};
+use crate::store::Registered;
+
+/// The most variants of one release.
+const MAX_VARIANTS: usize = 32;
+/// The longest reason for releasing in spite of a gate, in bytes.
+const MAX_REASON_BYTES: usize = 1000;
+/// Signatures of one manifest that are tried, at most.
+const MAX_SIGNATURES: usize = 16;
+
+/// Register a release: its packages must be in the registry, signed by a registered key, and not
+/// refused by the gate. The same content again is no error.
+#[utoipa::path(post, path = "/v1/releases", tag = "releases", request_body = NewRelease,
+    responses((status = 201, body = Release), (status = 200, body = Release),
+        (status = 409, body = Problem), (status = 422, body = Problem)))]
+pub async fn create(
+    State(state): State<AppState>,
+    AsOperator(operator): AsOperator,
+    Body(release): Body<NewRelease>,
+) -> Result<(StatusCode, Json<Release>), ApiError> {
+    check_shape(&release)?;
+    check_gate(&release)?;
+    let key = publisher_key(&state, &release).await?;
+    for variant in &release.variants {
+        check_variant(&state, &release, variant, &key).await?;
+    }
+    let title = format!("{} {}", release.model, release.version);
+    let (status, registered) = match state.store.add_release(by(&operator), release).await? {
+        Registered::New(release) => (StatusCode::CREATED, release),
+        Registered::Same(release) => (StatusCode::OK, release),
+    };
+    state.events.announce("release", title);
+    Ok((status, Json((*registered).clone())))
+}
+
+fn refuse(detail: impl Into<String>, hint: &str) -> ApiError {
+    ApiError::unacceptable("release", detail, hint)
+}
+
+fn check_shape(release: &NewRelease) -> Result<(), ApiError> {
+    let count = release.variants.len();
+    if !(1..=MAX_VARIANTS).contains(&count) {
+        let detail = format!("{count} variants are not within 1 to {MAX_VARIANTS}");
+        return Err(refuse(detail, "a release has one variant for each device class or so"));
+    }
+    let mut names = BTreeSet::new();
+    let mut manifests = BTreeSet::new();
+    for variant in &release.variants {
+        if !names.insert(&variant.name) || !manifests.insert(variant.manifest) {
+            let detail = format!("variant {} is there twice", variant.name);
+            return Err(refuse(detail, "name each variant once"));
+        }
+        if variant.report.subject != variant.weights {
+            return Err(refuse(
+                format!(
+                    "variant {}: its report is about {}, not its weights {}",
+                    variant.name,
+                    variant.report.subject.short(),
+                    variant.weights.short()
+                ),
+                "evaluate the very file that is released: `slm evaluate`",
+            ));
+        }
+        if variant.report.reference != release.original {
+            return Err(refuse(
+                format!(
+                    "variant {}: its report compares with {}, not with the original {}",
+                    variant.name,
+                    variant.report.reference.short(),
+                    release.original.short()
+                ),
+                "evaluate all variants against the same original",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_gate(release: &NewRelease) -> Result<(), ApiError> {
+    if let Some(gate_override) = &release.gate_override {
+        let reason = gate_override.reason.trim();
+        if reason.is_empty() || reason.len() > MAX_REASON_BYTES {
+            let detail = "an override of the gate needs a reason in a few words";
+            return Err(refuse(detail, "say why; it is kept in the audit log"));
+        }
+        return Ok(());
+    }
+    for variant in &release.variants {
+        let Some(gate) = &variant.gate else { continue };
+        let rows: Vec<String> = gate
+            .rows
+            .iter()
+            .filter(|row| row.verdict == Verdict::Worse)
+            .map(|row| {
+                format!(
+                    "{} against {}: loss {:.4} [{:.4}, {:.4}], allowed {:.4}",
+                    row.metric, row.against, row.loss.mean, row.loss.low, row.loss.high, row.allowed
+                )
+            })
+            .collect();
+        if gate.verdict == Verdict::Worse || !rows.is_empty() {
+            return Err(ApiError::unacceptable(
+                "gate",
+                format!("the gate says that variant {} is worse: {}", variant.name, rows.join("; ")),
+                "ship a better variant, or release in spite of the gate with a reason \
+                 (`gate_override`)",
+            ));
+        }
+    }
+    Ok(())
+}
+
+async fn publisher_key(state: &AppState, release: &NewRelease) -> Result<PublicKey, ApiError> {
+    let keys = state.store.keys().await?;
+    let key = keys.iter().find(|key| key.id == release.key).ok_or_else(|| {
+        let detail = format!("publisher key {} is not registered", release.key);
+        refuse(detail, "an admin registers it: `slm key add`")
+    })?;
+    PublicKey::from_pem(&key.public_key)
+        .map_err(|error| refuse(error.to_string(), "register the key again"))
+}
+
+fn unavailable(error: PackagesError) -> ApiError {
+    tracing::error!(%error, "registry");
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    let title = "The registry cannot be read";
+    ApiError::new(status, "unavailable", title, error.to_string(), Some("try again".to_owned()))
+}
+
+async fn check_variant(
+    state: &AppState,
+    release: &NewRelease,
+    variant: &Variant,
+    key: &PublicKey,
+) -> Result<(), ApiError> {
+    let (packages, model) = (&state.packages, &release.model);
+    let at = |what: String| {
+        format!("variant {} ({}): {what}", variant.name, variant.manifest.short())
+    };
+    let push = "push the package first: `slm ship` does it all";
+    let manifest = packages
+        .manifest(model, variant.manifest)
+        .await
+        .map_err(unavailable)?
+        .ok_or_else(|| refuse(at(format!("repository {model} has no such manifest")), push))?;
+    let package = package::Package::parse(&manifest)
+        .map_err(|error| refuse(at(first_line(&error)), "pack it with `slm ship`"))?;
+    let weights = package.weights();
+    if weights.digest != variant.weights || weights.size_bytes != variant.size_bytes {
+        return Err(refuse(
+            at(format!(
+                "its weights are {} ({} bytes), not {} ({} bytes)",
+                weights.digest.short(),
+                weights.size_bytes,
+                variant.weights.short(),
+                variant.size_bytes
+            )),
+            "register what was packed",
+        ));
+    }
+    for file in &package.files {
+        match packages.blob_size(model, file.digest).await.map_err(unavailable)? {
+            Some(size) if size == file.size_bytes => {}
+            Some(size) => {
+                let what = format!(
+                    "{} has {size} bytes, its manifest says {}",
+                    file.title, file.size_bytes
+                );
+                return Err(refuse(at(what), push));
+            }
+            None => {
+                let what =
+                    format!("{} ({}) is not in the registry", file.title, file.digest.short());
+                return Err(refuse(at(what), push));
+            }
+        }
+    }
+    let signatures = packages
+        .referrers(model, variant.manifest, BUNDLE_MEDIA_TYPE)
+        .await
+        .map_err(unavailable)?;
+    let sign = "sign it with a registered key and push the signature";
+    let mut last = "it has no signature".to_owned();
+    for signature in signatures.into_iter().take(MAX_SIGNATURES) {
+        let read = packages.manifest(model, signature).await.map_err(unavailable)?;
+        let Some(signature) = read else { continue };
+        let bundle = match parse_signature_manifest(&signature) {
+            Ok(parsed) if parsed.subject.digest == variant.manifest => parsed.bundle.digest,
+            Ok(_) => continue,
+            Err(error) => {
+                last = first_line(&error);
+                continue;
+            }
+        };
+        let bytes =
+            packages.small_blob(model, bundle, MAX_BUNDLE_BYTES).await.map_err(unavailable)?;
+        let Some(bytes) = bytes else {
+            last = format!("its signature {} is not in the registry", bundle.short());
+            continue;
+        };
+        match package::verify(&manifest, &bytes, std::slice::from_ref(key)) {
+            Ok(_) => return Ok(()),
+            Err(error) => last = first_line(&error),
+        }
+    }
+    Err(refuse(at(last), sign))
+}
+
+/// An error's first line; the hub gives hints of its own.
+fn first_line(error: &dyn std::fmt::Display) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+/// Releases, newest first.
+#[utoipa::path(get, path = "/v1/releases", tag = "releases",
+    params(("cursor" = Option<String>, Query), ("limit" = Option<u32>, Query)),
+    responses((status = 200, body = Page<Release>)))]
+pub async fn list(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Query(query): Query<PageQuery>,
+) -> Result<Json<Page<Release>>, ApiError> {
+    let page = state.store.releases(query.into()).await?;
+    let items = page.items.iter().map(|release| (**release).clone()).collect();
+    Ok(Json(Page { items, cursor: page.cursor }))
+}
+
+/// One release.
+#[utoipa::path(get, path = "/v1/releases/{model}/{version}", tag = "releases",
+    params(("model" = String, Path), ("version" = String, Path)),
+    responses((status = 200, body = Release), (status = 404, body = Problem)))]
+pub async fn get(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Path((model, version)): Path<(ModelName, String)>,
+) -> Result<Json<Release>, ApiError> {
+    let version: semver::Version = version.parse().map_err(|error| {
+        let detail = format!("the version in the path is none: {error}");
+        ApiError::bad_request(detail, "versions look like 1.2.3")
+    })?;
+    Ok(Json((*state.store.release(model, version).await?).clone()))
+}

@@ -1,0 +1,127 @@
+//! Rollouts.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use slmops_api::problem::Problem;
+use slmops_api::rollout::{NewRollout, Rollout};
+use slmops_api::{Page, RolloutId};
+use slmops_fleet_core::rollout::Command;
+
+use super::input::{Body, PageQuery, Path, Query};
+use super::{ApiError, AppState, by, new_id};
+use crate::auth::{AsOperator, AsViewer, Operator};
+
+/// Start a rollout. Asking again for one that is under way gives that one.
+#[utoipa::path(post, path = "/v1/rollouts", tag = "rollouts", request_body = NewRollout,
+    responses((status = 201, body = Rollout), (status = 200, body = Rollout),
+        (status = 404, body = Problem), (status = 409, body = Problem),
+        (status = 422, body = Problem)))]
+pub async fn create(
+    State(state): State<AppState>,
+    AsOperator(operator): AsOperator,
+    Body(asked): Body<NewRollout>,
+) -> Result<(StatusCode, Json<Rollout>), ApiError> {
+    let (rollout, new) =
+        state.engine.create_rollout(by(&operator), new_id("r"), asked).await?;
+    let status = if new { StatusCode::CREATED } else { StatusCode::OK };
+    Ok((status, Json(rollout)))
+}
+
+/// Rollouts, newest first.
+#[utoipa::path(get, path = "/v1/rollouts", tag = "rollouts",
+    params(("cursor" = Option<String>, Query), ("limit" = Option<u32>, Query)),
+    responses((status = 200, body = Page<Rollout>)))]
+pub async fn list(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Query(query): Query<PageQuery>,
+) -> Result<Json<Page<Rollout>>, ApiError> {
+    let page = state.store.rollouts(query.into()).await?;
+    let items = page.items.into_iter().map(|record| record.rollout).collect();
+    Ok(Json(Page { items, cursor: page.cursor }))
+}
+
+/// One rollout.
+#[utoipa::path(get, path = "/v1/rollouts/{id}", tag = "rollouts", params(("id" = String, Path)),
+    responses((status = 200, body = Rollout), (status = 404, body = Problem)))]
+pub async fn get(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Path(id): Path<RolloutId>,
+) -> Result<Json<Rollout>, ApiError> {
+    Ok(Json(state.store.rollout(id).await?.rollout))
+}
+
+/// Why a rollout is where it is: every decision with its evidence, as text.
+#[utoipa::path(get, path = "/v1/rollouts/{id}/why", tag = "rollouts", params(("id" = String, Path)),
+    responses((status = 200, content_type = "text/plain", body = String),
+        (status = 404, body = Problem)))]
+pub async fn why(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Path(id): Path<RolloutId>,
+) -> Result<String, ApiError> {
+    Ok(slmops_fleet_core::rollout::why(&state.store.rollout(id).await?.rollout))
+}
+
+async fn command(
+    state: &AppState,
+    operator: &Operator,
+    id: RolloutId,
+    command: Command,
+) -> Result<Json<Rollout>, ApiError> {
+    Ok(Json(state.engine.command(by(operator), id, command).await?))
+}
+
+/// Hold a rollout: devices that were told go on, no other is told.
+#[utoipa::path(post, path = "/v1/rollouts/{id}/pause", tag = "rollouts",
+    params(("id" = String, Path)),
+    responses((status = 200, body = Rollout), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub async fn pause(
+    State(state): State<AppState>,
+    AsOperator(operator): AsOperator,
+    Path(id): Path<RolloutId>,
+) -> Result<Json<Rollout>, ApiError> {
+    command(&state, &operator, id, Command::Pause).await
+}
+
+/// Go on after a pause, or after a halt in spite of its failures.
+#[utoipa::path(post, path = "/v1/rollouts/{id}/resume", tag = "rollouts",
+    params(("id" = String, Path)),
+    responses((status = 200, body = Rollout), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub async fn resume(
+    State(state): State<AppState>,
+    AsOperator(operator): AsOperator,
+    Path(id): Path<RolloutId>,
+) -> Result<Json<Rollout>, ApiError> {
+    command(&state, &operator, id, Command::Resume).await
+}
+
+/// End a rollout where it stands.
+#[utoipa::path(post, path = "/v1/rollouts/{id}/abort", tag = "rollouts",
+    params(("id" = String, Path)),
+    responses((status = 200, body = Rollout), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub async fn abort(
+    State(state): State<AppState>,
+    AsOperator(operator): AsOperator,
+    Path(id): Path<RolloutId>,
+) -> Result<Json<Rollout>, ApiError> {
+    command(&state, &operator, id, Command::Abort).await
+}
+
+/// Take a rollout back: its devices get a new generation that names what they ran before.
+#[utoipa::path(post, path = "/v1/rollouts/{id}/rollback", tag = "rollouts",
+    params(("id" = String, Path)),
+    responses((status = 200, body = Rollout), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub async fn rollback(
+    State(state): State<AppState>,
+    AsOperator(operator): AsOperator,
+    Path(id): Path<RolloutId>,
+) -> Result<Json<Rollout>, ApiError> {
+    command(&state, &operator, id, Command::Rollback).await
+}
