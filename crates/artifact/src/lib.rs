@@ -6,7 +6,9 @@
 pub mod digest;
 mod files;
 pub mod gguf;
+pub mod huggingface;
 pub mod lineage;
+mod map;
 pub mod package;
 pub mod shape;
 pub mod signing;

@@ -4,8 +4,8 @@
 
 mod dequantise;
 mod error;
+mod file;
 mod header;
-mod map;
 mod reference;
 mod shape;
 mod types;
@@ -14,8 +14,8 @@ mod write;
 
 pub use dequantise::{dequantise, dequantise_into};
 pub use error::{Fault, GgufError};
+pub use file::{GgufFile, check_file, open};
 pub use header::{Header, TensorInfo};
-pub use map::{GgufFile, check_file, open};
 pub use reference::to_f16;
 pub use shape::shape;
 pub use types::{TensorType, file_type_name};

@@ -1,10 +1,6 @@
-//! Opening GGUF files: the one place of this crate that needs `unsafe`, for the memory map.
-#![allow(unsafe_code)]
-
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use super::{Fault, GgufError, Header, TensorInfo};
+use super::{GgufError, Header, TensorInfo};
 
 /// An open GGUF file: its header, and its bytes as a read-only memory map.
 #[derive(Debug)]
@@ -22,19 +18,7 @@ pub struct GgufFile {
 /// # Errors
 /// [`GgufError::Io`] where it cannot be opened, otherwise as [`Header::parse`].
 pub fn open(path: &Path) -> Result<GgufFile, GgufError> {
-    let file = File::open(path).map_err(GgufError::io("open", path))?;
-    let facts = file.metadata().map_err(GgufError::io("open", path))?;
-    if facts.is_dir() {
-        let source = std::io::Error::from(std::io::ErrorKind::IsADirectory);
-        return Err(GgufError::Io { operation: "open", path: path.to_owned(), source });
-    }
-    if facts.len() == 0 {
-        let fault = Fault::Truncated { needed: 4, available: 0 };
-        return Err(GgufError::invalid("magic", 0, fault));
-    }
-    // SAFETY: the map is private and read-only; files under a path given to this function are
-    // replaced by rename and never written in place, as the documentation demands.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(GgufError::io("map", path))?;
+    let map = crate::map::map(path).map_err(GgufError::io("open", path))?;
     let header = Header::parse(&map)?;
     Ok(GgufFile { path: path.to_owned(), map, header })
 }

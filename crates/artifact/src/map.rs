@@ -1,0 +1,22 @@
+//! Memory maps of files: the one place of this crate that needs `unsafe`.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+/// Maps a file for reading.
+///
+/// The file must not be shortened while it is mapped: reading a page that is gone kills the
+/// process (`SIGBUS`). Model files here are written under another name and renamed, never changed.
+pub(crate) fn map(path: &Path) -> io::Result<Mmap> {
+    let file = File::open(path)?;
+    if file.metadata()?.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    // SAFETY: the map is read-only, and files given to this crate are replaced by rename and
+    // never written in place while they are in use, as the public documentation demands.
+    unsafe { Mmap::map(&file) }
+}
