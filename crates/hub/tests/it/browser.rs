@@ -1,0 +1,381 @@
+//! The dashboard in a real Chromium: every page on every screen, a rollout followed to its halt,
+//! signing in, losing the hub, and an empty fleet. Screenshots go to [`driver::pictures`].
+
+mod driver;
+mod stage;
+
+use driver::{Browser, DARK, DESKTOP, PHONE, PHONE_DARK, Screen, with_browser};
+use stage::{Fleet, Stage, TOKEN};
+
+/// A page: name of its picture, path, and what must be readable on it.
+type PageCheck = (&'static str, &'static str, &'static [&'static str]);
+
+const PAGES: &[PageCheck] = &[
+    (
+        "fleet",
+        "/",
+        &[
+            "Fleet",
+            "7 devices in 3 classes",
+            "slm device list",
+            "lobby-kiosk",
+            "No model",
+            "272 MB",
+        ],
+    ),
+    ("releases", "/releases", &["smollm2-135m-instruct", "1.1.0", "overridden", "Q4_K_M"]),
+    (
+        "release",
+        "/releases/smollm2-135m-instruct/1.0.0",
+        &[
+            "slm release show",
+            "Quality over size",
+            "17.94",
+            "0.0383",
+            "98.1 %",
+            "9f2c41d0a7be6635",
+            "real",
+            "no worse",
+        ],
+    ),
+    (
+        "release-overridden",
+        "/releases/smollm2-135m-instruct/1.1.0",
+        &["Released in spite of its gate", "worse", "task: arithmetic"],
+    ),
+    (
+        "rollouts",
+        "/rollouts",
+        &["slm rollout list", "running", "completed", "6 of 7 devices confirmed"],
+    ),
+    (
+        "rollout-running",
+        "/rollouts/r-3f9c",
+        &[
+            "slm rollout why r-3f9c",
+            "Wave 2",
+            "Pause",
+            "Waiting for kitchen",
+            "needs 183 MB, offers 96.0 MB",
+        ],
+    ),
+    ("rollout-completed", "/rollouts/r-1a07", &["completed", "baked for 10 s without a failure"]),
+    (
+        "device-failed",
+        "/devices/kitchen",
+        &[
+            "Went back by itself",
+            "golden-01",
+            "Rejected here",
+            "class medium",
+            "as asked",
+            "Why this variant",
+        ],
+    ),
+    (
+        "device-confirmed",
+        "/devices/workshop",
+        &["confirmed", "41.7", "llama.cpp b7100", "of 600 MB budget"],
+    ),
+    ("device-downloading", "/devices/lobby-kiosk", &["downloading 61.2 MB of 105 MB"]),
+    ("device-without", "/devices/spare-01", &["no variant fits", "Nothing is desired"]),
+    ("device-waiting", "/devices/press-line", &["the disk is full"]),
+    (
+        "audit",
+        "/audit",
+        &["chain holds", "slm audit verify", "rollout.halt", "Older entries (9 more)"],
+    ),
+];
+
+/// Whether the page has loaded its data and hears of changes.
+const READY: &str = "return document.querySelector('.page-head h1') !== null \
+     && !document.querySelector('main').hasAttribute('aria-busy') \
+     && document.querySelector('.live[data-state=live]') !== null";
+
+/// What sticks out to the right of the window, though it should not.
+const OVERFLOW: &str = "return document.documentElement.scrollWidth <= window.innerWidth ? '' : \
+     [...document.querySelectorAll('main *, header *')] \
+       .filter((it) => it.getBoundingClientRect().right > window.innerWidth + 1) \
+       .map((it) => it.tagName + '.' + it.getAttribute('class')).join(' ')";
+
+/// Interactive elements and pictures without a name for those who cannot see them; and ids that
+/// are there twice.
+const NAMELESS: &str = "const named = (it) => it.innerText?.trim() || it.getAttribute('aria-label') \
+       || it.title || it.labels?.length; \
+     const nameless = [...document.querySelectorAll('a, button, input, [role=img], [role=region]')] \
+       .filter((it) => !named(it)).map((it) => it.outerHTML.slice(0, 120)); \
+     const ids = [...document.querySelectorAll('[id]')].map((it) => it.id); \
+     return [...nameless, ...ids.filter((id, at) => ids.indexOf(id) !== at)].join('; ')";
+
+async fn open(browser: &Browser, stage: &Stage, path: &str) {
+    browser.open(&stage.page(path)).await;
+    browser.wait_for(&format!("{path} to be ready"), READY).await;
+}
+
+async fn assert_calm(browser: &Browser, place: &str) {
+    assert_eq!(browser.complaints().await, Vec::<String>::new(), "{place}: complaints");
+}
+
+async fn every_page(screens: &'static [Screen]) {
+    with_browser(move |browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        for &screen in screens {
+            browser.look_as(screen).await;
+            for (name, path, contents) in PAGES {
+                let place = format!("{name} ({})", screen.name);
+                open(&browser, &stage, path).await;
+                let shown = browser.run("return document.body.textContent").await.to_string();
+                for content in *contents {
+                    assert!(shown.contains(content), "{place}: no `{content}` in:\n{shown}");
+                }
+                assert_eq!(browser.run(OVERFLOW).await, "", "{place}: wider than the screen");
+                assert_eq!(browser.run(NAMELESS).await, "", "{place}: without a name");
+                let address = browser.run("return location.href").await;
+                assert_eq!(address, format!("{}{path}", stage.url), "{place}: the token stays");
+                assert_calm(&browser, &place).await;
+                browser.picture(name, screen).await;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_page_on_a_wide_screen() {
+    every_page(&[DESKTOP, DARK]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_page_on_a_phone() {
+    every_page(&[PHONE, PHONE_DARK]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollout_is_followed_to_its_halt() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        browser.look_as(DESKTOP).await;
+        open(&browser, &stage, "/rollouts/r-3f9c").await;
+        // A mark that a reload would wipe out.
+        browser.run("window.unloaded = false").await;
+
+        // An operator pauses it and goes on, each time after being asked.
+        for (verb, state) in [("pause", "paused"), ("resume", "running")] {
+            browser.click(&format!(".actions [data-key={verb}]")).await;
+            browser.wait_for_text("dialog", &format!("slm rollout {verb} r-3f9c")).await;
+            browser.click("dialog button.primary").await;
+            browser.wait_for_text(".title-row", state).await;
+        }
+        // Nothing is done when the person thinks better of it; Escape is no.
+        browser.click(".actions [data-key=abort]").await;
+        browser.wait_for_text("dialog", "Abort").await;
+        browser.press('\u{E00C}').await;
+        browser.wait_for("the dialog to close", "return !document.querySelector('dialog')").await;
+        assert_eq!(stage.fleet.lock().unwrap().acts, ["r-3f9c pause", "r-3f9c resume"]);
+        // A refusal is said.
+        browser.click(".actions [data-key=abort]").await;
+        browser.click("dialog button.primary").await;
+        browser.wait_for_text(".toasts", "needs an operator").await;
+        let refused = browser.complaints().await;
+        assert!(refused.iter().all(|line| line.contains("403")), "{refused:?}");
+
+        stage.change("rollout", "r-3f9c", |fleet| {
+            fleet.rollouts[0] = fleet.halted.clone();
+        });
+        browser.wait_for_text(".title-row", "halted").await;
+        let shown = browser.text("main").await;
+        for wanted in
+            ["8 of 9 probes failed", "golden-01", "−2.92", "halted in wave 1", "not told yet"]
+        {
+            assert!(shown.contains(wanted), "no `{wanted}` in:\n{shown}");
+        }
+        let failing = "return document.querySelectorAll('#why')[0].closest('section') \
+             .querySelectorAll('tr[data-tone=bad]').length";
+        assert_eq!(browser.run(failing).await, 8, "each failing probe is marked");
+        assert_eq!(browser.text("#announcer").await, "The rollout is now halted");
+        assert_eq!(browser.run("return window.unloaded").await, false, "the page was not reloaded");
+        assert_calm(&browser, "halted rollout").await;
+        for screen in [DESKTOP, DARK, PHONE, PHONE_DARK] {
+            browser.look_as(screen).await;
+            assert_eq!(browser.run(OVERFLOW).await, "", "wider than {}", screen.name);
+            browser.picture("rollout-halted", screen).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_signs_in_filters_and_walks_by_keyboard() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        browser.look_as(PHONE).await;
+        browser.open(&format!("{}/audit", stage.url)).await;
+        browser.wait_for_text("main", "Sign in").await;
+        assert_eq!(browser.run(OVERFLOW).await, "");
+        browser.picture("sign-in", PHONE).await;
+        browser.look_as(DESKTOP).await;
+        browser.picture("sign-in", DESKTOP).await;
+        assert_calm(&browser, "sign in").await;
+
+        browser.type_into("#token", "slmt_wrong\u{E007}").await;
+        browser.wait_for_text("main [role=alert]", "unknown to the hub").await;
+        browser.type_into("#token", &format!("{TOKEN}\u{E007}")).await;
+        browser.wait_for("the page that was asked for", READY).await;
+        browser.wait_for_text("h1", "Audit").await;
+        let refused = browser.complaints().await;
+        assert!(refused.iter().all(|line| line.contains("401")), "{refused:?}");
+
+        // Older entries come when asked for, and stay when newer ones arrive.
+        browser.click(".more button").await;
+        let all = "return document.querySelectorAll('.log > li').length === 24";
+        browser.wait_for("all entries", all).await;
+        stage.change("audit", "24", |_| {});
+        browser.click(".log > li:last-child summary").await;
+        browser.wait_for_text(".log > li:last-child", "nothing: the first").await;
+
+        // The links are real ones, and the way back works without loading anew.
+        browser.run("window.unloaded = false").await;
+        browser.click(".top nav a[href='/']").await;
+        browser.wait_for_text("h1", "Fleet").await;
+        browser.type_into("#filter", "class=small").await;
+        let rows = "return [...document.querySelectorAll('#devices')].length === 1 && \
+             [...document.getElementById('devices').closest('section').querySelectorAll('tbody th')] \
+             .map((it) => it.innerText).join(' ') === 'spare-01 gate-sensor'";
+        browser.wait_for("two devices", rows).await;
+        // A change elsewhere neither takes the focus nor the words.
+        stage.change("device", "d-7c1e0a", |fleet| {
+            fleet.devices.retain(|device| device.name != "workshop");
+        });
+        browser.wait_for_text(".lead", "6 devices").await;
+        let kept = "return document.activeElement.id + ' ' + document.activeElement.value";
+        assert_eq!(browser.run(kept).await, "filter class=small");
+        browser.run("history.back()").await;
+        browser.wait_for_text("h1", "Audit").await;
+        assert_eq!(browser.run("return window.unloaded").await, false);
+
+        // The first stop of the keyboard skips what is the same on every page.
+        open(&browser, &stage, "/releases/smollm2-135m-instruct/1.0.0").await;
+        browser.press('\u{E004}').await;
+        assert_eq!(
+            browser.run("return document.activeElement.innerText").await,
+            "Skip to the content"
+        );
+        browser.run("document.querySelector('.point').focus()").await;
+        let tip = "return getComputedStyle(document.querySelector('.point .tip')).visibility";
+        assert_eq!(browser.run(tip).await, "visible", "the focused point says its numbers");
+        browser.picture("chart-focus", DESKTOP).await;
+
+        // A chosen theme wins over the system's, and is kept.
+        let dark = "return getComputedStyle(document.body).colorScheme + ' ' \
+             + getComputedStyle(document.documentElement).backgroundColor";
+        let light = browser.run(dark).await;
+        for _ in 0..2 {
+            browser.click(".top-tools button[title^=Theme]").await;
+        }
+        assert_eq!(browser.run("return document.documentElement.dataset.theme").await, "dark");
+        assert_ne!(browser.run(dark).await, light);
+        open(&browser, &stage, "/").await;
+        assert_eq!(browser.run("return document.documentElement.dataset.theme").await, "dark");
+
+        // The JSON behind a page, and the call that gives it.
+        browser.click(".page-tools .quiet").await;
+        browser.wait_for_text("dialog pre", "\"memory_budget_bytes\"").await;
+        browser.picture("json", DESKTOP).await;
+        browser.click("dialog button.primary").await;
+        browser.click(".top-tools button[title='Sign out']").await;
+        browser.wait_for_text("h1", "Sign in").await;
+        assert_eq!(browser.run("return sessionStorage.length").await, 0);
+        assert_calm(&browser, "signed out").await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_stream_is_shown_and_found_again() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        browser.look_as(DESKTOP).await;
+        open(&browser, &stage, "/devices/gate-sensor").await;
+        stage.cut_events(true);
+        browser.wait_for_text(".live", "reconnecting").await;
+        browser.picture("reconnecting", DESKTOP).await;
+        stage.cut_events(false);
+        browser.wait_for_text(".live", "live").await;
+        // What happened meanwhile is caught up with.
+        stage.change("device", "d-b20f77", |fleet| {
+            for device in &mut fleet.devices {
+                if let Some(report) = &mut device.report {
+                    report.telemetry.tokens_per_s = 12.5;
+                }
+            }
+        });
+        browser.wait_for_text(".figure", "12.5").await;
+        let refused = browser.complaints().await;
+        assert!(refused.iter().all(|line| line.contains("/v1/events")), "{refused:?}");
+        // What is not there is said, with the next step.
+        browser.open(&stage.page("/devices/nobody")).await;
+        browser.wait_for_text("main [role=alert]", "hint: look again").await;
+        browser.open(&stage.page("/rollouts/nothing")).await;
+        browser.wait_for_text("main [role=alert]", "there is no such rollout").await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_hub_says_what_to_do_next() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::empty()).await;
+        for screen in [DESKTOP, PHONE_DARK] {
+            browser.look_as(screen).await;
+            for (name, path, command) in [
+                ("empty-fleet", "/", "slm device invite > invite.txt"),
+                ("empty-releases", "/releases", "slm ship model.gguf --to all"),
+                ("empty-rollouts", "/rollouts", "slm rollout start"),
+                ("empty-audit", "/audit", "slm token create"),
+            ] {
+                open(&browser, &stage, path).await;
+                browser.wait_for_text(".empty", command).await;
+                assert_eq!(browser.run(OVERFLOW).await, "", "{path}");
+                assert_calm(&browser, path).await;
+                browser.picture(name, screen).await;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_from_outside_stay_text() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        let hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>";
+        stage.change("device", "", |fleet| {
+            for device in &mut fleet.devices {
+                device.facts.hostname = hostile.to_owned();
+                device.facts.cpu = hostile.to_owned();
+                device.labels.insert("note".to_owned(), hostile.to_owned());
+                device.desired.reason = hostile.to_owned();
+            }
+            fleet.rollouts[0].waiting_for = hostile.to_owned();
+            for entry in &mut fleet.audit {
+                entry.object = hostile.to_owned();
+                entry.actor = "a".repeat(400);
+            }
+        });
+        browser.look_as(PHONE).await;
+        for path in ["/", "/devices/kitchen", "/devices/spare-01", "/rollouts/r-3f9c", "/audit"] {
+            open(&browser, &stage, path).await;
+            let injected = "return document.querySelectorAll('main script, main img[src=x]').length";
+            assert_eq!(browser.run(injected).await, 0, "{path}");
+            assert_eq!(browser.run(OVERFLOW).await, "", "{path}");
+            assert_calm(&browser, path).await;
+        }
+        // And were one to get in, the policy would stop it, and this test would hear of it.
+        browser
+            .run("const s = document.createElement('div'); s.setAttribute('style', 'color: red'); document.body.append(s)")
+            .await;
+        let heard = browser.complaints().await;
+        assert!(heard.iter().any(|line| line.contains("Content Security Policy")), "{heard:?}");
+    })
+    .await;
+}

@@ -1,0 +1,295 @@
+//! A hub's API with a fleet that stands still until the test moves it. The answers are files, read
+//! through the wire types, so that a type that changes breaks the test and not the page.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
+
+use axum::extract::{Path, Query, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures_util::{Stream, StreamExt, stream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use slmops_api::Page;
+use slmops_api::audit::{AuditEntry, AuditVerdict};
+use slmops_api::blueprint::Explanation;
+use slmops_api::device::{Device, DeviceEvent};
+use slmops_api::model::{DeviceClass, Release};
+use slmops_api::problem::{PROBLEM_MEDIA_TYPE, Problem};
+use slmops_api::rollout::{Rollout, RolloutState};
+use slmops_artifact::Digest;
+use tokio::sync::{broadcast, watch};
+use tokio_stream::wrappers::BroadcastStream;
+
+/// The token that the stage knows.
+pub const TOKEN: &str = "slmt_browser-test";
+
+/// What the API tells now.
+pub struct Fleet {
+    pub devices: Vec<Device>,
+    pub releases: Vec<Release>,
+    pub rollouts: Vec<Rollout>,
+    pub classes: Vec<DeviceClass>,
+    pub audit: Vec<AuditEntry>,
+    pub explanation: Explanation,
+    pub history: Vec<DeviceEvent>,
+    /// The acts that a page asked for, as `rollout action`.
+    pub acts: Vec<String>,
+    /// What the second rollout becomes in the end.
+    pub halted: Rollout,
+}
+
+impl Fleet {
+    /// A fleet of seven devices with a rollout under way.
+    pub fn busy() -> Self {
+        Self {
+            devices: read(include_str!("../fixtures/devices.json")),
+            releases: read(include_str!("../fixtures/releases.json")),
+            rollouts: vec![
+                read(include_str!("../fixtures/rollout_running.json")),
+                read(include_str!("../fixtures/rollout_completed.json")),
+            ],
+            classes: read(include_str!("../fixtures/classes.json")),
+            audit: read(include_str!("../fixtures/audit.json")),
+            explanation: read(include_str!("../fixtures/explain.json")),
+            history: read(include_str!("../fixtures/history.json")),
+            acts: Vec::new(),
+            halted: read(include_str!("../fixtures/rollout_halted.json")),
+        }
+    }
+
+    /// A hub that was just started.
+    pub fn empty() -> Self {
+        let mut fleet = Self::busy();
+        fleet.devices.clear();
+        fleet.releases.clear();
+        fleet.rollouts.clear();
+        fleet.audit.clear();
+        fleet
+    }
+}
+
+/// Reads a fixture; `@-90s` in it stands for the moment 90 seconds ago.
+fn read<T: DeserializeOwned>(text: &str) -> T {
+    let now = jiff::Timestamp::now();
+    let mut value: Value = serde_json::from_str(text).expect("a fixture is JSON");
+    fn settle(value: &mut Value, now: jiff::Timestamp) {
+        match value {
+            Value::String(text) => {
+                let seconds = text.strip_prefix("@-").and_then(|it| it.strip_suffix('s'));
+                if let Some(seconds) = seconds.and_then(|it| it.parse::<i64>().ok()) {
+                    *text = (now - jiff::SignedDuration::from_secs(seconds)).to_string();
+                }
+            }
+            Value::Array(items) => items.iter_mut().for_each(|it| settle(it, now)),
+            Value::Object(fields) => fields.values_mut().for_each(|it| settle(it, now)),
+            _ => {}
+        }
+    }
+    settle(&mut value, now);
+    serde_json::from_value(value).expect("a fixture has the shape of its wire type")
+}
+
+/// A started stage.
+pub struct Stage {
+    pub url: String,
+    pub fleet: Arc<Mutex<Fleet>>,
+    events: broadcast::Sender<String>,
+    open: watch::Sender<bool>,
+}
+
+#[derive(Clone)]
+struct Shared {
+    fleet: Arc<Mutex<Fleet>>,
+    events: broadcast::Sender<String>,
+    open: watch::Sender<bool>,
+}
+
+impl Stage {
+    /// Serves the dashboard and this fleet on a free port of the loopback address.
+    pub async fn start(fleet: Fleet) -> Self {
+        let shared = Shared {
+            fleet: Arc::new(Mutex::new(fleet)),
+            events: broadcast::channel(64).0,
+            open: watch::channel(true).0,
+        };
+        let Shared { fleet, events, open } = shared.clone();
+        let router = slmops_hub::dashboard::router::<Shared>().merge(api());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let router = router.with_state(shared);
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Self { url, fleet, events, open }
+    }
+
+    /// The address of a page, with the token in its fragment.
+    pub fn page(&self, path: &str) -> String {
+        format!("{}{path}#token={TOKEN}", self.url)
+    }
+
+    /// Changes the fleet and tells those who listen.
+    pub fn change(&self, kind: &str, id: &str, change: impl FnOnce(&mut Fleet)) {
+        change(&mut self.fleet.lock().unwrap());
+        // Nobody need listen.
+        let _ = self.events.send(json!({ "kind": kind, "id": id }).to_string());
+    }
+
+    /// Ends every event stream, and refuses new ones until told otherwise.
+    pub fn cut_events(&self, cut: bool) {
+        self.open.send_replace(!cut);
+    }
+}
+
+fn api() -> Router<Shared> {
+    Router::new()
+        .route(
+            "/v1/devices",
+            get(|State(it): State<Shared>| async move { listing(&it, |f| f.devices.clone()) }),
+        )
+        .route("/v1/devices/{id}", get(device))
+        .route(
+            "/v1/devices/{id}/explain",
+            get(|State(it): State<Shared>| async move {
+                Json(it.fleet.lock().unwrap().explanation.clone())
+            }),
+        )
+        .route(
+            "/v1/devices/{id}/history",
+            get(|State(it): State<Shared>| async move { listing(&it, |f| f.history.clone()) }),
+        )
+        .route(
+            "/v1/releases",
+            get(|State(it): State<Shared>| async move { listing(&it, |f| f.releases.clone()) }),
+        )
+        .route("/v1/releases/{model}/{version}", get(release))
+        .route(
+            "/v1/rollouts",
+            get(|State(it): State<Shared>| async move { listing(&it, |f| f.rollouts.clone()) }),
+        )
+        .route("/v1/rollouts/{id}", get(rollout))
+        .route("/v1/rollouts/{id}/{action}", post(act))
+        .route(
+            "/v1/classes",
+            get(|State(it): State<Shared>| async move {
+                Json(it.fleet.lock().unwrap().classes.clone())
+            }),
+        )
+        .route("/v1/audit", get(audit))
+        .route("/v1/audit/verify", get(verify))
+        .route("/v1/events", get(events))
+        .route_layer(axum::middleware::from_fn(check_token))
+}
+
+async fn check_token(headers: HeaderMap, request: Request, next: Next) -> Response {
+    let known = headers
+        .get(header::AUTHORIZATION)
+        .is_some_and(|value| *value == *format!("Bearer {TOKEN}"));
+    if known {
+        return next.run(request).await;
+    }
+    problem(StatusCode::UNAUTHORIZED, "the token is unknown")
+}
+
+fn problem(status: StatusCode, title: &str) -> Response {
+    let body = Problem {
+        kind: "urn:slmops:test".to_owned(),
+        title: title.to_owned(),
+        status: status.as_u16(),
+        detail: String::new(),
+        hint: Some("look again".to_owned()),
+    };
+    (status, [(header::CONTENT_TYPE, PROBLEM_MEDIA_TYPE)], Json(body)).into_response()
+}
+
+fn listing<T: Serialize>(shared: &Shared, items: impl FnOnce(&Fleet) -> Vec<T>) -> Json<Page<T>> {
+    Json(Page { items: items(&shared.fleet.lock().unwrap()), cursor: None })
+}
+
+fn one<T: Serialize>(found: Option<T>, title: &str) -> Response {
+    match found {
+        Some(found) => Json(found).into_response(),
+        None => problem(StatusCode::NOT_FOUND, title),
+    }
+}
+
+async fn device(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
+    let fleet = shared.fleet.lock().unwrap();
+    let found = fleet.devices.iter().find(|it| it.name == id || it.id.as_str() == id);
+    one(found, "there is no such device")
+}
+
+async fn release(
+    State(shared): State<Shared>,
+    Path((model, version)): Path<(String, String)>,
+) -> Response {
+    let fleet = shared.fleet.lock().unwrap();
+    let same = |it: &&Release| {
+        it.release.model.as_str() == model && it.release.version.to_string() == version
+    };
+    one(fleet.releases.iter().find(same), "there is no such release")
+}
+
+async fn rollout(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
+    let fleet = shared.fleet.lock().unwrap();
+    one(fleet.rollouts.iter().find(|it| it.id.as_str() == id), "there is no such rollout")
+}
+
+async fn act(State(shared): State<Shared>, Path((id, action)): Path<(String, String)>) -> Response {
+    let mut fleet = shared.fleet.lock().unwrap();
+    fleet.acts.push(format!("{id} {action}"));
+    let Some(found) = fleet.rollouts.iter_mut().find(|it| it.id.as_str() == id) else {
+        return problem(StatusCode::NOT_FOUND, "there is no such rollout");
+    };
+    match action.as_str() {
+        "pause" => found.state = RolloutState::Paused,
+        "resume" => found.state = RolloutState::Running,
+        _ => return problem(StatusCode::FORBIDDEN, "this needs an operator"),
+    }
+    Json(found.clone()).into_response()
+}
+
+async fn audit(
+    State(shared): State<Shared>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Json<Page<AuditEntry>> {
+    const ENTRIES: usize = 15;
+    let before = query.get("cursor").and_then(|it| it.parse().ok()).unwrap_or(u64::MAX);
+    let fleet = shared.fleet.lock().unwrap();
+    let older = fleet.audit.iter().rev().filter(|entry| entry.sequence < before);
+    let items: Vec<_> = older.take(ENTRIES).cloned().collect();
+    let last = items.last().map_or(0, |entry| entry.sequence);
+    Json(Page { items, cursor: (last > 1).then(|| last.to_string()) })
+}
+
+async fn verify(State(shared): State<Shared>) -> Json<AuditVerdict> {
+    let fleet = shared.fleet.lock().unwrap();
+    let head = fleet.audit.last().map_or(Digest::from([0; 32]), |entry| entry.hash);
+    Json(AuditVerdict { entries: fleet.audit.len() as u64, head, broken: None })
+}
+
+async fn events(State(shared): State<Shared>) -> Response {
+    if !*shared.open.borrow() {
+        return problem(StatusCode::SERVICE_UNAVAILABLE, "the events are cut");
+    }
+    Sse::new(notices(&shared)).into_response()
+}
+
+fn notices(shared: &Shared) -> impl Stream<Item = Result<Event, Infallible>> + use<> {
+    let mut open = shared.open.subscribe();
+    let cut = async move {
+        // An error means that the stage is gone: that ends the stream as well.
+        let _ = open.wait_for(|open| !*open).await;
+    };
+    let notices = BroadcastStream::new(shared.events.subscribe());
+    let hello = stream::once(async { Ok(Event::default().comment("hello")) });
+    let changed = notices
+        .filter_map(|notice| async { notice.ok() })
+        .map(|notice| Ok(Event::default().event("changed").data(notice)));
+    hello.chain(changed).take_until(Box::pin(cut))
+}
