@@ -633,6 +633,11 @@ impl Auth {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn issue_for_tests(&self, device: &DeviceId) -> String {
+        self.inner.secret.device_token(device, Timestamp::now())
+    }
+
     async fn look_up(
         &self,
         token: &Secret,
