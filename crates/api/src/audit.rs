@@ -74,6 +74,15 @@ pub enum Role {
     Admin,
 }
 
+/// `GET /v1/whoami`: whose token a call carries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Identity {
+    /// The token's name.
+    pub name: String,
+    /// What it may do.
+    pub role: Role,
+}
+
 /// An operator token without its secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Token {

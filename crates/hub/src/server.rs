@@ -241,7 +241,7 @@ impl Hub {
 }
 
 fn app(state: &AppState) -> Router {
-    routes::router(state.clone())
+    routes::router(state.clone()).merge(crate::dashboard::router())
 }
 
 impl RunningHub {

@@ -143,6 +143,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/rollouts/{id}/abort", post(rollouts::abort))
         .route("/v1/rollouts/{id}/rollback", post(rollouts::rollback))
         .route("/v1/rollouts/{id}/why", get(rollouts::why))
+        .route("/v1/whoami", get(operators::whoami))
         .route("/v1/audit", get(operators::audit))
         .route("/v1/audit/verify", get(operators::verify_audit))
         .route("/v1/tokens", get(operators::tokens).post(operators::create_token))

@@ -25,7 +25,7 @@ use super::{devices, fleet, metrics, operators, releases, rollouts};
         releases::create, releases::list, releases::get,
         rollouts::create, rollouts::list, rollouts::get, rollouts::why, rollouts::pause,
         rollouts::resume, rollouts::abort, rollouts::rollback,
-        operators::audit, operators::verify_audit, operators::tokens, operators::create_token,
+        operators::whoami, operators::audit, operators::verify_audit, operators::tokens, operators::create_token,
         operators::delete_token, operators::keys, operators::add_key, operators::health,
         metrics::show, show,
     ),

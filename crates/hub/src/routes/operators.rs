@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use jiff::SignedDuration;
-use slmops_api::audit::{AuditEntry, AuditVerdict, CreatedToken, NewToken, Token};
+use slmops_api::audit::{AuditEntry, AuditVerdict, CreatedToken, Identity, NewToken, Token};
 use slmops_api::device::PublisherKey;
 use slmops_api::problem::Problem;
 use slmops_api::{Page, TokenId};
@@ -28,6 +28,13 @@ fn check_label(name: &str) -> Result<(), ApiError> {
     }
     let detail = "the name is empty, too long, or no plain text";
     Err(ApiError::bad_request(detail, format!("use 1 to {MAX_LABEL_BYTES} plain characters")))
+}
+
+/// Whose token this is, so that a program offers no more than its holder may do.
+#[utoipa::path(get, path = "/v1/whoami", tag = "access",
+    responses((status = 200, body = Identity)))]
+pub async fn whoami(AsViewer(operator): AsViewer) -> Json<Identity> {
+    Json(Identity { name: operator.name, role: operator.role })
 }
 
 /// Audit entries, newest first.

@@ -172,7 +172,7 @@ async fn a_rollout_is_followed_to_its_halt() {
         browser.press('\u{E00C}').await;
         browser.wait_for("the dialog to close", "return !document.querySelector('dialog')").await;
         assert_eq!(stage.fleet.lock().unwrap().acts, ["r-3f9c pause", "r-3f9c resume"]);
-        // A refusal is said.
+        // A refusal is said, whatever the page thought of the token.
         browser.click(".actions [data-key=abort]").await;
         browser.click("dialog button.primary").await;
         browser.wait_for_text(".toasts", "needs an operator").await;
@@ -261,7 +261,7 @@ async fn a_person_signs_in_filters_and_walks_by_keyboard() {
             "Skip to the content"
         );
         browser.run("document.querySelector('.point').focus()").await;
-        let tip = "return getComputedStyle(document.querySelector('.point .tip')).visibility";
+        let tip = "return getComputedStyle(document.querySelector('.tip')).visibility";
         assert_eq!(browser.run(tip).await, "visible", "the focused point says its numbers");
         browser.picture("chart-focus", DESKTOP).await;
 
@@ -312,6 +312,14 @@ async fn a_lost_stream_is_shown_and_found_again() {
         browser.wait_for_text(".figure", "12.5").await;
         let refused = browser.complaints().await;
         assert!(refused.iter().all(|line| line.contains("/v1/events")), "{refused:?}");
+        // Who may only look is offered no lever.
+        stage.fleet.lock().unwrap().role = slmops_api::audit::Role::Viewer;
+        open(&browser, &stage, "/rollouts/r-3f9c").await;
+        browser.wait_for_text(".actions", "sign in with an operator's token").await;
+        assert_eq!(
+            browser.run("return document.querySelectorAll('.actions button').length").await,
+            0
+        );
         // What is not there is said, with the next step.
         browser.open(&stage.page("/devices/nobody")).await;
         browser.wait_for_text("main [role=alert]", "hint: look again").await;

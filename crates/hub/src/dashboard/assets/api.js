@@ -26,6 +26,7 @@ export const bearer = () => token;
 
 export function signIn(secret) {
   token = secret;
+  knownIdentity = null;
   try {
     sessionStorage.setItem(KEY, secret);
   } catch {
@@ -35,6 +36,7 @@ export function signIn(secret) {
 
 export function signOut() {
   token = null;
+  knownIdentity = null;
   forgetReleases();
   try {
     sessionStorage.removeItem(KEY);
@@ -103,6 +105,17 @@ export async function page(path, cursor, limit = PAGE_LIMIT, signal) {
   const answer = await get(`${path}?${query}`, signal);
   return Array.isArray(answer) ? { items: answer } : answer;
 }
+
+let knownIdentity = null;
+
+/** Whose token this is: `{ name, role }`. */
+export async function whoami(signal) {
+  knownIdentity ??= await get("/v1/whoami", signal);
+  return knownIdentity;
+}
+
+/** The same, if it was asked before. */
+export const identity = () => knownIdentity;
 
 let knownReleases = null;
 

@@ -49,6 +49,7 @@ export function qualityOverSize(variants) {
     grid.push(s("text.tick", { x: x(value), y: HEIGHT - PAD.bottom + 18, "text-anchor": "middle" }, String(Number(value.toFixed(6)))));
   }
   const path = points.map((point, at) => `${at ? "L" : "M"}${x(point.x)} ${y(point.kl.mean)}`).join("");
+  const tips = [];
   const drawn = points.map((point, index) => {
     const { variant, kl } = point;
     const [cx, cy] = [x(point.x), y(kl.mean)];
@@ -62,20 +63,28 @@ export function qualityOverSize(variants) {
     const below = cy < PAD.top + 90;
     const tipX = Math.min(Math.max(cx - 70, PAD.left), WIDTH - PAD.right - 150);
     const tipY = below ? cy + 16 : cy - 92;
-    return s(
-      "g.point",
-      { tabindex: "0", role: "img", "aria-label": text },
-      s("line.interval", { x1: cx, x2: cx, y1: y(Math.max(kl.low, 10 ** fromY)), y2: y(kl.high) }),
-      s("circle.halo", { cx, cy, r: 15 }),
-      s("circle.dot", { cx, cy, r: 5.5 }),
-      s("text.name", { ...beside, y: cy + drop }, variant.quantisation),
-      s("text.size", { ...beside, y: cy + drop + 14 }, bytes(variant.size_bytes)),
+    tips.push(
       s(
         "g.tip",
         { "aria-hidden": "true" },
         s("rect", { x: tipX, y: tipY, width: 150, height: 76, rx: 6 }),
         tip.map((line, at) => s("text", { x: tipX + 10, y: tipY + 19 + at * 16 }, line)),
       ),
+    );
+    // The tips lie above all points, so they are shown from here and not by the style sheet.
+    const show = (visibility) => (event) => {
+      const shown = event.currentTarget.ownerSVGElement.querySelectorAll(".tip")[index];
+      if (shown) shown.style.visibility = visibility;
+    };
+    const on = { pointerenter: show("visible"), pointerleave: show(""), focus: show("visible"), blur: show("") };
+    return s(
+      "g.point",
+      { tabindex: "0", role: "img", "aria-label": text, on },
+      s("line.interval", { x1: cx, x2: cx, y1: y(Math.max(kl.low, 10 ** fromY)), y2: y(kl.high) }),
+      s("circle.halo", { cx, cy, r: 15 }),
+      s("circle.dot", { cx, cy, r: 5.5 }),
+      s("text.name", { ...beside, y: cy + drop }, variant.quantisation),
+      s("text.size", { ...beside, y: cy + drop + 14 }, bytes(variant.size_bytes)),
     );
   });
   return h(
@@ -89,6 +98,7 @@ export function qualityOverSize(variants) {
       s("text.axis", { x: -(PAD.top + HEIGHT - PAD.bottom) / 2, y: 15, "text-anchor": "middle", transform: "rotate(-90)" }, "KL divergence, nats per token"),
       s("path.front", { d: path }),
       drawn,
+      tips,
     ),
     h("figcaption", null, "Lower and further left is better. Bars are 95 % confidence intervals; the axis of the divergence is logarithmic."),
   );

@@ -106,6 +106,10 @@ async function load() {
   mine.loading = true;
   const started = performance.now();
   try {
+    if (!api.identity()) {
+      await api.whoami(mine.abort.signal);
+      drawTop();
+    }
     mine.data = await mine.page.load(mine.parameters, mine.abort.signal, mine.state);
     mine.problem = null;
   } catch (problem) {
@@ -199,6 +203,7 @@ function nextTheme() {
 function drawTop() {
   const signedIn = api.signedIn();
   const path = location.pathname;
+  const who = signedIn && api.identity();
   const links = SECTIONS.map(([href, name, pattern]) =>
     h("a", { href, "aria-current": pattern.test(path) ? "page" : null }, name),
   );
@@ -214,6 +219,7 @@ function drawTop() {
       signedIn &&
         h("span.live", { "data-state": live.state, role: "status", title: live.state === "live" ? "Changes show by themselves" : "Looking for the hub" }, h("span.dot", { "aria-hidden": "true" }), h("span", null, words[live.state])),
       h("button.icon", { type: "button", title: theme[1], "aria-label": theme[1], on: { click: nextTheme } }, mark(theme[2])),
+      who && h("span.who", { title: `signed in with the token ${who.name}, role ${who.role}` }, who.name, who.name !== who.role && h("small", null, ` ${who.role}`)),
       signedIn && h("button.icon", { type: "button", title: "Sign out", "aria-label": "Sign out", on: { click: leave } }, mark("leave")),
     ),
   );

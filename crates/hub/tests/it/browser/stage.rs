@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use slmops_api::Page;
-use slmops_api::audit::{AuditEntry, AuditVerdict};
+use slmops_api::audit::{AuditEntry, AuditVerdict, Identity, Role};
 use slmops_api::blueprint::Explanation;
 use slmops_api::device::{Device, DeviceEvent};
 use slmops_api::model::{DeviceClass, Release};
@@ -41,6 +41,8 @@ pub struct Fleet {
     pub history: Vec<DeviceEvent>,
     /// The acts that a page asked for, as `rollout action`.
     pub acts: Vec<String>,
+    /// What the token may do.
+    pub role: Role,
     /// What the second rollout becomes in the end.
     pub halted: Rollout,
 }
@@ -60,6 +62,7 @@ impl Fleet {
             explanation: read(include_str!("../fixtures/explain.json")),
             history: read(include_str!("../fixtures/history.json")),
             acts: Vec::new(),
+            role: Role::Operator,
             halted: read(include_str!("../fixtures/rollout_halted.json")),
         }
     }
@@ -182,6 +185,7 @@ fn api() -> Router<Shared> {
         )
         .route("/v1/audit", get(audit))
         .route("/v1/audit/verify", get(verify))
+        .route("/v1/whoami", get(whoami))
         .route("/v1/events", get(events))
         .route_layer(axum::middleware::from_fn(check_token))
 }
@@ -271,6 +275,11 @@ async fn verify(State(shared): State<Shared>) -> Json<AuditVerdict> {
     let fleet = shared.fleet.lock().unwrap();
     let head = fleet.audit.last().map_or(Digest::from([0; 32]), |entry| entry.hash);
     Json(AuditVerdict { entries: fleet.audit.len() as u64, head, broken: None })
+}
+
+async fn whoami(State(shared): State<Shared>) -> Json<Identity> {
+    let role = shared.fleet.lock().unwrap().role;
+    Json(Identity { name: "ada".to_owned(), role })
 }
 
 async fn events(State(shared): State<Shared>) -> Response {

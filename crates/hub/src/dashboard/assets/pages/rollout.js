@@ -1,6 +1,6 @@
 // One rollout, live: its waves, its evidence, its decisions, and the hand on the lever.
 
-import { get, post } from "../api.js";
+import { get, identity, post } from "../api.js";
 import { h } from "../dom.js";
 import { bytes, count, duration, number, plural, seconds } from "../format.js";
 import { STATES, failureWords, outcomes, releaseName, releasePath, waves } from "../model.js";
@@ -53,6 +53,10 @@ export default {
 function buttons(rollout, parameters, reload) {
   const possible = Object.entries(ACTIONS).filter(([, action]) => action.when.includes(rollout.state));
   if (possible.length === 0) return null;
+  if (identity()?.role === "viewer") {
+    const verbs = possible.map(([, action]) => action.verb.toLowerCase()).join(", ");
+    return h("p.hint.actions", null, `To ${verbs}, sign in with an operator's token.`);
+  }
   const act = async (name, action) => {
     const sure = await confirmed({
       title: `${action.verb} ${releaseName(rollout)}?`,
