@@ -215,11 +215,11 @@ fn export_weights(file: &GgufFile, head_width: usize, path: &Path) -> Result<(),
         let bytes = file.data(tensor);
         let row_elements = if tensor.dimensions.len() > 1 { tensor.row_elements() } else { 1 };
         let row_bytes = (row_elements * tensor.tensor_type.block_bytes()) as usize;
-        let rotary = Rotary { head_width, row_bytes };
+        let head_bytes = head_width.checked_mul(row_bytes).filter(|&bytes| bytes > 0);
         if !is_rotary {
             write(bytes)?;
-        } else if head_width > 0 && bytes.len().is_multiple_of(head_width * row_bytes) {
-            rotary.separate(bytes, &mut write)?;
+        } else if head_bytes.is_some_and(|head_bytes| bytes.len().is_multiple_of(head_bytes)) {
+            Rotary { head_width, row_bytes }.separate(bytes, &mut write)?;
         } else {
             let reason = "has rows that are no whole number of heads";
             return Err(inconsistent(format!("tensor {:?}", tensor.name), reason));

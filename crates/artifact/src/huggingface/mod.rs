@@ -125,9 +125,12 @@ pub fn import(folder: &Path, output: &Path) -> Result<(), ImportError> {
     writer.set("general.architecture", "llama").set("general.type", "model");
     writer.set("general.name", name.as_ref());
     config.describe(&mut writer);
-    tokenizer::describe(folder, &config, &mut writer)?;
+    // The weights first: once they have the shapes that config.json asks for, its numbers are
+    // backed by bytes.
     let weights = weights::Weights::open(folder)?;
-    weights.write(&config, &mut writer, output)
+    let targets = weights.targets(&config)?;
+    tokenizer::describe(folder, &config, &mut writer)?;
+    weights::write(&targets, &mut writer, output)
 }
 
 /// Whether `path` looks like a model folder: a folder with a `config.json`.

@@ -38,7 +38,7 @@ struct Tensor {
 }
 
 /// A tensor of the GGUF file and its bytes.
-struct Target<'a> {
+pub(super) struct Target<'a> {
     name: String,
     dimensions: Vec<u64>,
     kind: TensorType,
@@ -113,32 +113,38 @@ impl Weights {
         Ok(())
     }
 
-    /// Writes the file: the metadata of `writer`, then every tensor.
-    pub(super) fn write(
-        &self,
-        config: &Config,
-        writer: &mut Writer,
-        output: &Path,
-    ) -> Result<(), ImportError> {
-        let targets = Plan { weights: self, config, used: HashSet::new() }.targets()?;
-        // `LLAMA_FTYPE_*` in llama.cpp's `llama.h`.
-        let file_type: u32 = match targets.first().map(|target| target.kind) {
-            Some(TensorType::F16) => 1,
-            Some(TensorType::BF16) => 32,
-            _ => 0,
-        };
-        writer.set("general.file_type", file_type);
-        for target in &targets {
-            writer.tensor(&target.name, &target.dimensions, target.kind);
-        }
-        writer.create(output, |out| {
-            targets.iter().try_for_each(|target| match target.rotary {
-                None => out.write(&target.bytes),
-                Some(rotary) => rotary.interleave(&target.bytes, |bytes| out.write(bytes)),
-            })
-        })?;
-        Ok(())
+    /// The tensors of the GGUF file.
+    pub(super) fn targets<'a>(
+        &'a self,
+        config: &'a Config,
+    ) -> Result<Vec<Target<'a>>, ImportError> {
+        Plan { weights: self, config, used: HashSet::new() }.targets()
     }
+}
+
+/// Writes the file: the metadata of `writer`, then every tensor.
+pub(super) fn write(
+    targets: &[Target<'_>],
+    writer: &mut Writer,
+    output: &Path,
+) -> Result<(), ImportError> {
+    // `LLAMA_FTYPE_*` in llama.cpp's `llama.h`.
+    let file_type: u32 = match targets.first().map(|target| target.kind) {
+        Some(TensorType::F16) => 1,
+        Some(TensorType::BF16) => 32,
+        _ => 0,
+    };
+    writer.set("general.file_type", file_type);
+    for target in targets {
+        writer.tensor(&target.name, &target.dimensions, target.kind);
+    }
+    writer.create(output, |out| {
+        targets.iter().try_for_each(|target| match target.rotary {
+            None => out.write(&target.bytes),
+            Some(rotary) => rotary.interleave(&target.bytes, |bytes| out.write(bytes)),
+        })
+    })?;
+    Ok(())
 }
 
 fn as_bytes(numbers: &[f32]) -> Vec<u8> {

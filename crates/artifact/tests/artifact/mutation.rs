@@ -5,14 +5,14 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use slmops_artifact::Digest;
-use slmops_artifact::gguf::{self, Header};
-use slmops_artifact::huggingface::import;
+use slmops_artifact::gguf::{self, Header, TensorType};
+use slmops_artifact::huggingface::{export, import};
 use slmops_artifact::lineage::{Lineage, Step};
 use slmops_artifact::package::{self, ModelConfig, Package, PackageFile};
 use slmops_artifact::signing::{self, PrivateKey};
 
 use crate::allocation::peak_bytes;
-use crate::tiny::{fixture, write_folder};
+use crate::tiny::{fixture, write_folder, write_gguf};
 
 /// What every parser may take on top of a multiple of its input, in bytes.
 const BASE_BYTES: usize = 1 << 20;
@@ -234,4 +234,37 @@ fn damaged_tokenizers() {
 fn damaged_model_configs() {
     check_import("config.json", 1000);
     check_import("tokenizer_config.json", 500);
+}
+
+/// A small file that claims a great vocabulary does not get the memory for it.
+#[test]
+fn a_claimed_vocabulary_takes_no_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("hf");
+    write_folder(&model);
+    let path = model.join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("\"vocab_size\":9", "\"vocab_size\":1000000")).unwrap();
+    let output = folder.path().join("out.gguf");
+    let (error, peak) = peak_bytes(|| import(&model, &output).unwrap_err().to_string());
+    assert!(error.contains("asks for [1000000, 8]"), "{error}");
+    assert!(peak < BASE_BYTES, "{peak}");
+}
+
+#[test]
+fn damaged_gguf_files_are_converted_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("in.gguf");
+    write_gguf(&input, TensorType::F32, "smollm");
+    let bytes = std::fs::read(&input).unwrap();
+    let outputs = [folder.path().join("out.gguf"), folder.path().join("hf")];
+    let config = ProptestConfig { cases: 800, failure_persistence: None, ..Default::default() };
+    proptest!(config, |(damages in damages())| {
+        std::fs::write(&input, damaged(&bytes, &damages)).unwrap();
+        let (_, peak) = peak_bytes(|| {
+            let _ = gguf::to_f16(&input, &outputs[0]);
+            let _ = export(&input, &outputs[1]);
+        });
+        prop_assert!(peak <= (4 << 20) + JSON_FACTOR * bytes.len(), "{peak} bytes");
+    });
 }

@@ -1,15 +1,20 @@
 //! `tokenizer.json` and `tokenizer_config.json` to `tokenizer.ggml.*` metadata.
 
+mod json;
+
 use std::collections::HashMap;
 use std::path::Path;
 
 use base64::Engine as _;
-use serde::Deserialize;
 
+use self::json::{
+    AddedToken, Bpe, ChatTemplate, GenerationConfig, Merge, Model, NamedTemplate, Normalizer,
+    Pattern, PostProcessor, PreTokenizer, RawTokenizer, TemplatePiece, TokenText, TokenizerConfig,
+    Unigram,
+};
 use super::config::{Config, TokenIds};
 use super::{
-    ImportError, MAX_CONFIG_BYTES, MAX_TOKENIZER_BYTES, inconsistent, io_error, read,
-    read_optional_json, unsupported,
+    ImportError, MAX_CONFIG_BYTES, inconsistent, io_error, read, read_optional_json, unsupported,
 };
 use crate::gguf::{Array, Value, Writer};
 
@@ -62,231 +67,6 @@ pub(super) const KNOWN_SPLITS: [(&str, &[&str]); 5] = [
     ),
     ("deepseek-coder", &["[\r\n]", "\\s?\\p{L}+", "\\s?\\p{P}+", "[一-龥ࠀ-一가-퟿]+"]),
 ];
-
-struct RawTokenizer {
-    steps: Steps,
-    model: Model,
-}
-
-/// All of `tokenizer.json` but its model.
-#[derive(Deserialize)]
-struct Steps {
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    normalizer: Option<Normalizer>,
-    pre_tokenizer: Option<PreTokenizer>,
-    post_processor: Option<PostProcessor>,
-}
-
-#[derive(Deserialize)]
-struct AddedToken {
-    id: u32,
-    content: String,
-    #[serde(default)]
-    special: bool,
-}
-
-enum Model {
-    Bpe(Bpe),
-    Unigram(Unigram),
-}
-
-#[derive(Deserialize)]
-struct Bpe {
-    vocab: HashMap<String, u32>,
-    merges: Vec<Merge>,
-    byte_fallback: Option<bool>,
-    unk_token: Option<String>,
-    continuing_subword_prefix: Option<String>,
-    end_of_word_suffix: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Unigram {
-    vocab: Vec<(String, f64)>,
-    unk_id: Option<u32>,
-    byte_fallback: Option<bool>,
-}
-
-impl RawTokenizer {
-    /// Reads `tokenizer.json`: once for the kind of model, then for the model, then for the rest,
-    /// so that no tree of the whole file is ever held.
-    fn read(path: &Path) -> Result<Self, ImportError> {
-        #[derive(Deserialize)]
-        struct Kind {
-            #[serde(rename = "type")]
-            name: Option<String>,
-        }
-        #[derive(Deserialize)]
-        struct Only<T> {
-            model: T,
-        }
-        let bytes = read(path, MAX_TOKENIZER_BYTES)?;
-        let json = |source| ImportError::Json { path: path.to_owned(), source };
-        let kind: Only<Kind> = serde_json::from_slice(&bytes).map_err(json)?;
-        // The oldest files name no kind; all of them are BPE.
-        let model = match kind.model.name.as_deref().unwrap_or("BPE") {
-            "BPE" => Model::Bpe(serde_json::from_slice::<Only<Bpe>>(&bytes).map_err(json)?.model),
-            "Unigram" => {
-                Model::Unigram(serde_json::from_slice::<Only<Unigram>>(&bytes).map_err(json)?.model)
-            }
-            other => return Err(unsupported("tokenizer model", other, "BPE, Unigram")),
-        };
-        Ok(Self { steps: serde_json::from_slice(&bytes).map_err(json)?, model })
-    }
-}
-
-/// Two pieces that become one: as one text with a space between, or as a pair.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Merge {
-    Text(String),
-    Pair(String, String),
-}
-
-impl Merge {
-    fn parts(&self) -> Option<(&str, &str)> {
-        match self {
-            Self::Text(text) => text.split_once(' '),
-            Self::Pair(left, right) => Some((left, right)),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-enum Normalizer {
-    Sequence {
-        normalizers: Vec<Normalizer>,
-    },
-    Prepend {
-        prepend: String,
-    },
-    Replace {
-        pattern: Pattern,
-        content: String,
-    },
-    Precompiled {
-        precompiled_charsmap: Option<String>,
-    },
-    #[serde(rename = "NFC")]
-    Nfc {},
-    #[serde(rename = "NFKC")]
-    Nfkc {},
-    #[serde(untagged)]
-    Other(OtherStep),
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-enum PreTokenizer {
-    Sequence {
-        pretokenizers: Vec<PreTokenizer>,
-    },
-    Split {
-        pattern: Pattern,
-    },
-    Digits {
-        #[serde(default)]
-        individual_digits: bool,
-    },
-    ByteLevel {
-        #[serde(default)]
-        add_prefix_space: bool,
-        #[serde(default = "yes")]
-        use_regex: bool,
-    },
-    Metaspace {
-        prepend_scheme: Option<String>,
-        add_prefix_space: Option<bool>,
-    },
-    #[serde(untagged)]
-    Other(OtherStep),
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type")]
-enum PostProcessor {
-    Sequence {
-        processors: Vec<PostProcessor>,
-    },
-    TemplateProcessing {
-        single: Vec<TemplatePiece>,
-    },
-    #[serde(other)]
-    Other,
-}
-
-#[derive(Deserialize)]
-enum TemplatePiece {
-    SpecialToken { id: String },
-    Sequence {},
-}
-
-#[derive(Deserialize)]
-enum Pattern {
-    String(String),
-    Regex(String),
-}
-
-#[derive(Deserialize)]
-struct OtherStep {
-    #[serde(rename = "type")]
-    name: String,
-}
-
-fn yes() -> bool {
-    true
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct TokenizerConfig {
-    bos_token: Option<TokenText>,
-    eos_token: Option<TokenText>,
-    unk_token: Option<TokenText>,
-    pad_token: Option<TokenText>,
-    add_bos_token: Option<bool>,
-    add_eos_token: Option<bool>,
-    chat_template: Option<ChatTemplate>,
-}
-
-/// A token by its text, or as an object that has it.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TokenText {
-    Text(String),
-    Object { content: String },
-}
-
-impl TokenText {
-    fn text(&self) -> &str {
-        match self {
-            Self::Text(text) | Self::Object { content: text } => text,
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum ChatTemplate {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(default)]
-struct GenerationConfig {
-    bos_token_id: TokenIds,
-    eos_token_id: TokenIds,
-    pad_token_id: TokenIds,
-}
 
 /// Sets the metadata that describes the tokenizer.
 pub(super) fn describe(
