@@ -1,0 +1,142 @@
+//! Whole evaluations of the small fixture model, in real child processes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use slmops_api::report::Verdict;
+use slmops_evaluate::gate::{self, Against, Limits};
+use slmops_evaluate::suite::{Suite, SuiteSource, TextPlan};
+use slmops_evaluate::{Evaluation, Progress, Stage};
+
+fn start() -> PathBuf {
+    slmops_inference::child::set_program(env!("CARGO_BIN_EXE_slmops-evaluate-child"));
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/glasslm/glass-f32.gguf")
+}
+
+/// Alice-like prose is all that the fixture knows; its vocabulary has no straight quotation mark.
+fn suite() -> Suite {
+    let choice = r#"{"task":"alice","kind":"choice","prompt":"Alice was beginning","choices":[" to"," zq"],"answer":0}"#;
+    let long = r#"{"task":"alice","kind":"choice","prompt":"said the","choices":[" King","xxqqzz"],"answer":0}"#;
+    let answer = r#"{"task":"answers","kind":"regex","prompt":"Alice was","pattern":"[a-z]","max_tokens":8}"#;
+    Suite::parse(SuiteSource {
+        tasks: [choice, long, answer].join("\n"),
+        text: Suite::builtin().text().replace('"', ""),
+        plan: TextPlan { chunk_tokens: 64, chunks: 6 },
+    })
+    .unwrap()
+}
+
+/// One thread: the engine's threads wait for each other by spinning, which on a machine that is
+/// busy with other tests costs more than it brings.
+fn evaluation(cache: &Path) -> Evaluation {
+    let mut evaluation = Evaluation::new(suite(), cache);
+    evaluation.runtime.threads = 1;
+    evaluation.runtime.context_tokens = 128;
+    evaluation
+}
+
+fn quantised(folder: &Path, model: &Path, file_type: &str) -> PathBuf {
+    use slmops_inference::llama::{QuantiseOptions, quantise};
+    let path = folder.join(format!("{file_type}.gguf"));
+    let file_type = file_type.to_owned();
+    let options = QuantiseOptions { file_type, threads: 1, requantise: true };
+    quantise(model, &path, &options, |_, _| ()).unwrap();
+    path
+}
+
+#[tokio::test]
+async fn variants_are_measured_against_their_reference() {
+    let model = start();
+    let folder = tempfile::tempdir().unwrap();
+    let evaluation = evaluation(&folder.path().join("cache"));
+    let mut seen: Vec<Progress> = Vec::new();
+    let original = evaluation.run(&model, &model, |progress| seen.push(progress)).await.unwrap();
+
+    assert_eq!(original.subject, original.reference);
+    assert_eq!(original.kl_divergence.mean, 0.0);
+    assert_eq!(original.top1_agreement.mean, 1.0);
+    assert_eq!(original.chunk_nll.len(), 6);
+    assert!((2.0..400.0).contains(&original.perplexity), "{}", original.perplexity);
+    assert_eq!(original.tasks.len(), 2);
+    assert_eq!(original.tasks[0].items, [true, true]);
+    assert_eq!(original.tasks[1].items, [true]);
+    assert!(original.decode_tokens_per_s > 0.0 && original.prompt_tokens_per_s > 0.0);
+    assert!(original.time_to_first_token_ms > 0.0);
+    assert!((4 << 20..1 << 30).contains(&original.peak_memory_bytes));
+    for stage in [Stage::Reference, Stage::Runtime] {
+        let fractions: Vec<f64> =
+            seen.iter().filter(|p| p.stage == stage).map(|p| p.fraction).collect();
+        assert!(fractions.is_sorted(), "{stage}: {fractions:?}");
+        assert_eq!((fractions[0], fractions[fractions.len() - 1]), (0.0, 1.0), "{stage}");
+        assert!(fractions.len() > 3, "{stage}: {fractions:?}");
+    }
+
+    let fine = quantised(folder.path(), &model, "Q8_0");
+    let coarse = quantised(folder.path(), &model, "Q4_0");
+    seen.clear();
+    let fine = evaluation.run(&fine, &model, |progress| seen.push(progress)).await.unwrap();
+    let coarse = evaluation.run(&coarse, &model, |_| ()).await.unwrap();
+    assert!(seen.iter().all(|progress| progress.stage != Stage::Reference), "it was kept");
+    assert!(fine.kl_divergence.mean > 0.0);
+    assert!(fine.kl_divergence.mean < coarse.kl_divergence.mean / 4.0);
+    assert!(fine.top1_agreement.mean > coarse.top1_agreement.mean);
+    assert!(fine.kl_p99 >= fine.kl_divergence.mean);
+    assert!(fine.size_bytes > coarse.size_bytes);
+
+    // The gate reads these very reports.
+    let limits = Limits::against_original("Q8_0");
+    let decision = gate::decide(&fine, &original, &Against::Original, &limits).unwrap();
+    assert_ne!(decision.verdict, Verdict::Worse, "{decision:#?}");
+    let limits = Limits { kl_divergence: 0.002, ..limits };
+    let decision = gate::decide(&coarse, &original, &Against::Original, &limits).unwrap();
+    assert_eq!(decision.verdict, Verdict::Worse, "{decision:#?}");
+
+    let table = slmops_evaluate::render::reports(&[("f32", &original), ("q8_0", &fine)]);
+    assert_eq!(table.lines().count(), 4, "{table}");
+    let left: Vec<_> = fs::read_dir(folder.path().join("cache"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+    assert!(left.iter().all(|name| !name.contains("part")), "{left:?}");
+}
+
+#[tokio::test]
+async fn a_damaged_cache_is_told_and_a_missing_model_too() {
+    let model = start();
+    let folder = tempfile::tempdir().unwrap();
+    let evaluation = evaluation(&folder.path().join("cache"));
+    let missing = folder.path().join("none.gguf");
+    let error = evaluation.run(&missing, &model, |_| ()).await.unwrap_err().to_string();
+    assert!(error.contains("none.gguf"), "{error}");
+
+    fs::write(&missing, b"GGUF but no more").unwrap();
+    let error = evaluation.run(&missing, &missing, |_| ()).await.unwrap_err();
+    let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+    assert!(source.contains("none.gguf"), "{error} {source}");
+    let left = fs::read_dir(folder.path().join("cache")).unwrap().count();
+    assert_eq!(left, 0, "a failed evaluation leaves nothing behind");
+
+    let variant = quantised(folder.path(), &model, "Q8_0");
+    evaluation.run(&variant, &model, |_| ()).await.unwrap();
+    for entry in fs::read_dir(folder.path().join("cache")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "logprobs") {
+            fs::write(path, b"torn").unwrap();
+        }
+    }
+    let error = evaluation.run(&variant, &model, |_| ()).await.unwrap_err();
+    let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+    assert!(source.contains("delete the file"), "{error} {source}");
+}
+
+#[tokio::test]
+async fn a_cache_folder_that_cannot_be_written_is_told() {
+    let model = start();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, b"").unwrap();
+    let evaluation = evaluation(&file);
+    let error = evaluation.run(&model, &model, |_| ()).await.unwrap_err().to_string();
+    assert!(error.contains("write"), "{error}");
+}
