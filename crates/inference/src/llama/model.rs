@@ -16,9 +16,10 @@ const MAX_METADATA_BYTES: usize = 16 << 20;
 /// How a model file is loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Map the file instead of reading it: pages are shared between processes and can be dropped.
+    /// Map the file instead of reading it: pages are shared between processes and can be dropped,
+    /// but a tensor that is repacked is then in memory twice.
     pub mmap: bool,
-    /// Keep a second copy of some tensors in a layout that this processor computes faster.
+    /// Bring some tensors into a layout that this processor computes faster.
     pub repack: bool,
     /// Refuse weights that are not finite numbers. Reads the whole file.
     pub check_tensors: bool,
@@ -27,8 +28,11 @@ pub struct LoadOptions {
 }
 
 impl Default for LoadOptions {
+    /// Reads the file: which tensors are repacked depends on the processor, and only without a
+    /// mapped copy beside them is the memory the same on each device (measured with a Q4_0 of
+    /// 135 million parameters: 216 MiB instead of 272 MiB, and loading takes 0.1 s longer).
     fn default() -> Self {
-        Self { mmap: true, repack: true, check_tensors: false, vocabulary_only: false }
+        Self { mmap: false, repack: true, check_tensors: false, vocabulary_only: false }
     }
 }
 
