@@ -130,6 +130,9 @@ pub fn run_if_child(jobs: &[Job]) {
     let name = arguments.next().unwrap_or_default().to_string_lossy().into_owned();
     die_with_parent();
     crate::llama::log_to_stderr();
+    if name == crate::worker::JOB {
+        std::process::exit(crate::worker::run());
+    }
     let Some(job) = jobs.iter().find(|job| job.name == name) else {
         eprintln!("no job is named `{name}`; `{CHILD_ARGUMENT}` is not for people");
         std::process::exit(1);

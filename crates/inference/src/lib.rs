@@ -3,6 +3,12 @@
 //! Start reading at [`worker`], then [`host`] and [`server`]; [`llama`] is the only unsafe code.
 #![deny(unsafe_code)]
 
+pub mod chat;
 pub mod child;
+pub mod host;
 #[allow(unsafe_code)]
 pub mod llama;
+mod metrics;
+pub mod probe;
+pub mod server;
+pub mod worker;

@@ -2,4 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod child;
+mod server;
 mod support;
+mod worker;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use slmops_api::runtime::RuntimeConfig;
+
 /// The prompt of the reference in `testdata/README.md`.
 pub const PROMPT: &str = "Alice was beginning to";
 /// Its tokens.
@@ -12,6 +14,8 @@ pub const GREEDY: [i32; 20] =
 
 /// Makes children of this process be the fixture program.
 pub fn set_up() {
+    // The HTTP client wants one, though no test speaks TLS.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     slmops_inference::child::set_program(env!("CARGO_BIN_EXE_slmops-worker-fixture"));
 }
 
@@ -23,4 +27,9 @@ pub fn testdata(name: &str) -> PathBuf {
 /// The tiny model: vocabulary 1024, context 128, no chat template.
 pub fn glass() -> PathBuf {
     testdata("glasslm/glass-f32.gguf")
+}
+
+/// A configuration that fits the tiny model.
+pub fn runtime() -> RuntimeConfig {
+    RuntimeConfig { context_tokens: 128, threads: 2, ..RuntimeConfig::default() }
 }

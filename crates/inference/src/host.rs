@@ -1,0 +1,483 @@
+//! What serves: the worker of the current model, kept alive, and replaced without a gap.
+//!
+//! [`ModelHost::stage`] loads a model beside the one that serves; [`ModelHost::activate`] gives it
+//! the new requests while the old one finishes its own and leaves. A worker that dies is started
+//! again at once, later with growing pauses; its requests get an error, those that come meanwhile
+//! wait a little.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use slmops_api::device::Telemetry;
+use slmops_api::runtime::EffectiveConfig;
+use tokio::sync::{broadcast, watch};
+
+use crate::metrics::{GenerationMeter, Metrics};
+use crate::worker::{
+    Ending, Finish, GenerateRequest, Generation, Memory, Output, Piece, Worker, WorkerError,
+    WorkerSpec,
+};
+
+/// The longest that a request waits for a worker that is being restarted.
+const WORKER_WAIT: Duration = Duration::from_secs(5);
+/// The most requests that wait for a worker that is being restarted.
+const MAX_WAITING: usize = 256;
+/// Pauses before a worker is started again: the first is none, the last repeats.
+const RESTART_PAUSES_MS: [u64; 8] = [0, 250, 500, 1_000, 2_000, 5_000, 15_000, 30_000];
+/// A worker that lived this long died by accident: the pauses begin anew.
+const STABLE: Duration = Duration::from_secs(60);
+/// Events kept for a slow subscriber.
+const EVENT_CAPACITY: usize = 64;
+
+/// A model to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelSpec {
+    /// The name by which clients ask for it.
+    pub id: String,
+    /// Other names that are accepted.
+    pub aliases: Vec<String>,
+    /// What runs, and how.
+    pub worker: WorkerSpec,
+}
+
+impl ModelSpec {
+    /// Whether a client that asks for `name` means this model.
+    pub fn answers_to(&self, name: &str) -> bool {
+        self.id == name || self.aliases.iter().any(|alias| alias == name)
+    }
+}
+
+/// Why there is no worker for a request.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum HostError {
+    /// Nothing was activated yet.
+    #[error("no model is loaded yet\nhint: try again once /health answers 200")]
+    NoModel,
+    /// The worker died, and its successor is not ready yet.
+    #[error("the model is being restarted\nhint: try again in a moment")]
+    Restarting,
+    /// The worker refused or failed the request.
+    #[error("{0}")]
+    Worker(#[from] WorkerError),
+}
+
+/// What happens to the host's workers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostEvent {
+    /// A model serves now.
+    Activated {
+        /// Its name.
+        model: String,
+    },
+    /// A replaced worker has finished its requests and left.
+    Drained {
+        /// Its model's name.
+        model: String,
+    },
+    /// The serving worker ended unasked.
+    Crashed {
+        /// Its model's name.
+        model: String,
+        /// How.
+        ending: Ending,
+        /// How long it had run.
+        uptime: Duration,
+    },
+    /// It serves again.
+    Restarted {
+        /// Its model's name.
+        model: String,
+    },
+    /// Starting it again failed; it is tried again later.
+    RestartFailed {
+        /// Its model's name.
+        model: String,
+        /// Why.
+        error: String,
+    },
+}
+
+/// How the host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostState {
+    /// No model was activated.
+    Empty,
+    /// A worker answers.
+    Ready,
+    /// The worker died and is being started again.
+    Restarting,
+}
+
+/// The host at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostStatus {
+    /// How it is.
+    pub state: HostState,
+    /// The model that serves.
+    pub model: Option<String>,
+    /// Its configuration, read back from the engine.
+    pub effective: Option<EffectiveConfig>,
+    /// Its worker's memory.
+    pub memory: Memory,
+    /// Requests under way or waiting in its worker.
+    pub requests: usize,
+    /// Workers that ended unasked since the host began.
+    pub worker_crashes: u64,
+}
+
+/// A loaded model that does not serve yet. Dropping it unloads it.
+pub struct Staged {
+    spec: Arc<ModelSpec>,
+    worker: Worker,
+}
+
+impl Staged {
+    /// Its worker, for probes.
+    pub fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
+    /// What was staged.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+}
+
+/// Serves one model at a time and never has a gap.
+pub struct ModelHost {
+    state: Mutex<State>,
+    /// Counts changes of `state`.
+    changed: watch::Sender<u64>,
+    events: broadcast::Sender<HostEvent>,
+    metrics: Metrics,
+    waiting: AtomicUsize,
+}
+
+#[derive(Default)]
+struct State {
+    current: Option<Current>,
+    /// Grows with every activation: a supervisor of an older one retires.
+    activation: u64,
+    closed: bool,
+}
+
+struct Current {
+    spec: Arc<ModelSpec>,
+    /// The last worker, which may have ended.
+    worker: Worker,
+}
+
+impl Default for ModelHost {
+    fn default() -> Self {
+        Self {
+            state: Mutex::default(),
+            changed: watch::Sender::default(),
+            events: broadcast::channel(EVENT_CAPACITY).0,
+            metrics: Metrics::default(),
+            waiting: AtomicUsize::new(0),
+        }
+    }
+}
+
+impl ModelHost {
+    /// A host without a model.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("no holder panics")
+    }
+
+    fn change(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Loads a model beside the one that serves.
+    ///
+    /// # Errors
+    /// It cannot be loaded with exactly its configuration.
+    pub async fn stage(&self, spec: ModelSpec) -> Result<Staged, WorkerError> {
+        let worker = Worker::spawn(spec.worker.clone()).await?;
+        Ok(Staged { spec: Arc::new(spec), worker })
+    }
+
+    /// Gives the new requests to a staged model. The one that served finishes what it has and
+    /// leaves; the handle that is returned waits for that, and may be dropped.
+    pub fn activate(self: &Arc<Self>, staged: Staged) -> tokio::task::JoinHandle<()> {
+        let Staged { spec, worker } = staged;
+        let ended = worker.ended();
+        let model = spec.id.clone();
+        let (old, activation) = {
+            let mut state = self.lock();
+            state.activation += 1;
+            let current = Current { spec: Arc::clone(&spec), worker };
+            (state.current.replace(current), state.activation)
+        };
+        self.change();
+        let _ = self.events.send(HostEvent::Activated { model });
+        tokio::spawn(supervise(Arc::downgrade(self), spec, activation, ended));
+        self.retire(old)
+    }
+
+    /// Takes the model out of service; what runs is finished.
+    pub fn deactivate(&self) -> tokio::task::JoinHandle<()> {
+        let old = {
+            let mut state = self.lock();
+            state.activation += 1;
+            state.current.take()
+        };
+        self.change();
+        self.retire(old)
+    }
+
+    fn retire(&self, old: Option<Current>) -> tokio::task::JoinHandle<()> {
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            if let Some(Current { spec, worker }) = old {
+                worker.drain().await;
+                let _ = events.send(HostEvent::Drained { model: spec.id.clone() });
+            }
+        })
+    }
+
+    /// Takes no more requests, and waits until those under way are done, at most for `limit`.
+    pub async fn shut_down(&self, limit: Duration) {
+        self.lock().closed = true;
+        // What is not done by then is killed with its last handle.
+        let _ = tokio::time::timeout(limit, self.deactivate()).await;
+    }
+
+    /// The worker that serves and its model's names; waits for one that is being restarted.
+    ///
+    /// # Errors
+    /// There is none, or it takes too long.
+    pub async fn worker(&self) -> Result<(Arc<ModelSpec>, Worker), HostError> {
+        let mut changed = self.changed.subscribe();
+        let find = || -> Result<Option<(Arc<ModelSpec>, Worker)>, HostError> {
+            let state = self.lock();
+            let current = state.current.as_ref().ok_or(HostError::NoModel)?;
+            let serves = current.worker.ending().is_none();
+            Ok(serves.then(|| (Arc::clone(&current.spec), current.worker.clone())))
+        };
+        if let Some(found) = find()? {
+            return Ok(found);
+        }
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_WAITING {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            return Err(HostError::Restarting);
+        }
+        let wait = async {
+            loop {
+                if let Some(found) = find()? {
+                    return Ok(found);
+                }
+                if changed.changed().await.is_err() {
+                    return Err(HostError::Restarting);
+                }
+            }
+        };
+        let found = tokio::time::timeout(WORKER_WAIT, wait).await;
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        found.unwrap_or(Err(HostError::Restarting))
+    }
+
+    /// Does something with the worker that serves; where it is just being replaced, with the next.
+    ///
+    /// # Errors
+    /// There is no worker, or `act` failed otherwise.
+    pub async fn with_worker<T, F>(
+        &self,
+        act: impl Fn(Arc<ModelSpec>, Worker) -> F,
+    ) -> Result<T, HostError>
+    where
+        F: Future<Output = Result<T, WorkerError>>,
+    {
+        loop {
+            let (spec, worker) = self.worker().await?;
+            match act(spec, worker).await {
+                Err(WorkerError::Draining) => tokio::task::yield_now().await,
+                Err(error) => return Err(error.into()),
+                Ok(outcome) => return Ok(outcome),
+            }
+        }
+    }
+
+    /// Begins an answer. `request` is made from the worker, whose chat template may matter.
+    ///
+    /// # Errors
+    /// There is no worker, or the request cannot be made.
+    pub async fn generate(
+        &self,
+        request: impl Fn(&Worker) -> Result<GenerateRequest, WorkerError>,
+    ) -> Result<MeteredGeneration, HostError> {
+        let mut meter = self.metrics.begin();
+        let begun = loop {
+            let (_, worker) = self.worker().await?;
+            match request(&worker).and_then(|request| worker.generate(request)) {
+                Err(WorkerError::Draining) => {}
+                // It died a moment ago, before it took the request.
+                Err(WorkerError::Died { .. }) if worker.ending().is_none() => {}
+                other => break other,
+            }
+            tokio::task::yield_now().await;
+        };
+        match begun {
+            Ok(generation) => Ok(MeteredGeneration { generation, meter }),
+            Err(error) => {
+                meter.fail(&error);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// How the host is now.
+    pub fn status(&self) -> HostStatus {
+        let state = self.lock();
+        let current = state.current.as_ref();
+        let alive = current.filter(|current| current.worker.ending().is_none());
+        HostStatus {
+            state: match (current, alive) {
+                (None, _) => HostState::Empty,
+                (Some(_), Some(_)) => HostState::Ready,
+                (Some(_), None) => HostState::Restarting,
+            },
+            model: current.map(|current| current.spec.id.clone()),
+            effective: current.map(|current| current.worker.effective().clone()),
+            memory: alive.map(|current| current.worker.memory()).unwrap_or_default(),
+            requests: alive.map_or(0, |current| current.worker.requests()),
+            worker_crashes: self.metrics.worker_crashes(),
+        }
+    }
+
+    /// The current model and its last worker (which may have ended), without waiting.
+    pub fn current(&self) -> Option<(Arc<ModelSpec>, Worker)> {
+        let state = self.lock();
+        state.current.as_ref().map(|current| (Arc::clone(&current.spec), current.worker.clone()))
+    }
+
+    /// Aggregates since the host began; `downloaded_bytes` is not its business and stays 0.
+    pub fn telemetry(&self) -> Telemetry {
+        let memory = self.status().memory;
+        Telemetry {
+            worker_memory_bytes: memory.resident_bytes,
+            worker_peak_memory_bytes: memory.peak_bytes,
+            ..self.metrics.telemetry()
+        }
+    }
+
+    /// What is counted.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// What happens from now on.
+    pub fn events(&self) -> broadcast::Receiver<HostEvent> {
+        self.events.subscribe()
+    }
+}
+
+/// Starts the worker of one activation again whenever it ends, until another model takes over.
+async fn supervise(
+    host: Weak<ModelHost>,
+    spec: Arc<ModelSpec>,
+    activation: u64,
+    ended: impl Future<Output = Ending> + Send + 'static,
+) {
+    let model = spec.id.clone();
+    let serves = |host: &ModelHost| {
+        let state = host.lock();
+        state.activation == activation && !state.closed
+    };
+    let mut ended: std::pin::Pin<Box<dyn Future<Output = Ending> + Send>> = Box::pin(ended);
+    let mut attempts = 0;
+    loop {
+        let started = Instant::now();
+        let ending = ended.await;
+        let Some(alive) = host.upgrade().filter(|host| serves(host)) else { return };
+        let uptime = started.elapsed();
+        if uptime >= STABLE {
+            attempts = 0;
+        }
+        alive.metrics.count_crash();
+        alive.change();
+        tracing::warn!(model, how = ending.how, "the worker ended unasked:\n{}", ending.stderr);
+        let crashed = HostEvent::Crashed { model: model.clone(), ending, uptime };
+        let _ = alive.events.send(crashed);
+        drop(alive);
+        ended = loop {
+            let pause = RESTART_PAUSES_MS[attempts.min(RESTART_PAUSES_MS.len() - 1)];
+            attempts += 1;
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            if !host.upgrade().is_some_and(|host| serves(&host)) {
+                return;
+            }
+            let outcome = Worker::spawn(spec.worker.clone()).await;
+            let Some(alive) = host.upgrade().filter(|host| serves(host)) else { return };
+            let worker = match outcome {
+                Ok(worker) => worker,
+                Err(error) => {
+                    tracing::warn!(model, "the worker does not start again: {error}");
+                    let error = error.to_string();
+                    let failed = HostEvent::RestartFailed { model: model.clone(), error };
+                    let _ = alive.events.send(failed);
+                    continue;
+                }
+            };
+            let ended = worker.ended();
+            {
+                let mut state = alive.lock();
+                if state.activation != activation || state.closed {
+                    return;
+                }
+                state.current = Some(Current { spec: Arc::clone(&spec), worker });
+            }
+            alive.change();
+            let _ = alive.events.send(HostEvent::Restarted { model: model.clone() });
+            break Box::pin(ended);
+        };
+    }
+}
+
+/// An answer under way that is counted. Dropping it cancels the request.
+pub struct MeteredGeneration {
+    generation: Generation,
+    meter: GenerationMeter,
+}
+
+impl MeteredGeneration {
+    /// The next output; see [`Generation::next`].
+    ///
+    /// # Errors
+    /// The request was refused, or the worker failed or died.
+    pub async fn next(&mut self) -> Result<Output, WorkerError> {
+        let output = self.generation.next().await;
+        match &output {
+            Ok(Output::Started) => self.meter.started(),
+            Ok(Output::Piece(piece)) => self.meter.piece(piece),
+            Ok(Output::Finished(finish)) => self.meter.finished(finish),
+            Err(error) => self.meter.fail(error),
+        }
+        output
+    }
+
+    /// The whole answer.
+    ///
+    /// # Errors
+    /// The request was refused, or the worker failed or died.
+    pub async fn finish(mut self) -> Result<(Piece, Finish), WorkerError> {
+        let mut whole = Piece::default();
+        loop {
+            match self.next().await? {
+                Output::Started => {}
+                Output::Piece(piece) => {
+                    whole.text.push_str(&piece.text);
+                    whole.tokens.extend(piece.tokens);
+                    whole.logprobs.extend(piece.logprobs);
+                }
+                Output::Finished(finish) => return Ok((whole, finish)),
+            }
+        }
+    }
+}

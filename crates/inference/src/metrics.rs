@@ -1,0 +1,371 @@
+//! What the endpoint counts: numbers only, never text.
+
+use std::collections::BTreeMap;
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use slmops_api::device::Telemetry;
+
+use crate::worker::{Finish, Piece, RequestError, WorkerError};
+
+/// Upper bounds of the histograms of whole durations, in seconds.
+const LONG_BUCKETS_S: [f64; 14] =
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+/// Upper bounds of the histogram of the time between tokens, in seconds.
+const TOKEN_BUCKETS_S: [f64; 12] =
+    [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0];
+/// Requests whose time to first token makes the median.
+const RECENT_REQUESTS: usize = 100;
+/// Seconds over which the rate of generation is taken.
+const RATE_WINDOW_S: u64 = 60;
+
+/// A histogram in Prometheus' sense: cumulative counts at fixed bounds.
+struct Histogram {
+    bounds: &'static [f64],
+    counts: Vec<u64>,
+    count: u64,
+    sum: f64,
+}
+
+impl Histogram {
+    fn new(bounds: &'static [f64]) -> Self {
+        Self { bounds, counts: vec![0; bounds.len()], count: 0, sum: 0.0 }
+    }
+
+    fn add(&mut self, value: f64) {
+        if let Some(at) = self.bounds.iter().position(|bound| value <= *bound) {
+            self.counts[at] += 1;
+        }
+        self.count += 1;
+        self.sum += value;
+    }
+
+    fn write(&self, text: &mut String, name: &str, help: &str) {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
+        let mut cumulative = 0;
+        for (bound, count) in self.bounds.iter().zip(&self.counts) {
+            cumulative += count;
+            let _ = writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {cumulative}");
+        }
+        let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {}", self.count);
+        let _ = writeln!(text, "{name}_sum {}\n{name}_count {}", self.sum, self.count);
+    }
+}
+
+/// All counters of one host.
+#[derive(Clone)]
+pub(crate) struct Metrics(Arc<Mutex<Counters>>);
+
+struct Counters {
+    began: Instant,
+    /// HTTP requests by endpoint and status.
+    http: BTreeMap<(String, u16), u64>,
+    answered: u64,
+    failed: u64,
+    cancelled: u64,
+    refused: u64,
+    prompt_tokens: u64,
+    cached_tokens: u64,
+    generated_tokens: u64,
+    worker_crashes: u64,
+    waiting: u64,
+    running: u64,
+    first_token: Histogram,
+    between_tokens: Histogram,
+    whole: Histogram,
+    recent_first_token_ms: VecDeque<f64>,
+    /// `(second since began, tokens generated in it)`, the last minute.
+    rate: VecDeque<(u64, u64)>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Counters {
+            began: Instant::now(),
+            http: BTreeMap::new(),
+            answered: 0,
+            failed: 0,
+            cancelled: 0,
+            refused: 0,
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            generated_tokens: 0,
+            worker_crashes: 0,
+            waiting: 0,
+            running: 0,
+            first_token: Histogram::new(&LONG_BUCKETS_S),
+            between_tokens: Histogram::new(&TOKEN_BUCKETS_S),
+            whole: Histogram::new(&LONG_BUCKETS_S),
+            recent_first_token_ms: VecDeque::new(),
+            rate: VecDeque::new(),
+        })))
+    }
+}
+
+impl Counters {
+    fn count_tokens(&mut self, tokens: u64) {
+        self.generated_tokens += tokens;
+        let second = self.began.elapsed().as_secs();
+        match self.rate.back_mut() {
+            Some((at, count)) if *at == second => *count += tokens,
+            _ => self.rate.push_back((second, tokens)),
+        }
+        self.forget_old_rates(second);
+    }
+
+    fn forget_old_rates(&mut self, now_s: u64) {
+        while self.rate.front().is_some_and(|(at, _)| at + RATE_WINDOW_S <= now_s) {
+            self.rate.pop_front();
+        }
+    }
+
+    /// Tokens per second, over the seconds of the last minute in which any were generated.
+    fn tokens_per_s(&mut self) -> f64 {
+        self.forget_old_rates(self.began.elapsed().as_secs());
+        let tokens: u64 = self.rate.iter().map(|(_, count)| count).sum();
+        if self.rate.is_empty() { 0.0 } else { tokens as f64 / self.rate.len() as f64 }
+    }
+
+    fn median_first_token_ms(&self) -> f64 {
+        let mut sorted: Vec<f64> = self.recent_first_token_ms.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+    }
+}
+
+impl Metrics {
+    fn with<T>(&self, act: impl FnOnce(&mut Counters) -> T) -> T {
+        act(&mut self.0.lock().expect("no holder panics"))
+    }
+
+    /// A request for an answer came.
+    pub(crate) fn begin(&self) -> GenerationMeter {
+        self.with(|counters| counters.waiting += 1);
+        GenerationMeter {
+            metrics: self.clone(),
+            began: Instant::now(),
+            stage: Stage::Waiting,
+            last_token_at: None,
+            counted_tokens: 0,
+        }
+    }
+
+    pub(crate) fn count_crash(&self) {
+        self.with(|counters| counters.worker_crashes += 1);
+    }
+
+    pub(crate) fn worker_crashes(&self) -> u64 {
+        self.with(|counters| counters.worker_crashes)
+    }
+
+    /// An embedding was made, or failed by our fault.
+    pub(crate) fn count_embedding(&self, prompt_tokens: Option<u32>) {
+        self.with(|counters| match prompt_tokens {
+            Some(tokens) => {
+                counters.answered += 1;
+                counters.prompt_tokens += u64::from(tokens);
+            }
+            None => counters.failed += 1,
+        });
+    }
+
+    /// An HTTP request was answered. Endpoints are routes, never what a client wrote.
+    pub(crate) fn count_http(&self, endpoint: &str, status: u16) {
+        self.with(|counters| {
+            *counters.http.entry((endpoint.to_owned(), status)).or_insert(0) += 1;
+        });
+    }
+
+    pub(crate) fn telemetry(&self) -> Telemetry {
+        self.with(|counters| Telemetry {
+            requests: counters.answered,
+            errors: counters.failed,
+            prompt_tokens: counters.prompt_tokens,
+            generated_tokens: counters.generated_tokens,
+            worker_crashes: counters.worker_crashes,
+            tokens_per_s: counters.tokens_per_s(),
+            time_to_first_token_ms: counters.median_first_token_ms(),
+            ..Telemetry::default()
+        })
+    }
+
+    /// The counters in Prometheus' text format 0.0.4.
+    pub(crate) fn prometheus(&self) -> String {
+        let mut text = String::new();
+        self.with(|counters| {
+            let _ = writeln!(
+                text,
+                "# HELP slmops_http_requests_total HTTP requests answered, by route and status.\n# TYPE slmops_http_requests_total counter"
+            );
+            for ((endpoint, status), count) in &counters.http {
+                let _ = writeln!(
+                    text,
+                    "slmops_http_requests_total{{endpoint=\"{endpoint}\",status=\"{status}\"}} {count}"
+                );
+            }
+            let _ = writeln!(
+                text,
+                "# HELP slmops_requests_total Requests for answers, by outcome.\n# TYPE slmops_requests_total counter"
+            );
+            for (outcome, count) in [
+                ("answered", counters.answered),
+                ("cancelled", counters.cancelled),
+                ("failed", counters.failed),
+                ("refused", counters.refused),
+            ] {
+                let _ = writeln!(text, "slmops_requests_total{{outcome=\"{outcome}\"}} {count}");
+            }
+            for (name, help, value) in [
+                ("prompt_tokens", "Prompt tokens of answered requests.", counters.prompt_tokens),
+                ("cached_prompt_tokens", "Of these, tokens found in the cache.", counters.cached_tokens),
+                ("generated_tokens", "Tokens generated.", counters.generated_tokens),
+                ("worker_crashes", "Worker processes that ended unasked.", counters.worker_crashes),
+            ] {
+                write_metric(&mut text, &format!("{name}_total"), "counter", help, value as f64);
+            }
+            for (name, help, value) in [
+                ("requests_waiting", "Requests that wait for a sequence.", counters.waiting),
+                ("requests_running", "Requests that have a sequence.", counters.running),
+            ] {
+                write_metric(&mut text, name, "gauge", help, value as f64);
+            }
+            counters.first_token.write(
+                &mut text,
+                "slmops_time_to_first_token_seconds",
+                "From a request's arrival to its first token.",
+            );
+            counters.between_tokens.write(
+                &mut text,
+                "slmops_time_per_output_token_seconds",
+                "Between one token of an answer and the next.",
+            );
+            counters.whole.write(
+                &mut text,
+                "slmops_request_duration_seconds",
+                "From a request's arrival to its end.",
+            );
+        });
+        text
+    }
+}
+
+/// Writes one value with its help and type.
+pub(crate) fn write_metric(text: &mut String, name: &str, kind: &str, help: &str, value: f64) {
+    let _ = writeln!(
+        text,
+        "# HELP slmops_{name} {help}\n# TYPE slmops_{name} {kind}\nslmops_{name} {value}"
+    );
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Waiting,
+    Running,
+    Over,
+}
+
+/// Counts one answer. Dropped before its end it counts as cancelled.
+pub(crate) struct GenerationMeter {
+    metrics: Metrics,
+    began: Instant,
+    stage: Stage,
+    last_token_at: Option<Instant>,
+    /// Tokens of this answer that are counted already.
+    counted_tokens: u64,
+}
+
+impl GenerationMeter {
+    fn leave_stage(&mut self, counters: &mut Counters, next: Stage) {
+        match self.stage {
+            Stage::Waiting => counters.waiting -= 1,
+            Stage::Running => counters.running -= 1,
+            Stage::Over => {}
+        }
+        if next == Stage::Running {
+            counters.running += 1;
+        }
+        self.stage = next;
+    }
+
+    fn enter(&mut self, next: Stage, count: impl FnOnce(&mut Counters, Duration)) {
+        if self.stage == Stage::Over {
+            return;
+        }
+        let metrics = self.metrics.clone();
+        let elapsed = self.began.elapsed();
+        metrics.with(|counters| {
+            self.leave_stage(counters, next);
+            count(counters, elapsed);
+        });
+    }
+
+    pub(crate) fn started(&mut self) {
+        self.enter(Stage::Running, |_, _| {});
+    }
+
+    pub(crate) fn piece(&mut self, piece: &Piece) {
+        let tokens = piece.tokens.len() as u64;
+        self.counted_tokens += tokens;
+        let now = Instant::now();
+        let last = self.last_token_at.replace(now);
+        let first_ms = (now - self.began).as_secs_f64() * 1e3;
+        self.metrics.with(|counters| {
+            counters.count_tokens(tokens);
+            match last {
+                Some(last) => counters.between_tokens.add((now - last).as_secs_f64()),
+                None => {
+                    counters.first_token.add(first_ms / 1e3);
+                    if counters.recent_first_token_ms.len() == RECENT_REQUESTS {
+                        counters.recent_first_token_ms.pop_front();
+                    }
+                    counters.recent_first_token_ms.push_back(first_ms);
+                }
+            }
+        });
+    }
+
+    pub(crate) fn finished(&mut self, finish: &Finish) {
+        // The end token, and tokens of a stop string, are no part of any piece.
+        let rest = u64::from(finish.completion_tokens).saturating_sub(self.counted_tokens);
+        self.enter(Stage::Over, |counters, elapsed| {
+            counters.answered += 1;
+            counters.count_tokens(rest);
+            counters.prompt_tokens += u64::from(finish.prompt_tokens);
+            counters.cached_tokens += u64::from(finish.cached_tokens);
+            counters.whole.add(elapsed.as_secs_f64());
+        });
+    }
+
+    pub(crate) fn fail(&mut self, error: &WorkerError) {
+        let ours = is_our_fault(error);
+        self.enter(Stage::Over, |counters, elapsed| {
+            match ours {
+                true => counters.failed += 1,
+                false => counters.refused += 1,
+            }
+            counters.whole.add(elapsed.as_secs_f64());
+        });
+    }
+}
+
+impl Drop for GenerationMeter {
+    fn drop(&mut self) {
+        self.enter(Stage::Over, |counters, _| counters.cancelled += 1);
+    }
+}
+
+/// Whether the one who asked could not have known better.
+pub(crate) fn is_our_fault(error: &WorkerError) -> bool {
+    use crate::chat::TemplateError;
+    !matches!(
+        error,
+        WorkerError::Template(TemplateError::Refused { .. })
+            | WorkerError::Request(
+                RequestError::Invalid { .. }
+                    | RequestError::ContextLength { .. }
+                    | RequestError::QueueFull { .. }
+            )
+    )
+}

@@ -1,0 +1,197 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
+use serde_json::{Map, Value, json};
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::generate::{
+    Chunks, Job, MAX_CHOICES, PromptOf, choices, finish_all, reason, sampling, stream_all,
+    streaming, usage,
+};
+use super::{App, check_model, new_id, now_s, read_fields};
+use crate::llama::Token;
+use crate::worker::{Finish, GenerateRequest, Piece, Prompt, TokenLogprob, Worker};
+
+/// OpenAI's default of `max_tokens` at this endpoint.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
+    let mut fields = read_fields(body).await?;
+    let spec = check_model(&app, &mut fields).await?;
+    let given = prompts(&mut fields, "prompt")?;
+    let count = choices(&mut fields)?;
+    if given.len() * count > MAX_CHOICES {
+        let message = format!("more than {MAX_CHOICES} answers in one request");
+        return Err(ApiError::parameter("prompt", message));
+    }
+    let streaming = streaming(&mut fields)?;
+    let top = fields.count("logprobs")?;
+    let template = GenerateRequest {
+        prompt: Prompt::Tokens(Vec::new()),
+        max_tokens: Some(fields.count("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS)),
+        sampling: sampling(&mut fields)?,
+        stop: fields.texts("stop")?,
+        logprobs: top,
+    };
+    fields.finish()?;
+    let prompts = given
+        .into_iter()
+        .flat_map(|prompt| {
+            let prompt = Arc::new(prompt);
+            (0..count).map(move |_| {
+                let prompt = Arc::clone(&prompt);
+                Box::new(move |_: &Worker| Ok(Prompt::clone(&prompt))) as PromptOf
+            })
+        })
+        .collect();
+    let job = Job { prompts, template, chat: false };
+    let generations = job.begin(&app.host).await?;
+    let (id, created) = (new_id("cmpl"), now_s());
+    let wanted = top.is_some();
+    if streaming.wanted {
+        let offsets = vec![0; generations.len()];
+        let usage = streaming.usage;
+        let model = spec.id.clone();
+        let chunks = PlainChunks { id, created, model, usage, count, offsets };
+        return stream_all(generations, chunks).await;
+    }
+    let answers = finish_all(generations).await?;
+    let finishes: Vec<Finish> = answers.iter().map(|(_, finish)| *finish).collect();
+    let choices: Vec<Value> = answers
+        .into_iter()
+        .enumerate()
+        .map(|(index, (piece, finish))| {
+            json!({
+                "text": piece.text,
+                "index": index,
+                "logprobs": wanted.then(|| logprobs(&piece.logprobs, &mut 0)),
+                "finish_reason": reason(&finish),
+            })
+        })
+        .collect();
+    Ok(axum::Json(json!({
+        "id": id,
+        "object": "text_completion",
+        "created": created,
+        "model": spec.id,
+        "choices": choices,
+        "usage": usage(&finishes, count),
+    }))
+    .into_response())
+}
+
+/// Takes a text, some texts, some tokens, or some sequences of tokens.
+pub(super) fn prompts(fields: &mut Fields, name: &str) -> Result<Vec<Prompt>, ApiError> {
+    let wrong = || {
+        let kinds = "a string, an array of strings, or an array of tokens or of arrays of tokens";
+        ApiError::parameter(name, format!("expected {kinds}"))
+    };
+    let tokens = |value: &Value| -> Option<Vec<Token>> {
+        let each = value.as_array()?.iter();
+        each.map(|token| Token::try_from(token.as_i64()?).ok()).collect()
+    };
+    let value =
+        fields.take(name).ok_or_else(|| ApiError::parameter(name, "it is missing".to_owned()))?;
+    let prompts = match &value {
+        Value::String(text) => vec![Prompt::Text(text.clone())],
+        Value::Array(items) => match items.first() {
+            Some(Value::Number(_)) => vec![Prompt::Tokens(tokens(&value).ok_or_else(wrong)?)],
+            Some(Value::String(_)) => items
+                .iter()
+                .map(|item| item.as_str().map(|text| Prompt::Text(text.to_owned())))
+                .collect::<Option<_>>()
+                .ok_or_else(wrong)?,
+            Some(Value::Array(_)) => items
+                .iter()
+                .map(|item| tokens(item).map(Prompt::Tokens))
+                .collect::<Option<_>>()
+                .ok_or_else(wrong)?,
+            _ => return Err(wrong()),
+        },
+        _ => return Err(wrong()),
+    };
+    Ok(prompts)
+}
+
+/// Log-probabilities in the shape of this older endpoint. `offset` counts characters of the answer.
+fn logprobs(entries: &[TokenLogprob], offset: &mut usize) -> Value {
+    let text = |entry: &TokenLogprob| String::from_utf8_lossy(&entry.bytes).into_owned();
+    let mut offsets = Vec::new();
+    let mut tops = Vec::new();
+    for entry in entries {
+        offsets.push(*offset);
+        *offset += text(entry).chars().count();
+        let top = entry.top.iter().map(|entry| (text(entry), json!(entry.logprob)));
+        tops.push(Value::Object(top.collect::<Map<_, _>>()));
+    }
+    json!({
+        "tokens": entries.iter().map(text).collect::<Vec<_>>(),
+        "token_logprobs": entries.iter().map(|entry| entry.logprob).collect::<Vec<_>>(),
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    })
+}
+
+struct PlainChunks {
+    id: String,
+    created: i64,
+    model: String,
+    usage: bool,
+    count: usize,
+    /// Characters given out of each answer.
+    offsets: Vec<usize>,
+}
+
+impl PlainChunks {
+    fn chunk(&self, choices: Value) -> Value {
+        let mut chunk = json!({
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        });
+        if self.usage {
+            chunk["usage"] = Value::Null;
+        }
+        chunk
+    }
+}
+
+impl Chunks for PlainChunks {
+    fn begin(&mut self, _: usize) -> Option<Value> {
+        None
+    }
+
+    fn piece(&mut self, index: usize, piece: Piece) -> Option<Value> {
+        if piece.text.is_empty() && piece.logprobs.is_empty() {
+            return None;
+        }
+        let entries = match piece.logprobs.is_empty() {
+            true => Value::Null,
+            false => logprobs(&piece.logprobs, &mut self.offsets[index]),
+        };
+        Some(self.chunk(json!([
+            { "text": piece.text, "index": index, "logprobs": entries, "finish_reason": null }
+        ])))
+    }
+
+    fn end(&mut self, index: usize, finish: &Finish) -> Value {
+        self.chunk(json!([
+            { "text": "", "index": index, "logprobs": null, "finish_reason": reason(finish) }
+        ]))
+    }
+
+    fn usage(&mut self, finishes: &[Finish]) -> Option<Value> {
+        self.usage.then(|| {
+            let mut chunk = self.chunk(json!([]));
+            chunk["usage"] = usage(finishes, self.count);
+            chunk
+        })
+    }
+}

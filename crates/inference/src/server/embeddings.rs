@@ -1,0 +1,76 @@
+//! `POST /v1/embeddings`: the mean of the last layer's output over a text's tokens, of length 1.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
+use base64::Engine as _;
+use futures_util::stream::{self, StreamExt as _};
+use serde_json::{Value, json};
+
+use super::completions::prompts;
+use super::error::ApiError;
+use super::{App, check_model, read_fields};
+use crate::host::HostError;
+use crate::metrics::is_our_fault;
+
+/// The most texts of one request.
+const MAX_TEXTS: usize = 256;
+/// Texts of one request in the worker at the same time: one request must not fill the queue.
+const TEXTS_AT_ONCE: usize = 4;
+
+pub(super) async fn embed(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
+    let mut fields = read_fields(body).await?;
+    let spec = check_model(&app, &mut fields).await?;
+    let texts = prompts(&mut fields, "input")?;
+    if texts.len() > MAX_TEXTS {
+        let message = format!("more than {MAX_TEXTS} texts in one request");
+        return Err(ApiError::parameter("input", message));
+    }
+    let base64 = match fields.text("encoding_format")?.as_deref() {
+        None | Some("float") => false,
+        Some("base64") => true,
+        Some(_) => {
+            let message = "expected float or base64".to_owned();
+            return Err(ApiError::parameter("encoding_format", message));
+        }
+    };
+    fields.finish()?;
+    let host = &app.host;
+    let embedded: Vec<_> = stream::iter(texts)
+        .map(|text| async move {
+            host.with_worker(|_, worker| {
+                let text = text.clone();
+                async move { worker.embed(text).await }
+            })
+            .await
+        })
+        .buffered(TEXTS_AT_ONCE)
+        .collect()
+        .await;
+    let mut data = Vec::with_capacity(embedded.len());
+    let mut prompt_tokens = 0;
+    for (index, outcome) in embedded.into_iter().enumerate() {
+        match &outcome {
+            Ok(embedding) => host.metrics().count_embedding(Some(embedding.prompt_tokens)),
+            Err(HostError::Worker(error)) if !is_our_fault(error) => {}
+            Err(_) => host.metrics().count_embedding(None),
+        }
+        let embedding = outcome?;
+        prompt_tokens += u64::from(embedding.prompt_tokens);
+        let values: Value = if base64 {
+            let bytes: Vec<u8> =
+                embedding.values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            base64::engine::general_purpose::STANDARD.encode(bytes).into()
+        } else {
+            embedding.values.into()
+        };
+        data.push(json!({ "object": "embedding", "index": index, "embedding": values }));
+    }
+    Ok(axum::Json(json!({
+        "object": "list",
+        "data": data,
+        "model": spec.id,
+        "usage": { "prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens },
+    }))
+    .into_response())
+}

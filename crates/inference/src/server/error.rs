@@ -1,0 +1,158 @@
+//! Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::chat::TemplateError;
+use crate::host::HostError;
+use crate::worker::{RequestError, WorkerError};
+
+/// Seconds after which a client should try again.
+const RETRY_AFTER_S: u64 = 1;
+
+/// An error that a client sees.
+#[derive(Clone, Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    kind: &'static str,
+    code: &'static str,
+    parameter: Option<String>,
+    message: String,
+    retry: bool,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: String) -> Self {
+        Self { status, kind, code, parameter: None, message, retry: false }
+    }
+
+    pub(super) fn invalid(message: String) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", "invalid_request", message)
+    }
+
+    pub(super) fn parameter(parameter: &str, message: String) -> Self {
+        let parameter_error = Self::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_request_error",
+            "invalid_value",
+            format!("{parameter}: {message}"),
+        );
+        Self { parameter: Some(parameter.to_owned()), ..parameter_error }
+    }
+
+    /// A parameter that OpenAI knows and this server does not follow.
+    pub(super) fn unsupported(parameter: &str, message: String) -> Self {
+        Self { code: "unsupported_parameter", ..Self::parameter(parameter, message) }
+    }
+
+    pub(super) fn unknown_parameter(parameter: &str) -> Self {
+        let message = "it is no parameter of this endpoint\nhint: leave it out".to_owned();
+        Self { code: "unknown_parameter", ..Self::parameter(parameter, message) }
+    }
+
+    pub(super) fn unknown_model(asked: &str, served: &str) -> Self {
+        let asked: String = asked.chars().take(200).collect();
+        let message = format!(
+            "the model `{asked}` does not exist here\nhint: this endpoint serves `{served}`"
+        );
+        let error =
+            Self::new(StatusCode::NOT_FOUND, "invalid_request_error", "model_not_found", message);
+        Self { parameter: Some("model".to_owned()), ..error }
+    }
+
+    pub(super) fn too_large(limit_bytes: usize) -> Self {
+        let message = format!("the request's body is larger than {limit_bytes} bytes");
+        let status = StatusCode::PAYLOAD_TOO_LARGE;
+        Self::new(status, "invalid_request_error", "request_too_large", message)
+    }
+
+    pub(super) fn not_found(method: &Method, path: &str) -> Self {
+        let path: String = path.chars().take(200).collect();
+        let message = format!("there is no {method} {path}\nhint: GET /v1/models lists the models");
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", "unknown_url", message)
+    }
+
+    pub(super) fn wrong_method(method: &Method, path: &str) -> Self {
+        let message = format!("{path} does not take {method}");
+        let status = StatusCode::METHOD_NOT_ALLOWED;
+        Self::new(status, "invalid_request_error", "method_not_allowed", message)
+    }
+
+    pub(super) fn foreign_origin() -> Self {
+        let message = "pages of other machines may not call this endpoint".to_owned();
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", "foreign_origin", message)
+    }
+
+    fn busy(status: StatusCode, kind: &'static str, code: &'static str, message: String) -> Self {
+        Self { retry: true, ..Self::new(status, kind, code, message) }
+    }
+
+    pub(super) fn body(&self) -> Value {
+        json!({ "error": {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.parameter,
+            "code": self.code,
+        } })
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, axum::Json(self.body())).into_response();
+        if self.retry {
+            let seconds = HeaderValue::from(RETRY_AFTER_S);
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        }
+        response
+    }
+}
+
+impl From<HostError> for ApiError {
+    fn from(error: HostError) -> Self {
+        let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+        match error {
+            HostError::NoModel => {
+                Self::busy(unavailable, "server_error", "model_not_loaded", error.to_string())
+            }
+            HostError::Restarting => {
+                Self::busy(unavailable, "server_error", "model_restarting", error.to_string())
+            }
+            HostError::Worker(error) => error.into(),
+        }
+    }
+}
+
+impl From<WorkerError> for ApiError {
+    fn from(error: WorkerError) -> Self {
+        let message = error.to_string();
+        match error {
+            WorkerError::Request(RequestError::Invalid { parameter, message }) => {
+                Self::parameter(&parameter, message)
+            }
+            WorkerError::Request(RequestError::ContextLength { .. }) => Self {
+                code: "context_length_exceeded",
+                parameter: Some("messages".to_owned()),
+                ..Self::invalid(message)
+            },
+            WorkerError::Request(RequestError::QueueFull { .. }) => {
+                let status = StatusCode::TOO_MANY_REQUESTS;
+                Self::busy(status, "rate_limit_error", "queue_full", message)
+            }
+            WorkerError::Template(TemplateError::Refused { .. }) => Self {
+                parameter: Some("messages".to_owned()),
+                code: "invalid_value",
+                ..Self::invalid(message)
+            },
+            WorkerError::Died { .. } | WorkerError::Draining => {
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                Self::busy(status, "server_error", "worker_died", message)
+            }
+            _ => {
+                let status = StatusCode::INTERNAL_SERVER_ERROR;
+                Self::new(status, "server_error", "engine_error", message)
+            }
+        }
+    }
+}

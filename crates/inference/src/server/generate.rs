@@ -1,0 +1,219 @@
+//! What chat and plain completions have in common.
+
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::response::Response;
+use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt as _};
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::{event, event_stream};
+use crate::host::{MeteredGeneration, ModelHost};
+use crate::worker::{
+    Finish, FinishReason, GenerateRequest, Output, Piece, Prompt, Sampling, Worker, WorkerError,
+};
+
+/// The most answers of one request.
+pub(super) const MAX_CHOICES: usize = 16;
+
+/// Takes the parameters of sampling.
+pub(super) fn sampling(fields: &mut Fields) -> Result<Sampling, ApiError> {
+    let default = Sampling::default();
+    let repeat_penalty = match fields.number("repeat_penalty")? {
+        Some(penalty) => Some(penalty),
+        None => fields.number("repetition_penalty")?,
+    };
+    let mut logit_bias = Vec::new();
+    if let Some(value) = fields.take("logit_bias") {
+        let wrong = || {
+            let message = "expected an object of token ids and numbers".to_owned();
+            ApiError::parameter("logit_bias", message)
+        };
+        for (token, bias) in value.as_object().ok_or_else(wrong)? {
+            let token = token.parse().map_err(|_| wrong())?;
+            logit_bias.push((token, bias.as_f64().ok_or_else(wrong)? as f32));
+        }
+    }
+    Ok(Sampling {
+        temperature: fields.number("temperature")?.unwrap_or(default.temperature),
+        top_k: fields.count("top_k")?.unwrap_or(default.top_k),
+        top_p: fields.number("top_p")?.unwrap_or(default.top_p),
+        min_p: fields.number("min_p")?.unwrap_or(default.min_p),
+        repeat_penalty: repeat_penalty.unwrap_or(default.repeat_penalty),
+        repeat_last_n: fields.count("repeat_last_n")?.unwrap_or(default.repeat_last_n),
+        frequency_penalty: fields.number("frequency_penalty")?.unwrap_or(default.frequency_penalty),
+        presence_penalty: fields.number("presence_penalty")?.unwrap_or(default.presence_penalty),
+        seed: fields.seed("seed")?,
+        logit_bias,
+    })
+}
+
+/// Whether and how an answer is streamed.
+#[derive(Clone, Copy)]
+pub(super) struct Streaming {
+    pub(super) wanted: bool,
+    pub(super) usage: bool,
+}
+
+/// Takes `stream` and `stream_options`.
+pub(super) fn streaming(fields: &mut Fields) -> Result<Streaming, ApiError> {
+    let wanted = fields.flag("stream")?.unwrap_or(false);
+    let Some(options) = fields.take("stream_options") else {
+        return Ok(Streaming { wanted, usage: false });
+    };
+    let wrong = |message: &str| ApiError::parameter("stream_options", message.to_owned());
+    let Value::Object(options) = options else { return Err(wrong("expected an object")) };
+    if !wanted {
+        return Err(wrong("only with \"stream\": true"));
+    }
+    let mut options = Fields::new(options);
+    let usage = options.flag("include_usage")?.unwrap_or(false);
+    // Padding against the guessing of lengths on the wire has no use on the same machine.
+    let _ = options.flag("include_obfuscation")?;
+    options.finish()?;
+    Ok(Streaming { wanted, usage })
+}
+
+/// Takes `n`.
+pub(super) fn choices(fields: &mut Fields) -> Result<usize, ApiError> {
+    let count = fields.count("n")?.unwrap_or(1) as usize;
+    if (1..=MAX_CHOICES).contains(&count) {
+        return Ok(count);
+    }
+    Err(ApiError::parameter("n", format!("expected 1 to {MAX_CHOICES}")))
+}
+
+/// Where the prompt of an answer comes from.
+pub(super) type PromptOf = Box<dyn Fn(&Worker) -> Result<Prompt, WorkerError> + Send + Sync>;
+
+/// A request for several answers, ready to be sent to the worker.
+pub(super) struct Job {
+    /// One for each answer.
+    pub(super) prompts: Vec<PromptOf>,
+    pub(super) template: GenerateRequest,
+    /// Stop strings of the chat template apply.
+    pub(super) chat: bool,
+}
+
+impl Job {
+    /// Begins all answers.
+    pub(super) async fn begin(
+        &self,
+        host: &Arc<ModelHost>,
+    ) -> Result<Vec<MeteredGeneration>, ApiError> {
+        let mut generations = Vec::with_capacity(self.prompts.len());
+        for (index, prompt) in self.prompts.iter().enumerate() {
+            let begun = host.generate(|worker| {
+                let mut request = self.template.clone();
+                request.prompt = prompt(worker)?;
+                // Each answer of a repeatable request is repeatable, and they differ.
+                let seed = &mut request.sampling.seed;
+                *seed = seed.map(|seed| seed.wrapping_add(index as u64));
+                if self.chat {
+                    let stops = worker.template().stops();
+                    request.stop.extend(stops.iter().map(|stop| (*stop).to_owned()));
+                }
+                Ok(request)
+            });
+            generations.push(begun.await?);
+        }
+        Ok(generations)
+    }
+}
+
+/// Waits for all answers.
+pub(super) async fn finish_all(
+    generations: Vec<MeteredGeneration>,
+) -> Result<Vec<(Piece, Finish)>, ApiError> {
+    let finished = join_all(generations.into_iter().map(MeteredGeneration::finish)).await;
+    Ok(finished.into_iter().collect::<Result<_, _>>()?)
+}
+
+/// The sum of what some answers cost, as OpenAI's `usage`. A prompt shared by several answers
+/// counts once.
+pub(super) fn usage(finishes: &[Finish], answers_per_prompt: usize) -> Value {
+    let firsts = || finishes.iter().step_by(answers_per_prompt.max(1));
+    let prompt: u64 = firsts().map(|finish| u64::from(finish.prompt_tokens)).sum();
+    let cached: u64 = firsts().map(|finish| u64::from(finish.cached_tokens)).sum();
+    let completion: u64 = finishes.iter().map(|f| u64::from(f.completion_tokens)).sum();
+    json!({
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": { "cached_tokens": cached },
+    })
+}
+
+pub(super) fn reason(finish: &Finish) -> &'static str {
+    match finish.reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+/// What a stream's chunks are made by.
+pub(super) trait Chunks: Send + 'static {
+    /// The chunks before any text of answer `index`.
+    fn begin(&mut self, index: usize) -> Option<Value>;
+    /// The chunk of a piece, if it shows anything.
+    fn piece(&mut self, index: usize, piece: Piece) -> Option<Value>;
+    /// The chunk that ends an answer.
+    fn end(&mut self, index: usize, finish: &Finish) -> Value;
+    /// The chunk after all answers, with what they cost.
+    fn usage(&mut self, finishes: &[Finish]) -> Option<Value>;
+}
+
+/// Streams several answers at once. The response begins when the first of them got a sequence, so
+/// that a refusal is still an HTTP error; a later failure is an event.
+pub(super) async fn stream_all(
+    generations: Vec<MeteredGeneration>,
+    mut chunks: impl Chunks,
+) -> Result<Response, ApiError> {
+    let count = generations.len();
+    let outputs = generations.into_iter().enumerate().map(|(index, generation)| {
+        Box::pin(stream::unfold(Some(generation), move |state| async move {
+            let mut generation = state?;
+            let output = generation.next().await;
+            let over = matches!(output, Ok(Output::Finished(_)) | Err(_));
+            Some(((index, output), (!over).then_some(generation)))
+        }))
+    });
+    let mut outputs = stream::select_all(outputs);
+    let first = outputs.next().await;
+    if let Some((_, Err(error))) = first {
+        return Err(error.into());
+    }
+    let mut finishes: Vec<Option<Finish>> = vec![None; count];
+    let mut failed = false;
+    let events = stream::iter(first).chain(outputs).map(Some).chain(stream::iter([None]));
+    let events = events.flat_map(move |item| {
+        let mut lines: Vec<Bytes> = Vec::new();
+        match item {
+            _ if failed => {}
+            Some((index, Ok(Output::Started))) => {
+                lines.extend(chunks.begin(index).as_ref().map(event));
+            }
+            Some((index, Ok(Output::Piece(piece)))) => {
+                lines.extend(chunks.piece(index, piece).as_ref().map(event));
+            }
+            Some((index, Ok(Output::Finished(finish)))) => {
+                lines.push(event(&chunks.end(index, &finish)));
+                finishes[index] = Some(finish);
+            }
+            Some((_, Err(error))) => {
+                failed = true;
+                lines.push(event(&ApiError::from(error).body()));
+            }
+            None => {
+                let finishes: Vec<Finish> = finishes.iter().flatten().copied().collect();
+                lines.extend(chunks.usage(&finishes).as_ref().map(event));
+                lines.push(Bytes::from_static(b"data: [DONE]\n\n"));
+            }
+        }
+        stream::iter(lines)
+    });
+    Ok(event_stream(events))
+}

@@ -1,0 +1,346 @@
+//! The OpenAI-compatible HTTP surface of a [`ModelHost`].
+//!
+//! A parameter that OpenAI knows and this server does not follow is refused by name, never
+//! ignored. Pages of other machines are kept out by their `Origin`.
+
+mod chat;
+mod completions;
+mod embeddings;
+mod error;
+mod fields;
+mod generate;
+mod tokens;
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{MatchedPath, Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use serde_json::{Map, Value, json};
+
+use crate::host::{HostState, ModelHost, ModelSpec};
+use crate::metrics::write_metric;
+use crate::worker::{Worker, WorkerError};
+use error::ApiError;
+use fields::Fields;
+
+/// The most bytes of a request's body.
+pub const MAX_BODY_BYTES: usize = 16 << 20;
+/// How long requests under way may take after the server was asked to stop.
+pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
+
+/// How the endpoint behaves.
+#[derive(Clone, Debug, Default)]
+pub struct ServerOptions {
+    /// Origins beside this machine's own whose pages may call the endpoint.
+    pub allowed_origins: Vec<String>,
+}
+
+#[derive(Clone)]
+struct App {
+    host: Arc<ModelHost>,
+    options: Arc<ServerOptions>,
+}
+
+/// The routes: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`,
+/// `/tokenize`, `/detokenize`, `/health` and `/metrics`.
+pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
+    let app = App { host, options: Arc::new(options) };
+    Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{model}", get(model))
+        .route("/v1/chat/completions", post(chat::complete))
+        .route("/v1/completions", post(completions::complete))
+        .route("/v1/embeddings", post(embeddings::embed))
+        .route("/tokenize", post(tokens::tokenise))
+        .route("/detokenize", post(tokens::detokenise))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .fallback(async |request: Request| {
+            ApiError::not_found(request.method(), request.uri().path()).into_response()
+        })
+        .method_not_allowed_fallback(async |request: Request| {
+            ApiError::wrong_method(request.method(), request.uri().path()).into_response()
+        })
+        .layer(from_fn_with_state(app.clone(), around))
+        .with_state(app)
+}
+
+/// Why [`serve`] ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The model could not be loaded.
+    #[error("{0}")]
+    Model(#[from] WorkerError),
+    /// The listener failed.
+    #[error("serve HTTP: {0}")]
+    Listen(#[from] std::io::Error),
+}
+
+/// Serves one model on `listener` until `shutdown` completes; requests under way are finished.
+/// While the model loads, `/health` answers 503; `on_ready` gets the worker once it is loaded.
+///
+/// # Errors
+/// The model cannot be loaded, or the listener fails.
+pub async fn serve(
+    listener: tokio::net::TcpListener,
+    model: ModelSpec,
+    options: ServerOptions,
+    on_ready: impl FnOnce(&Worker),
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    let host = ModelHost::new();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let http = serve_host(listener, Arc::clone(&host), options, async move {
+        let mut stopped = stopped;
+        tokio::select! {
+            () = shutdown => {}
+            // Also when the sender is gone.
+            _ = stopped.wait_for(|stop| *stop) => {}
+        }
+    });
+    let load = async {
+        let staged = host.stage(model).await?;
+        on_ready(staged.worker());
+        host.activate(staged);
+        Ok::<(), WorkerError>(())
+    };
+    tokio::pin!(http);
+    tokio::select! {
+        served = &mut http => return Ok(served?),
+        loaded = load => {
+            if let Err(error) = loaded {
+                let _ = stop.send(true);
+                http.await?;
+                return Err(error.into());
+            }
+        }
+    }
+    Ok(http.await?)
+}
+
+/// Serves a host on `listener` until `shutdown` completes; then requests under way are finished,
+/// at most for [`SHUTDOWN_LIMIT`], and the host is shut down.
+///
+/// # Errors
+/// The listener fails.
+pub async fn serve_host(
+    listener: tokio::net::TcpListener,
+    host: Arc<ModelHost>,
+    options: ServerOptions,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    let (begun, begins) = tokio::sync::oneshot::channel::<()>();
+    let server = axum::serve(listener, router(Arc::clone(&host), options))
+        .with_graceful_shutdown(async move {
+            shutdown.await;
+            drop(begun);
+        })
+        .into_future();
+    let limit = async {
+        let _ = begins.await;
+        tokio::time::sleep(SHUTDOWN_LIMIT).await;
+    };
+    let served = tokio::select! {
+        served = server => served,
+        () = limit => Ok(()),
+    };
+    host.shut_down(Duration::from_secs(1)).await;
+    served
+}
+
+/// What surrounds every request: who may call, the count, CORS.
+async fn around(State(app): State<App>, request: Request, next: Next) -> Response {
+    let origin = request.headers().get(header::ORIGIN).cloned();
+    let allowed = origin.as_ref().is_none_or(|origin| may_call(origin, &app.options));
+    let endpoint = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "other".to_owned(), |path| path.as_str().to_owned());
+    let mut response = if !allowed {
+        ApiError::foreign_origin().into_response()
+    } else if request.method() == Method::OPTIONS && origin.is_some() {
+        StatusCode::NO_CONTENT.into_response()
+    } else {
+        next.run(request).await
+    };
+    app.host.metrics().count_http(&endpoint, response.status().as_u16());
+    if let Some(origin) = origin.filter(|_| allowed) {
+        let headers = response.headers_mut();
+        headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        headers.insert(header::VARY, HeaderValue::from_static("origin"));
+        let methods = HeaderValue::from_static("GET, POST, OPTIONS");
+        headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
+        headers.insert(
+            header::ACCESS_CONTROL_ALLOW_HEADERS,
+            HeaderValue::from_static(
+                "authorization, content-type, openai-organization, openai-project, user-agent, x-stainless-arch, x-stainless-helper-method, x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout",
+            ),
+        );
+    }
+    response
+}
+
+/// Whether a page of this origin may call: pages of this machine, and those that are allowed.
+fn may_call(origin: &HeaderValue, options: &ServerOptions) -> bool {
+    let Ok(origin) = origin.to_str() else { return false };
+    if options.allowed_origins.iter().any(|allowed| allowed == origin) {
+        return true;
+    }
+    let Some((_, authority)) = origin.split_once("://") else { return false };
+    let host = match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map_or("", |(host, _)| host),
+        None => authority.rsplit_once(':').map_or(authority, |(host, _)| host),
+    };
+    matches!(host, "localhost" | "127.0.0.1" | "::1")
+}
+
+/// Reads a JSON object from a request.
+async fn read_fields(body: Body) -> Result<Fields, ApiError> {
+    let bytes = match axum::body::to_bytes(body, MAX_BODY_BYTES).await {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            // The limit's error is the source of axum's.
+            let too_large = std::error::Error::source(&error)
+                .is_some_and(|source| source.to_string().contains("length limit"));
+            return Err(match too_large {
+                true => ApiError::too_large(MAX_BODY_BYTES),
+                false => ApiError::invalid("the request's body could not be read".to_owned()),
+            });
+        }
+    };
+    match serde_json::from_slice::<Value>(&bytes) {
+        Ok(Value::Object(fields)) => Ok(Fields::new(fields)),
+        Ok(_) => Err(ApiError::invalid("the request's body must be a JSON object".to_owned())),
+        Err(error) => {
+            Err(ApiError::invalid(format!("the request's body is not valid JSON: {error}")))
+        }
+    }
+}
+
+/// Checks the `model` of a request against the one that is served.
+async fn check_model(app: &App, fields: &mut Fields) -> Result<Arc<ModelSpec>, ApiError> {
+    let asked = fields.text("model")?;
+    let (spec, _) = app.host.worker().await?;
+    match asked {
+        Some(asked) if !spec.answers_to(&asked) => Err(ApiError::unknown_model(&asked, &spec.id)),
+        _ => Ok(spec),
+    }
+}
+
+fn model_object(spec: &ModelSpec, worker: &Worker) -> Value {
+    let info = worker.model_info();
+    json!({
+        "id": spec.id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "slmops",
+        "meta": {
+            "architecture": info.shape.architecture,
+            "parameters": info.shape.parameters,
+            "file_type": info.file_type,
+            "size_bytes": info.tensor_bytes,
+            "vocabulary": info.shape.vocabulary,
+            "trained_context": info.shape.trained_context,
+            "chat_template": info.chat_template.is_some(),
+            "effective": worker.effective(),
+        },
+    })
+}
+
+async fn models(State(app): State<App>) -> Response {
+    let data: Vec<Value> =
+        app.host.current().iter().map(|(spec, worker)| model_object(spec, worker)).collect();
+    axum::Json(json!({ "object": "list", "data": data })).into_response()
+}
+
+async fn model(State(app): State<App>, Path(asked): Path<String>) -> Response {
+    match app.host.current() {
+        Some((spec, worker)) if spec.answers_to(&asked) => {
+            axum::Json(model_object(&spec, &worker)).into_response()
+        }
+        Some((spec, _)) => ApiError::unknown_model(&asked, &spec.id).into_response(),
+        None => ApiError::from(crate::host::HostError::NoModel).into_response(),
+    }
+}
+
+async fn health(State(app): State<App>) -> Response {
+    let status = app.host.status();
+    match status.state {
+        HostState::Ready => {
+            axum::Json(json!({ "status": "ok", "model": status.model })).into_response()
+        }
+        HostState::Empty => ApiError::from(crate::host::HostError::NoModel).into_response(),
+        HostState::Restarting => ApiError::from(crate::host::HostError::Restarting).into_response(),
+    }
+}
+
+async fn metrics(State(app): State<App>) -> Response {
+    let mut text = app.host.metrics().prometheus();
+    let status = app.host.status();
+    let ready = f64::from(u8::from(status.state == HostState::Ready));
+    write_metric(&mut text, "model_ready", "gauge", "1 while a model answers.", ready);
+    if let Some(effective) = &status.effective {
+        for (name, help, value) in [
+            ("slots", "Sequences decoded at the same time.", effective.parallel),
+            ("context_tokens", "Tokens of context for each sequence.", effective.context_tokens),
+            ("queue_limit", "Requests that may wait.", effective.queue_limit),
+            ("threads", "Compute threads.", effective.threads),
+        ] {
+            write_metric(&mut text, name, "gauge", help, f64::from(value));
+        }
+    }
+    for (name, help, value) in [
+        ("worker_memory_bytes", "Resident memory of the worker.", status.memory.resident_bytes),
+        ("worker_peak_memory_bytes", "The same at its peak.", status.memory.peak_bytes),
+    ] {
+        write_metric(&mut text, name, "gauge", help, value as f64);
+    }
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (kind, text).into_response()
+}
+
+/// Seconds since 1970, for `created`.
+fn now_s() -> i64 {
+    jiff::Timestamp::now().as_second()
+}
+
+/// A new id, such as `chatcmpl-0123456789abcdef`.
+fn new_id(prefix: &str) -> String {
+    let mut id = format!("{prefix}-");
+    let _ = write!(id, "{:016x}", rand::random::<u64>());
+    id
+}
+
+/// One server-sent event.
+fn event(value: &Value) -> Bytes {
+    Bytes::from(format!("data: {value}\n\n"))
+}
+
+/// A response that streams server-sent events.
+fn event_stream(events: impl futures_util::Stream<Item = Bytes> + Send + 'static) -> Response {
+    use futures_util::StreamExt as _;
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Proxies such as nginx would gather the pieces otherwise.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    let body = Body::from_stream(events.map(Ok::<_, std::convert::Infallible>));
+    (headers, body).into_response()
+}
+
+/// An object of entries that are not null.
+fn object(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+    Value::Object(
+        entries
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value))
+            .collect::<Map<String, Value>>(),
+    )
+}

@@ -1,0 +1,641 @@
+//! The worker: a child process that runs one model, and the handle by which it is asked.
+//!
+//! Whatever happens to the engine happens to that process; here its death is an event
+//! ([`Worker::ended`]) and a clear error of each request that was under way.
+
+mod process;
+pub mod protocol;
+mod sampler;
+mod scheduler;
+mod text;
+
+pub(crate) use process::run;
+pub use protocol::{
+    Embedding, Finish, FinishReason, GenerateRequest, ModelInfo, Piece, Prompt, RequestError,
+    Sampling, Score, ScoreRequest, TokenLogprob, WorkerSpec,
+};
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use slmops_api::runtime::EffectiveConfig;
+use tokio::io::{AsyncWriteExt as _, BufReader};
+use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::sync::{mpsc, watch};
+
+use crate::chat::{ChatMessage, ChatTemplate, TemplateError};
+use crate::child::{self, ChildError, StderrTail};
+use crate::llama::Token;
+use protocol::{Command, Event, LoadFailure, MAX_LINE_BYTES};
+
+/// The job name of a worker.
+pub(crate) const JOB: &str = "worker";
+/// The longest that loading a model may take.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
+/// The longest that a worker whose stdin closed may take to leave before it is killed.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a worker did not start, or did not do what it was asked.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// Its process could not be started.
+    #[error("{0}")]
+    Start(#[source] Arc<ChildError>),
+    /// The engine could not load the model.
+    #[error(
+        "load {}: {message}\nhint: check that it is a whole GGUF file of a kind the engine knows",
+        path.display()
+    )]
+    Load {
+        /// The model file.
+        path: PathBuf,
+        /// The engine's words.
+        message: String,
+    },
+    /// The model was trained for less context than was asked.
+    #[error(
+        "load {}: context_tokens = {asked} is more than the {trained} tokens this model was trained for\nhint: set context_tokens to {trained} or less",
+        path.display()
+    )]
+    TrainedContext {
+        /// The model file.
+        path: PathBuf,
+        /// What was asked.
+        asked: u32,
+        /// What the model can.
+        trained: u32,
+    },
+    /// The engine would not run with exactly the settings that were asked.
+    #[error(
+        "load {}: the engine does not follow the configuration: {}\nhint: set these to what the engine does",
+        path.display(),
+        differences(settings)
+    )]
+    Settings {
+        /// The model file.
+        path: PathBuf,
+        /// `(name, asked, effective)` of each setting that differs.
+        settings: Vec<(String, String, String)>,
+    },
+    /// The worker process died while loading.
+    #[error("load {}: {cause}", path.display())]
+    CrashedLoading {
+        /// The model file.
+        path: PathBuf,
+        /// How it ended.
+        cause: Arc<ChildError>,
+    },
+    /// The worker process died; this request was under way or came too late.
+    #[error(
+        "the process that runs the model ended ({how})\nhint: it is being restarted; try again in a moment"
+    )]
+    Died {
+        /// How it ended.
+        how: String,
+    },
+    /// The worker takes no more requests, because another one takes its place.
+    #[error("this worker is being replaced\nhint: try again")]
+    Draining,
+    /// The worker refused or failed this request.
+    #[error("{0}")]
+    Request(#[from] RequestError),
+    /// The chat could not be made into a prompt.
+    #[error("{0}")]
+    Template(#[from] TemplateError),
+}
+
+fn differences(settings: &[(String, String, String)]) -> String {
+    let each = settings
+        .iter()
+        .map(|(name, asked, effective)| format!("{name} (asked {asked}, effective {effective})"));
+    each.collect::<Vec<_>>().join(", ")
+}
+
+/// How a worker's process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ending {
+    /// Whether it was asked to.
+    pub expected: bool,
+    /// In words: an exit code, or a signal.
+    pub how: String,
+    /// The last lines of its stderr.
+    pub stderr: String,
+}
+
+/// Resident memory of a worker's process, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Now.
+    pub resident_bytes: u64,
+    /// At its peak.
+    pub peak_bytes: u64,
+}
+
+/// A running worker. Clones share it; when the last one is dropped, the process is killed.
+#[derive(Clone)]
+pub struct Worker {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    spec: WorkerSpec,
+    effective: EffectiveConfig,
+    info: ModelInfo,
+    template: ChatTemplate,
+    pid: u32,
+    next_id: AtomicU64,
+    requests: Arc<Requests>,
+    /// To the process; also how its keeper learns that it should leave.
+    orders: mpsc::UnboundedSender<Order>,
+    ending: watch::Receiver<Option<Ending>>,
+}
+
+enum Order {
+    Send(Command),
+    /// Close its stdin and let it leave.
+    Leave,
+    Kill,
+}
+
+/// The requests under way.
+#[derive(Default)]
+struct Requests {
+    state: Mutex<RequestState>,
+    /// Counts every change of their number.
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct RequestState {
+    pending: HashMap<u64, mpsc::UnboundedSender<Result<Event, WorkerError>>>,
+    draining: bool,
+    ended: Option<Ending>,
+}
+
+impl Requests {
+    fn lock(&self) -> std::sync::MutexGuard<'_, RequestState> {
+        self.state.lock().expect("no holder panics")
+    }
+
+    fn remove(&self, id: u64) -> bool {
+        let known = self.lock().pending.remove(&id).is_some();
+        if known {
+            self.changed.send_modify(|count| *count += 1);
+        }
+        known
+    }
+
+    fn deliver(&self, event: Event) {
+        let Some(id) = event.id() else { return };
+        let last = event.is_last();
+        if let Some(sender) = self.lock().pending.get(&id) {
+            // A receiver that is gone has sent its cancellation.
+            let _ = sender.send(Ok(event));
+        }
+        if last {
+            self.remove(id);
+        }
+    }
+
+    fn end(&self, ending: Ending) {
+        let mut state = self.lock();
+        for (_, sender) in state.pending.drain() {
+            let _ = sender.send(Err(WorkerError::Died { how: ending.how.clone() }));
+        }
+        state.ended = Some(ending);
+        drop(state);
+        self.changed.send_modify(|count| *count += 1);
+    }
+}
+
+impl Worker {
+    /// Starts a process and loads a model in it; returns once it answers. Dropping the future
+    /// kills the process.
+    ///
+    /// # Errors
+    /// The process cannot start or dies, the file cannot be loaded, or the engine's effective
+    /// configuration is not the one that was asked.
+    pub async fn spawn(spec: WorkerSpec) -> Result<Self, WorkerError> {
+        let path = spec.model_path.clone();
+        let mut child =
+            child::spawn(JOB).await.map_err(|error| WorkerError::Start(Arc::new(error)))?;
+        let pid = child.id().unwrap_or(0);
+        let mut stdin = child.stdin.take().expect("stdin is piped");
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let stderr = child.stderr.take().expect("stderr is piped");
+        let tail = StderrTail::default();
+        let follower = tokio::spawn(tail.clone().follow(JOB.to_owned(), stderr));
+
+        let load = async {
+            let line = serde_json::to_vec(&spec).expect("a spec is plain data");
+            // A process that dies early closes the pipe; how it died says more.
+            let _ = send_line(&mut stdin, line).await;
+            next_event(&mut stdout).await
+        };
+        let event = tokio::time::timeout(LOAD_TIMEOUT, load).await;
+        let (effective, info) = match event {
+            Ok(Some(Event::Loaded { effective, info })) => (effective, *info),
+            Ok(Some(Event::LoadFailed { failure })) => return Err(load_error(failure, path)),
+            Ok(_) => {
+                let _ = follower.await;
+                let status = child.wait().await.unwrap_or_default();
+                let cause = Arc::new(child::ended(JOB, status, tail.text()));
+                return Err(WorkerError::CrashedLoading { path, cause });
+            }
+            Err(_) => {
+                let message = format!("it is not ready after {} s", LOAD_TIMEOUT.as_secs());
+                return Err(WorkerError::Load { path, message });
+            }
+        };
+
+        let requests = Arc::new(Requests::default());
+        let (orders, received) = mpsc::unbounded_channel();
+        let (ended, ending) = watch::channel(None);
+        let keeper = Keeper { child, tail, follower, requests: Arc::clone(&requests), ended };
+        tokio::spawn(keeper.run(stdin, stdout, received));
+        let template = ChatTemplate::of(&info);
+        let shared = Shared {
+            spec,
+            effective,
+            info,
+            template,
+            pid,
+            next_id: AtomicU64::new(1),
+            requests,
+            orders,
+            ending,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// What it was started with.
+    pub fn spec(&self) -> &WorkerSpec {
+        &self.shared.spec
+    }
+
+    /// The configuration in effect, read back from the engine.
+    pub fn effective(&self) -> &EffectiveConfig {
+        &self.shared.effective
+    }
+
+    /// What is known of its model.
+    pub fn model_info(&self) -> &ModelInfo {
+        &self.shared.info
+    }
+
+    /// The id of its process.
+    pub fn pid(&self) -> u32 {
+        self.shared.pid
+    }
+
+    /// Requests under way or waiting.
+    pub fn requests(&self) -> usize {
+        self.shared.requests.lock().pending.len()
+    }
+
+    /// Resident memory of its process; zeros once it has ended.
+    pub fn memory(&self) -> Memory {
+        if self.ending().is_some() {
+            return Memory::default();
+        }
+        memory_of(self.shared.pid)
+    }
+
+    /// Makes a chat into a prompt by the model's own template.
+    ///
+    /// # Errors
+    /// The template refuses the chat, or is wrong itself.
+    pub fn chat_prompt(&self, messages: &[ChatMessage]) -> Result<Prompt, WorkerError> {
+        Ok(Prompt::Template(self.shared.template.render(messages)?))
+    }
+
+    /// The chat template.
+    pub fn template(&self) -> &ChatTemplate {
+        &self.shared.template
+    }
+
+    /// Asks for a continuation. Dropping the [`Generation`] cancels it.
+    ///
+    /// # Errors
+    /// The worker is being replaced, or has died, or a number of the request is out of range. What
+    /// else is wrong with the request is the generation's first output.
+    pub fn generate(&self, request: GenerateRequest) -> Result<Generation, WorkerError> {
+        // JSON has no number that is none: it would not arrive.
+        request.sampling.check()?;
+        self.submit(|id| Command::Generate { id, request }).map(|answer| Generation { answer })
+    }
+
+    /// The log-probabilities of a continuation.
+    ///
+    /// # Errors
+    /// The request is wrong or does not fit, or the worker fails.
+    pub async fn score(&self, request: ScoreRequest) -> Result<Score, WorkerError> {
+        match self.submit(|id| Command::Score { id, request })?.result().await? {
+            Event::Score { score, .. } => Ok(score),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The embedding of a text.
+    ///
+    /// # Errors
+    /// The text does not fit, or the worker fails.
+    pub async fn embed(&self, prompt: Prompt) -> Result<Embedding, WorkerError> {
+        match self.submit(|id| Command::Embed { id, prompt })?.result().await? {
+            Event::Embedding { embedding, .. } => Ok(embedding),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The tokens of a text. `add_special` adds the beginning token where the model wants one;
+    /// `parse_special` reads written control tokens as such.
+    ///
+    /// # Errors
+    /// The text is too long, or the worker fails.
+    pub async fn tokenise(
+        &self,
+        text: String,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Result<Vec<Token>, WorkerError> {
+        let command = |id| Command::Tokenise { id, text, add_special, parse_special };
+        match self.submit(command)?.result().await? {
+            Event::Tokens { tokens, .. } => Ok(tokens),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The bytes of some tokens, special ones as they are written.
+    ///
+    /// # Errors
+    /// A token is not in the vocabulary, or the worker fails.
+    pub async fn detokenise(&self, tokens: Vec<Token>) -> Result<Vec<u8>, WorkerError> {
+        match self.submit(|id| Command::Detokenise { id, tokens })?.result().await? {
+            Event::Bytes { bytes, .. } => Ok(bytes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn submit(&self, command: impl FnOnce(u64) -> Command) -> Result<Answer, WorkerError> {
+        let shared = &self.shared;
+        let id = shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let (sender, events) = mpsc::unbounded_channel();
+        {
+            let mut state = shared.requests.lock();
+            if let Some(ending) = &state.ended {
+                return Err(WorkerError::Died { how: ending.how.clone() });
+            }
+            if state.draining {
+                return Err(WorkerError::Draining);
+            }
+            state.pending.insert(id, sender);
+        }
+        // If the process ends before it reads this, the request's error comes from its ending.
+        let _ = shared.orders.send(Order::Send(command(id)));
+        Ok(Answer { id, events, worker: self.clone() })
+    }
+
+    /// Takes no more requests, waits until those under way are done, and lets the process leave.
+    pub async fn drain(&self) {
+        self.shared.requests.lock().draining = true;
+        let mut changed = self.shared.requests.changed.subscribe();
+        while self.requests() > 0 {
+            if changed.changed().await.is_err() {
+                break;
+            }
+        }
+        let _ = self.shared.orders.send(Order::Leave);
+        self.ended().await;
+    }
+
+    /// Kills the process.
+    pub fn kill(&self) {
+        let _ = self.shared.orders.send(Order::Kill);
+    }
+
+    /// How it ended, if it has.
+    pub fn ending(&self) -> Option<Ending> {
+        self.shared.ending.borrow().clone()
+    }
+
+    /// Waits until the process has ended. Holds no claim on the worker: dropping all handles still
+    /// kills it.
+    pub fn ended(&self) -> impl Future<Output = Ending> + Send + 'static {
+        let mut ending = self.shared.ending.clone();
+        async move {
+            match ending.wait_for(Option::is_some).await {
+                Ok(ending) => ending.clone().expect("it was waited for"),
+                Err(_) => Ending {
+                    expected: true,
+                    how: "its keeper is gone".to_owned(),
+                    stderr: String::new(),
+                },
+            }
+        }
+    }
+}
+
+fn load_error(failure: LoadFailure, path: PathBuf) -> WorkerError {
+    match failure {
+        LoadFailure::Model { message } => {
+            // The engine names the file too.
+            let prefix = format!("load model {}: ", path.display());
+            let message = message.strip_prefix(&prefix).unwrap_or(&message).to_owned();
+            WorkerError::Load { path, message }
+        }
+        LoadFailure::Settings { settings } => WorkerError::Settings { path, settings },
+        LoadFailure::TrainedContext { asked, trained } => {
+            WorkerError::TrainedContext { path, asked, trained }
+        }
+    }
+}
+
+fn unexpected(event: &Event) -> WorkerError {
+    let message = format!("an answer of another kind came: {event:?}");
+    WorkerError::Request(RequestError::Engine { message: message.chars().take(200).collect() })
+}
+
+/// `VmRSS` and `VmHWM` of a process, as proc(5) shows them.
+pub(crate) fn memory_of(pid: u32) -> Memory {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |name: &str| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        let number = line.and_then(|rest| rest.trim().strip_suffix(" kB"));
+        number.and_then(|number| number.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
+    };
+    Memory { resident_bytes: field("VmRSS:"), peak_bytes: field("VmHWM:") }
+}
+
+async fn send_line(stdin: &mut ChildStdin, mut line: Vec<u8>) -> std::io::Result<()> {
+    line.push(b'\n');
+    stdin.write_all(&line).await?;
+    stdin.flush().await
+}
+
+/// The next event; absent when the process closed its stdout. What is no event is skipped.
+async fn next_event(stdout: &mut BufReader<ChildStdout>) -> Option<Event> {
+    let mut line = Vec::new();
+    loop {
+        match child::read_line(stdout, &mut line, MAX_LINE_BYTES).await {
+            Ok(true) => {}
+            Ok(false) | Err(_) => return None,
+        }
+        match serde_json::from_slice(&line) {
+            Ok(event) => return Some(event),
+            Err(error) => tracing::warn!("a worker's line is not understood: {error}"),
+        }
+    }
+}
+
+/// Owns a worker's process: feeds it, hears it, and sees it end.
+struct Keeper {
+    child: Child,
+    tail: StderrTail,
+    follower: tokio::task::JoinHandle<()>,
+    requests: Arc<Requests>,
+    ended: watch::Sender<Option<Ending>>,
+}
+
+impl Keeper {
+    async fn run(
+        mut self,
+        stdin: ChildStdin,
+        mut stdout: BufReader<ChildStdout>,
+        mut orders: mpsc::UnboundedReceiver<Order>,
+    ) {
+        let requests = Arc::clone(&self.requests);
+        let hear = async {
+            while let Some(event) = next_event(&mut stdout).await {
+                requests.deliver(event);
+            }
+        };
+        let feed = async {
+            let mut stdin = stdin;
+            loop {
+                match orders.recv().await {
+                    Some(Order::Send(command)) => {
+                        let line = serde_json::to_vec(&command).expect("commands are plain data");
+                        if send_line(&mut stdin, line).await.is_err() {
+                            // It is dying: `hear` ends next.
+                            std::future::pending::<()>().await;
+                        }
+                    }
+                    Some(Order::Leave) => {
+                        drop(stdin);
+                        tokio::time::sleep(LEAVE_TIMEOUT).await;
+                        return;
+                    }
+                    // All handles are gone.
+                    Some(Order::Kill) | None => return,
+                }
+            }
+        };
+        let mut asked = false;
+        tokio::select! {
+            () = hear => {}
+            () = feed => asked = true,
+        }
+        asked |= self.requests.lock().draining;
+        // Where it still runs it has closed its stdout, or was asked to leave: it is of no more use.
+        let _ = self.child.start_kill();
+        let status = self.child.wait().await.unwrap_or_default();
+        let _ = self.follower.await;
+        let how = match child::ended(JOB, status, String::new()) {
+            ChildError::Crashed { signal, .. } => {
+                format!("signal {signal}, {}", child::signal_name(signal))
+            }
+            _ => format!("exit code {}", status.code().unwrap_or(-1)),
+        };
+        let ending = Ending { expected: asked, how, stderr: self.tail.text() };
+        self.requests.end(ending.clone());
+        self.ended.send_replace(Some(ending));
+    }
+}
+
+/// What comes back for one request.
+struct Answer {
+    id: u64,
+    events: mpsc::UnboundedReceiver<Result<Event, WorkerError>>,
+    worker: Worker,
+}
+
+impl Answer {
+    async fn next(&mut self) -> Result<Event, WorkerError> {
+        match self.events.recv().await {
+            Some(Ok(Event::Failed { error, .. })) => Err(error.into()),
+            Some(event) => event,
+            None => Err(WorkerError::Died { how: "it gave no answer".to_owned() }),
+        }
+    }
+
+    async fn result(mut self) -> Result<Event, WorkerError> {
+        loop {
+            match self.next().await? {
+                Event::Started { .. } => {}
+                event => return Ok(event),
+            }
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        let shared = &self.worker.shared;
+        if shared.requests.remove(self.id) {
+            let _ = shared.orders.send(Order::Send(Command::Cancel { id: self.id }));
+        }
+    }
+}
+
+/// What a generation puts out.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// The request got a sequence; its prompt is being processed.
+    Started,
+    /// More of the answer.
+    Piece(Piece),
+    /// The end; nothing follows.
+    Finished(Finish),
+}
+
+/// An answer under way. Dropping it cancels the request and frees its sequence.
+pub struct Generation {
+    answer: Answer,
+}
+
+impl Generation {
+    /// The next output. After [`Output::Finished`] or an error there is none. Cancellation-safe.
+    ///
+    /// # Errors
+    /// The request was refused, or the worker failed or died.
+    pub async fn next(&mut self) -> Result<Output, WorkerError> {
+        match self.answer.next().await? {
+            Event::Started { .. } => Ok(Output::Started),
+            Event::Piece { piece, .. } => Ok(Output::Piece(piece)),
+            Event::Finished { finish, .. } => Ok(Output::Finished(finish)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The whole answer.
+    ///
+    /// # Errors
+    /// The request was refused, or the worker failed or died.
+    pub async fn finish(mut self) -> Result<(Piece, Finish), WorkerError> {
+        let mut whole = Piece::default();
+        loop {
+            match self.next().await? {
+                Output::Started => {}
+                Output::Piece(piece) => {
+                    whole.text.push_str(&piece.text);
+                    whole.tokens.extend(piece.tokens);
+                    whole.logprobs.extend(piece.logprobs);
+                }
+                Output::Finished(finish) => return Ok((whole, finish)),
+            }
+        }
+    }
+}

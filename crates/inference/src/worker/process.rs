@@ -1,0 +1,372 @@
+//! The worker process itself: loads the model, reads commands, runs the scheduler.
+
+use std::io::{BufRead as _, Read as _};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::time::Instant;
+
+use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
+
+use super::protocol::{
+    Command, Event, GenerateRequest, LoadFailure, MAX_LINE_BYTES, MAX_LOGIT_BIASES,
+    MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS, ModelInfo, Prompt, RequestError,
+    Score, ScoreRequest, WorkerSpec,
+};
+use super::scheduler::{Embedding64, Generating, Scheduler, Scoring, Task, Work};
+use crate::child::print_line;
+use crate::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token, engine_version};
+
+/// Outputs in one batch beside one for each sequence: what scores and embeddings proceed by.
+/// Each costs two rows of the vocabulary in memory.
+const EXTRA_OUTPUTS: u32 = 32;
+/// The most sequences that the engine decodes at the same time.
+const MAX_PARALLEL: u32 = 256;
+
+/// Runs a worker until its stdin closes.
+pub(crate) fn run() -> i32 {
+    let mut input = std::io::stdin().lock();
+    let mut line = Vec::new();
+    let spec: WorkerSpec = match read_line(&mut input, &mut line) {
+        Some(line) => match serde_json::from_slice(line) {
+            Ok(spec) => spec,
+            Err(error) => return refuse(LoadFailure::Model { message: error.to_string() }),
+        },
+        None => return 0,
+    };
+    let (scheduler, model) = match load(&spec) {
+        Ok(loaded) => loaded,
+        Err(failure) => return refuse(failure),
+    };
+    let (sender, receiver) = channel();
+    let engine = std::thread::Builder::new()
+        .name("engine".to_owned())
+        .spawn(move || run_engine(scheduler, &receiver))
+        .expect("a thread can be started");
+    while let Some(line) = read_line(&mut input, &mut line) {
+        match serde_json::from_slice(line) {
+            Ok(command) => obey(command, &model, &sender),
+            Err(error) => misunderstood(line, &error),
+        }
+        if engine.is_finished() {
+            // Its panic message is on stderr.
+            return 1;
+        }
+    }
+    // Nobody listens any more: what runs has no reader.
+    0
+}
+
+/// Answers a command that cannot be read, so that nobody waits for it for ever.
+fn misunderstood(line: &[u8], error: &serde_json::Error) {
+    eprintln!("worker: a command is not understood: {error}");
+    let command: serde_json::Value = serde_json::from_slice(line).unwrap_or_default();
+    if let Some(id) = command["id"].as_u64() {
+        let error = invalid("request", format!("the worker does not understand it: {error}"));
+        emit(&Event::Failed { id, error });
+    }
+}
+
+fn refuse(failure: LoadFailure) -> i32 {
+    emit(&Event::LoadFailed { failure });
+    1
+}
+
+fn emit(event: &Event) {
+    print_line(&serde_json::to_value(event).expect("events are plain data"));
+}
+
+fn read_line<'a>(input: &mut impl std::io::BufRead, line: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+    line.clear();
+    let read = input.by_ref().take(MAX_LINE_BYTES as u64).read_until(b'\n', line).ok()?;
+    (read > 0).then_some(line)
+}
+
+fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
+    let started = Instant::now();
+    let runtime = &spec.runtime;
+    let failed = |message: String| LoadFailure::Model { message };
+    check_runtime(runtime)?;
+    let options = LoadOptions { check_tensors: true, ..LoadOptions::default() };
+    let model = Model::load(&spec.model_path, &options).map_err(|e| failed(e.to_string()))?;
+    if !model.generates() {
+        return Err(failed("this model does not generate text".to_owned()));
+    }
+    let trained = model.trained_context();
+    if runtime.context_tokens > trained {
+        return Err(LoadFailure::TrainedContext { asked: runtime.context_tokens, trained });
+    }
+    let model = Arc::new(model);
+    let options = ContextOptions {
+        context_tokens: runtime.context_tokens,
+        sequences: runtime.parallel,
+        batch_tokens: runtime.batch_tokens,
+        outputs: runtime.parallel.saturating_add(EXTRA_OUTPUTS),
+        threads: runtime.threads,
+        kv_type: runtime.kv_type,
+        flash_attention: runtime.flash_attention,
+        embeddings: false,
+        abort: None,
+    };
+    let mut context = Context::new(&model, &options).map_err(|e| failed(e.to_string()))?;
+    let effective = read_back(&context, runtime)?;
+    warm_up(&mut context).map_err(failed)?;
+    let text = |token: Option<Token>| {
+        let bytes = token.map(|token| model.piece(token, true)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let info = ModelInfo {
+        shape: model.shape(),
+        file_type: model.file_type(),
+        tensor_bytes: model.tensor_bytes(),
+        chat_template: model.chat_template(None),
+        beginning_text: text(model.beginning()),
+        end_text: text(model.end()),
+        adds_beginning: model.adds_beginning(),
+        load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+    };
+    emit(&Event::Loaded { effective, info: Box::new(info) });
+    let scheduler = Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, emit);
+    Ok((scheduler, model))
+}
+
+/// Refuses settings that no engine could follow.
+fn check_runtime(runtime: &RuntimeConfig) -> Result<(), LoadFailure> {
+    let wrong = |name: &str, given: u32, wanted: String| {
+        Err(LoadFailure::Settings { settings: vec![(name.to_owned(), given.to_string(), wanted)] })
+    };
+    if runtime.context_tokens < 2 {
+        return wrong("context_tokens", runtime.context_tokens, "at least 2".to_owned());
+    }
+    if !(1..=MAX_PARALLEL).contains(&runtime.parallel) {
+        return wrong("parallel", runtime.parallel, format!("1 to {MAX_PARALLEL}"));
+    }
+    if runtime.batch_tokens < runtime.parallel {
+        let wanted = format!("at least {} (parallel)", runtime.parallel);
+        return wrong("batch_tokens", runtime.batch_tokens, wanted);
+    }
+    Ok(())
+}
+
+/// The configuration in effect, from the engine itself; an error where it is not what was asked.
+fn read_back(context: &Context, asked: &RuntimeConfig) -> Result<EffectiveConfig, LoadFailure> {
+    let unknown = |name: &str, asked: String| LoadFailure::Settings {
+        settings: vec![(name.to_owned(), asked, "unknown to the engine".to_owned())],
+    };
+    let effective = EffectiveConfig {
+        // The engine allots memory in larger steps; the scheduler holds each sequence to what was
+        // asked, so only less than that is a difference.
+        context_tokens: context.context_tokens().min(asked.context_tokens),
+        parallel: context.sequences(),
+        threads: context.threads(),
+        batch_tokens: context.batch_tokens(),
+        kv_type: context
+            .kv_type()
+            .ok_or_else(|| unknown("kv_type", format!("{:?}", asked.kv_type)))?,
+        flash_attention: context
+            .flash_attention()
+            .ok_or_else(|| unknown("flash_attention", asked.flash_attention.to_string()))?,
+        queue_limit: asked.queue_limit,
+        engine: engine_version(),
+    };
+    let settings: Vec<_> = effective
+        .differences(asked)
+        .into_iter()
+        .map(|(name, asked, effective)| (name.to_owned(), asked, effective))
+        .collect();
+    if settings.is_empty() { Ok(effective) } else { Err(LoadFailure::Settings { settings }) }
+}
+
+/// Computes one token: brings the weights into memory, and finds out that they compute.
+fn warm_up(context: &mut Context) -> Result<(), String> {
+    let token = context.model().beginning().unwrap_or(0);
+    let mut batch = Batch::new();
+    let index = batch.push(token, 0, 0, true);
+    context.decode(&mut batch).map_err(|error| error.to_string())?;
+    let logits = context.logits(index).unwrap_or_default();
+    if logits.is_empty() || !logits.iter().all(|logit| logit.is_finite()) {
+        return Err("its output is not a number: its weights are damaged".to_owned());
+    }
+    context.clear();
+    Ok(())
+}
+
+/// What the engine's thread is told.
+enum Order {
+    Submit(Task),
+    Cancel(u64),
+}
+
+fn run_engine(mut scheduler: Scheduler, orders: &Receiver<Order>) {
+    loop {
+        if scheduler.is_idle() {
+            match orders.recv() {
+                Ok(order) => follow(&mut scheduler, order),
+                Err(_) => return,
+            }
+        }
+        loop {
+            match orders.try_recv() {
+                Ok(order) => follow(&mut scheduler, order),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return,
+            }
+        }
+        scheduler.step();
+    }
+}
+
+fn follow(scheduler: &mut Scheduler, order: Order) {
+    match order {
+        Order::Submit(task) => scheduler.submit(task),
+        Order::Cancel(id) => scheduler.cancel(id),
+    }
+}
+
+/// Prepares a command on the reader's thread, beside the engine's.
+fn obey(command: Command, model: &Model, engine: &Sender<Order>) {
+    let arrived = Instant::now();
+    let submit = |id: u64, prepared: Result<(Vec<Token>, Work), RequestError>| match prepared {
+        Ok((tokens, work)) => {
+            let _ = engine.send(Order::Submit(Task { id, tokens, work, arrived }));
+        }
+        Err(error) => emit(&Event::Failed { id, error }),
+    };
+    match command {
+        Command::Generate { id, request } => submit(id, prepare_generate(request, model)),
+        Command::Score { id, request } => submit(id, prepare_score(&request, model)),
+        Command::Embed { id, prompt } => submit(
+            id,
+            prompt_tokens(&prompt, model)
+                .map(|tokens| (tokens, Work::Embed(Embedding64::default()))),
+        ),
+        Command::Tokenise { id, text, add_special, parse_special } => {
+            match tokenise(&text, add_special, parse_special, model) {
+                Ok(tokens) => emit(&Event::Tokens { id, tokens }),
+                Err(error) => emit(&Event::Failed { id, error }),
+            }
+        }
+        Command::Detokenise { id, tokens } => match check_tokens(&tokens, model) {
+            Ok(()) => emit(&Event::Bytes { id, bytes: model.detokenise(&tokens, true) }),
+            Err(error) => emit(&Event::Failed { id, error }),
+        },
+        Command::Cancel { id } => {
+            let _ = engine.send(Order::Cancel(id));
+        }
+    }
+}
+
+fn invalid(parameter: &str, message: String) -> RequestError {
+    RequestError::Invalid { parameter: parameter.to_owned(), message }
+}
+
+fn check_tokens(tokens: &[Token], model: &Model) -> Result<(), RequestError> {
+    let vocabulary = model.vocabulary();
+    let known = |token: &Token| u32::try_from(*token).is_ok_and(|token| token < vocabulary);
+    match tokens.iter().find(|token| !known(token)) {
+        Some(token) => Err(invalid(
+            "tokens",
+            format!("{token} is not a token: the vocabulary has {vocabulary} of them"),
+        )),
+        None => Ok(()),
+    }
+}
+
+fn tokenise(
+    text: &str,
+    add_special: bool,
+    parse_special: bool,
+    model: &Model,
+) -> Result<Vec<Token>, RequestError> {
+    if text.len() > MAX_PROMPT_BYTES {
+        let message = format!("{} bytes are more than {MAX_PROMPT_BYTES}", text.len());
+        return Err(invalid("prompt", message));
+    }
+    model
+        .tokenise(text, add_special, parse_special)
+        .map_err(|error| RequestError::Engine { message: error.to_string() })
+}
+
+/// A prompt's tokens; at least one.
+fn prompt_tokens(prompt: &Prompt, model: &Model) -> Result<Vec<Token>, RequestError> {
+    let mut tokens = match prompt {
+        Prompt::Tokens(tokens) => {
+            check_tokens(tokens, model)?;
+            tokens.clone()
+        }
+        Prompt::Text(text) => tokenise(text, true, false, model)?,
+        Prompt::Template(text) => {
+            let tokens = tokenise(text, false, true, model)?;
+            // Many templates write the beginning token themselves, some leave it to the tokenizer.
+            let begins = model.beginning().is_none_or(|token| tokens.first() == Some(&token));
+            if begins { tokens } else { tokenise(text, true, true, model)? }
+        }
+    };
+    // An empty prompt of a model without a beginning token: what ends a text also parts texts.
+    if tokens.is_empty() {
+        tokens.extend(model.beginning().or_else(|| model.end()));
+    }
+    if tokens.is_empty() {
+        return Err(invalid("prompt", "it is empty, and this model cannot begin by itself".into()));
+    }
+    Ok(tokens)
+}
+
+fn prepare_generate(
+    request: GenerateRequest,
+    model: &Model,
+) -> Result<(Vec<Token>, Work), RequestError> {
+    let sampling = &request.sampling;
+    sampling.check()?;
+    if sampling.logit_bias.len() > MAX_LOGIT_BIASES {
+        return Err(invalid("logit_bias", format!("more than {MAX_LOGIT_BIASES} tokens")));
+    }
+    let biased: Vec<Token> = sampling.logit_bias.iter().map(|(token, _)| *token).collect();
+    check_tokens(&biased, model).map_err(|error| match error {
+        RequestError::Invalid { message, .. } => invalid("logit_bias", message),
+        other => other,
+    })?;
+    if request.max_tokens == Some(0) {
+        return Err(invalid("max_tokens", "it must be at least 1".to_owned()));
+    }
+    if request.stop.len() > MAX_STOPS {
+        return Err(invalid("stop", format!("more than {MAX_STOPS} stop strings")));
+    }
+    if request.stop.iter().any(|stop| stop.len() > MAX_STOP_BYTES) {
+        let message = format!("a stop string is longer than {MAX_STOP_BYTES} bytes");
+        return Err(invalid("stop", message));
+    }
+    if request.logprobs.is_some_and(|top| top > MAX_TOP_LOGPROBS) {
+        return Err(invalid("top_logprobs", format!("at most {MAX_TOP_LOGPROBS}")));
+    }
+    let tokens = prompt_tokens(&request.prompt, model)?;
+    let generating = Generating::new(request, tokens.len());
+    Ok((tokens, Work::Generate(Box::new(generating))))
+}
+
+fn prepare_score(
+    request: &ScoreRequest,
+    model: &Model,
+) -> Result<(Vec<Token>, Work), RequestError> {
+    let alone = prompt_tokens(&request.prompt, model)?;
+    let whole = match &request.prompt {
+        Prompt::Text(text) => {
+            prompt_tokens(&Prompt::Text(format!("{text}{}", request.continuation)), model)?
+        }
+        Prompt::Template(text) => {
+            prompt_tokens(&Prompt::Template(format!("{text}{}", request.continuation)), model)?
+        }
+        Prompt::Tokens(tokens) => {
+            let mut whole = tokens.clone();
+            whole.extend(tokenise(&request.continuation, false, false, model)?);
+            whole
+        }
+    };
+    let shared = alone.iter().zip(&whole).take_while(|(a, b)| a == b).count();
+    // The first token of all has nothing before it that could predict it.
+    let from = shared.max(1);
+    if from >= whole.len() {
+        return Err(invalid("continuation", "it has no tokens to score".to_owned()));
+    }
+    let score = Score { tokens: Vec::new(), logprobs: Vec::new(), greedy: Vec::new() };
+    Ok((whole, Work::Score(Scoring { from, score })))
+}

@@ -1,0 +1,519 @@
+//! Continuous batching: every step decodes one token of each answer under way, and beside them a
+//! bounded piece of the prompts that wait, so that a long prompt never stalls the others.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::protocol::{
+    Embedding, Event, Finish, FinishReason, GenerateRequest, Piece, RequestError, Score,
+};
+use super::sampler::{Sampler, log_sum_exp, logprob, most_probable};
+use super::text::TextAssembler;
+use crate::llama::{Batch, Context, Model, Token};
+
+/// Prompt tokens in one step beside answers under way.
+const PROMPT_TOKENS_BESIDE_ANSWERS: usize = 64;
+
+/// A request whose prompt is tokens, ready for a sequence.
+pub(super) struct Task {
+    pub(super) id: u64,
+    /// The prompt; for a score also what is scored.
+    pub(super) tokens: Vec<Token>,
+    pub(super) work: Work,
+    pub(super) arrived: Instant,
+}
+
+/// What is done with the tokens.
+pub(super) enum Work {
+    Generate(Box<Generating>),
+    Score(Scoring),
+    Embed(Embedding64),
+}
+
+/// An answer under way.
+pub(super) struct Generating {
+    request_max_tokens: Option<u32>,
+    logprobs: Option<u32>,
+    sampler: Sampler,
+    text: TextAssembler,
+    prompt_tokens: usize,
+    generated: u32,
+    first_token_at: Option<Instant>,
+}
+
+impl Generating {
+    pub(super) fn new(request: GenerateRequest, prompt_tokens: usize) -> Self {
+        Self {
+            request_max_tokens: request.max_tokens,
+            logprobs: request.logprobs,
+            sampler: Sampler::new(request.sampling),
+            text: TextAssembler::new(request.stop),
+            prompt_tokens,
+            generated: 0,
+            first_token_at: None,
+        }
+    }
+}
+
+/// A score under way.
+pub(super) struct Scoring {
+    /// Index of the first token that is scored; at least 1.
+    pub(super) from: usize,
+    pub(super) score: Score,
+}
+
+/// An embedding under way: the sum over the tokens so far.
+#[derive(Default)]
+pub(super) struct Embedding64 {
+    sum: Vec<f64>,
+}
+
+/// One sequence of the engine.
+#[derive(Default)]
+struct Slot {
+    /// The tokens in the engine's memory.
+    held: Vec<Token>,
+    running: Option<Running>,
+}
+
+struct Running {
+    task: Task,
+    started: Instant,
+    cached_tokens: usize,
+}
+
+/// An output to read after a batch.
+struct Output {
+    slot: usize,
+    /// Index in the batch.
+    index: usize,
+    /// Index of the token in its sequence.
+    place: usize,
+}
+
+/// Decides what is computed next, and computes it.
+pub(super) struct Scheduler {
+    context: Context,
+    model: Arc<Model>,
+    context_tokens: usize,
+    batch_tokens: usize,
+    queue_limit: usize,
+    slots: Vec<Slot>,
+    queue: VecDeque<Task>,
+    batch: Batch,
+    emit: fn(&Event),
+}
+
+impl Scheduler {
+    pub(super) fn new(
+        context: Context,
+        context_tokens: u32,
+        queue_limit: u32,
+        emit: fn(&Event),
+    ) -> Self {
+        let slots = (0..context.sequences()).map(|_| Slot::default()).collect();
+        Self {
+            model: Arc::clone(context.model()),
+            context_tokens: context_tokens as usize,
+            batch_tokens: context.batch_tokens() as usize,
+            queue_limit: queue_limit as usize,
+            slots,
+            queue: VecDeque::new(),
+            batch: Batch::new(),
+            context,
+            emit,
+        }
+    }
+
+    /// Whether there is nothing to compute.
+    pub(super) fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.slots.iter().all(|slot| slot.running.is_none())
+    }
+
+    /// Takes a request, or refuses it.
+    pub(super) fn submit(&mut self, task: Task) {
+        let free = self.slots.iter().filter(|slot| slot.running.is_none()).count();
+        if self.queue.len() >= self.queue_limit + free {
+            let limit = u32::try_from(self.queue_limit).unwrap_or(u32::MAX);
+            self.fail(task.id, RequestError::QueueFull { limit });
+            return;
+        }
+        let room = self.context_tokens.saturating_sub(task.tokens.len());
+        let (fits, max_tokens, prompt_tokens) = match &task.work {
+            Work::Generate(generating) => {
+                let wanted = generating.request_max_tokens.unwrap_or(1).max(1);
+                (wanted as usize <= room, generating.request_max_tokens, task.tokens.len())
+            }
+            Work::Score(scoring) => {
+                let scored = task.tokens.len() - scoring.from;
+                (task.tokens.len() <= self.context_tokens, u32::try_from(scored).ok(), scoring.from)
+            }
+            Work::Embed(_) => {
+                (task.tokens.len() <= self.context_tokens, Some(0), task.tokens.len())
+            }
+        };
+        if !fits {
+            let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+            let error = RequestError::ContextLength {
+                prompt_tokens: number(prompt_tokens),
+                max_tokens,
+                context_tokens: number(self.context_tokens),
+            };
+            self.fail(task.id, error);
+            return;
+        }
+        self.queue.push_back(task);
+        self.admit();
+    }
+
+    /// Forgets a request; its sequence is free at once.
+    pub(super) fn cancel(&mut self, id: u64) {
+        self.queue.retain(|task| task.id != id);
+        for slot in &mut self.slots {
+            if slot.running.as_ref().is_some_and(|running| running.task.id == id) {
+                slot.running = None;
+            }
+        }
+        self.admit();
+    }
+
+    /// Gives free sequences to waiting requests: to each the one that already holds the most of
+    /// its prompt.
+    fn admit(&mut self) {
+        while !self.queue.is_empty() {
+            let next = &self.queue[0];
+            let shared = |slot: &Slot| {
+                slot.held.iter().zip(&next.tokens).take_while(|(held, token)| held == token).count()
+            };
+            let free = self.slots.iter().enumerate().filter(|(_, slot)| slot.running.is_none());
+            // Among equals the one that holds least, then the first: sequences side by side are
+            // computed together.
+            let best = free.max_by_key(|(index, slot)| {
+                (shared(slot), std::cmp::Reverse((slot.held.len(), *index)))
+            });
+            let Some((index, slot)) = best else { return };
+            let mut cached = shared(slot);
+            let task = self.queue.pop_front().expect("it is not empty");
+            // Outputs come only from tokens that are computed now.
+            let needed = match &task.work {
+                Work::Generate(_) => task.tokens.len() - 1,
+                Work::Score(scoring) => scoring.from - 1,
+                Work::Embed(_) => 0,
+            };
+            cached = cached.min(needed);
+            let slot = &mut self.slots[index];
+            if cached < slot.held.len() {
+                let place = u32::try_from(cached).expect("a context is shorter");
+                if !self.context.truncate(index as u32, place) {
+                    self.context.truncate(index as u32, 0);
+                    cached = 0;
+                }
+                slot.held.truncate(cached);
+            }
+            (self.emit)(&Event::Started { id: task.id });
+            slot.running = Some(Running { task, started: Instant::now(), cached_tokens: cached });
+        }
+    }
+
+    /// Computes one batch and hands out what comes of it.
+    pub(super) fn step(&mut self) {
+        self.admit();
+        let (outputs, fed) = self.plan();
+        if !self.batch.is_empty() {
+            match self.context.decode(&mut self.batch) {
+                Ok(()) => {
+                    for (slot, count) in fed {
+                        self.advance(slot, count);
+                    }
+                    for output in outputs {
+                        self.read(&output);
+                    }
+                }
+                Err(error) => {
+                    for (slot, _) in fed {
+                        self.break_off(slot, &error.to_string());
+                    }
+                }
+            }
+        }
+        self.step_embeddings();
+        self.admit();
+    }
+
+    /// Fills the batch: one token of each answer under way, then prompts in equal parts.
+    fn plan(&mut self) -> (Vec<Output>, Vec<(usize, usize)>) {
+        self.batch.clear();
+        let mut outputs = Vec::new();
+        let mut fed = Vec::new();
+        let mut output_room = self.context.output_limit();
+        let left = |slot: &Slot| match &slot.running {
+            Some(Running { task, .. }) if !matches!(task.work, Work::Embed(_)) => {
+                task.tokens.len() - slot.held.len()
+            }
+            _ => 0,
+        };
+        let answering = |slot: &Slot| {
+            let generates = slot
+                .running
+                .as_ref()
+                .is_some_and(|running| matches!(running.task.work, Work::Generate(_)));
+            generates && left(slot) == 1
+        };
+        for index in 0..self.slots.len() {
+            if answering(&self.slots[index]) {
+                self.feed(index, 1, &mut output_room, &mut outputs, &mut fed);
+            }
+        }
+        let mut room = self.batch_tokens - self.batch.len();
+        if !self.batch.is_empty() {
+            room = room.min(PROMPT_TOKENS_BESIDE_ANSWERS);
+        }
+        let mut waiting: Vec<usize> = (0..self.slots.len())
+            .filter(|index| {
+                let slot = &self.slots[*index];
+                left(slot) > 0 && !answering(slot)
+            })
+            .collect();
+        // The shortest first: what it leaves of its part goes to the longer ones.
+        waiting.sort_by_key(|index| left(&self.slots[*index]));
+        for (done, index) in waiting.iter().enumerate() {
+            let part = room.div_ceil(waiting.len() - done);
+            let count = left(&self.slots[*index]).min(part);
+            room -= self.feed(*index, count, &mut output_room, &mut outputs, &mut fed);
+        }
+        (outputs, fed)
+    }
+
+    /// Puts up to `count` next tokens of a sequence into the batch; returns how many.
+    fn feed(
+        &mut self,
+        index: usize,
+        count: usize,
+        output_room: &mut usize,
+        outputs: &mut Vec<Output>,
+        fed: &mut Vec<(usize, usize)>,
+    ) -> usize {
+        let slot = &self.slots[index];
+        let Some(running) = &slot.running else { return 0 };
+        let tokens = &running.task.tokens;
+        let begin = slot.held.len();
+        let mut taken = 0;
+        for place in begin..begin + count {
+            let wanted = match &running.task.work {
+                Work::Generate(_) => place + 1 == tokens.len(),
+                // The logits after a token speak of the next one.
+                Work::Score(scoring) => place + 1 >= scoring.from && place + 1 < tokens.len(),
+                Work::Embed(_) => false,
+            };
+            if wanted && *output_room == 0 {
+                break;
+            }
+            *output_room -= usize::from(wanted);
+            let position = u32::try_from(place).expect("a context is shorter");
+            let at = self.batch.push(tokens[place], position, index as u32, wanted);
+            if wanted {
+                outputs.push(Output { slot: index, index: at, place });
+            }
+            taken += 1;
+        }
+        if taken > 0 {
+            fed.push((index, taken));
+        }
+        taken
+    }
+
+    /// Notes that the next `count` tokens of a sequence are in the engine's memory now.
+    fn advance(&mut self, index: usize, count: usize) {
+        let slot = &mut self.slots[index];
+        if let Some(running) = &slot.running {
+            let begin = slot.held.len();
+            slot.held.extend_from_slice(&running.task.tokens[begin..begin + count]);
+        }
+    }
+
+    /// Ends a request whose batch failed, and forgets its sequence: a part of the batch may be in it.
+    fn break_off(&mut self, index: usize, message: &str) {
+        self.context.truncate(index as u32, 0);
+        let slot = &mut self.slots[index];
+        slot.held.clear();
+        if let Some(running) = slot.running.take() {
+            self.fail(running.task.id, RequestError::Engine { message: message.to_owned() });
+        }
+    }
+
+    fn fail(&self, id: u64, error: RequestError) {
+        (self.emit)(&Event::Failed { id, error });
+    }
+
+    /// Reads one output of the batch.
+    fn read(&mut self, output: &Output) {
+        let Some(logits) = self.context.logits(output.index) else { return };
+        let slot = &mut self.slots[output.slot];
+        let Some(running) = &mut slot.running else { return };
+        let id = running.task.id;
+        let outcome = match &mut running.task.work {
+            Work::Generate(generating) => {
+                let tokens = &mut running.task.tokens;
+                let stage = Stage {
+                    model: &self.model,
+                    context_tokens: self.context_tokens,
+                    started: running.started,
+                    arrived: running.task.arrived,
+                    cached_tokens: running.cached_tokens,
+                };
+                next_token(generating, tokens, logits, &stage, |piece| {
+                    (self.emit)(&Event::Piece { id, piece });
+                })
+            }
+            Work::Score(scoring) => {
+                let next = running.task.tokens[output.place + 1];
+                let logprob = f64::from(logits[next as usize]) - log_sum_exp(logits);
+                scoring.score.tokens.push(next);
+                scoring.score.logprobs.push(logprob);
+                scoring.score.greedy.push(most_probable(logits) == Some(next));
+                let complete = output.place + 2 == running.task.tokens.len();
+                match (logprob.is_finite(), complete) {
+                    (false, _) => Outcome::NoNumbers,
+                    (true, true) => {
+                        Outcome::Done(Event::Score { id, score: scoring.score.clone() })
+                    }
+                    (true, false) => Outcome::GoesOn,
+                }
+            }
+            Work::Embed(_) => Outcome::GoesOn,
+        };
+        match outcome {
+            Outcome::GoesOn => {}
+            Outcome::Finished(finish) => {
+                slot.running = None;
+                (self.emit)(&Event::Finished { id, finish });
+            }
+            Outcome::Done(event) => {
+                slot.running = None;
+                (self.emit)(&event);
+            }
+            Outcome::NoNumbers => {
+                self.break_off(
+                    output.slot,
+                    "its output is not a number: the model's weights are damaged",
+                );
+            }
+        }
+    }
+
+    /// Computes one batch of the first embedding that waits.
+    ///
+    /// The embedding is the mean of the last layer's output over all tokens, scaled to length 1.
+    fn step_embeddings(&mut self) {
+        let embeds = |slot: &Slot| {
+            slot.running.as_ref().is_some_and(|running| matches!(running.task.work, Work::Embed(_)))
+        };
+        let Some(index) = self.slots.iter().position(embeds) else { return };
+        let slot = &self.slots[index];
+        let running = slot.running.as_ref().expect("it was found by what runs");
+        let begin = slot.held.len();
+        let end = running.task.tokens.len().min(begin + self.context.output_limit());
+        self.batch.clear();
+        for place in begin..end {
+            let position = u32::try_from(place).expect("a context is shorter");
+            self.batch.push(running.task.tokens[place], position, index as u32, true);
+        }
+        self.context.set_embeddings(true);
+        let decoded = self.context.decode(&mut self.batch);
+        if let Err(error) = decoded {
+            self.context.set_embeddings(false);
+            self.break_off(index, &error.to_string());
+            return;
+        }
+        self.advance(index, end - begin);
+        let slot = &mut self.slots[index];
+        let running = slot.running.as_mut().expect("it runs");
+        let Work::Embed(embedding) = &mut running.task.work else { return };
+        for at in 0..end - begin {
+            let row = self.context.embedding(at).unwrap_or_default();
+            embedding.sum.resize(row.len().max(embedding.sum.len()), 0.0);
+            for (sum, value) in embedding.sum.iter_mut().zip(row) {
+                *sum += f64::from(*value);
+            }
+        }
+        self.context.set_embeddings(false);
+        if end < running.task.tokens.len() {
+            return;
+        }
+        let length = embedding.sum.iter().map(|value| value * value).sum::<f64>().sqrt();
+        if !length.is_finite() || length == 0.0 {
+            self.break_off(index, "its output is not a number: the model's weights are damaged");
+            return;
+        }
+        let values = embedding.sum.iter().map(|value| (value / length) as f32).collect();
+        let id = running.task.id;
+        let prompt_tokens = u32::try_from(end).unwrap_or(u32::MAX);
+        slot.running = None;
+        (self.emit)(&Event::Embedding { id, embedding: Embedding { values, prompt_tokens } });
+    }
+}
+
+enum Outcome {
+    GoesOn,
+    Finished(Finish),
+    Done(Event),
+    NoNumbers,
+}
+
+/// What surrounds an answer under way.
+struct Stage<'a> {
+    model: &'a Model,
+    context_tokens: usize,
+    started: Instant,
+    arrived: Instant,
+    cached_tokens: usize,
+}
+
+/// Chooses the next token of an answer, appends it to `tokens` and hands out its text.
+fn next_token(
+    generating: &mut Generating,
+    tokens: &mut Vec<Token>,
+    logits: &[f32],
+    stage: &Stage<'_>,
+    mut emit: impl FnMut(Piece),
+) -> Outcome {
+    let Some(token) = generating.sampler.sample(logits, tokens) else { return Outcome::NoNumbers };
+    let first_token_at = *generating.first_token_at.get_or_insert_with(Instant::now);
+    generating.generated += 1;
+    let mut reason = None;
+    if stage.model.ends(token) {
+        reason = Some(FinishReason::Stop);
+    } else {
+        let entry = generating.logprobs.map(|top| logprob(stage.model, logits, token, top));
+        let bytes = stage.model.piece(token, false);
+        let (piece, stopped) = generating.text.push(token, &bytes, entry);
+        emit(piece);
+        tokens.push(token);
+        if stopped {
+            reason = Some(FinishReason::Stop);
+        } else if generating.request_max_tokens.is_some_and(|max| generating.generated >= max)
+            || tokens.len() >= stage.context_tokens
+        {
+            reason = Some(FinishReason::Length);
+        }
+        if stopped {
+            generating.text = TextAssembler::new(Vec::new());
+        }
+    }
+    let Some(reason) = reason else { return Outcome::GoesOn };
+    let rest = generating.text.finish();
+    if rest != Piece::default() {
+        emit(rest);
+    }
+    let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    Outcome::Finished(Finish {
+        reason,
+        prompt_tokens: number(generating.prompt_tokens),
+        cached_tokens: number(stage.cached_tokens),
+        completion_tokens: generating.generated,
+        queue_ms: (stage.started - stage.arrived).as_secs_f64() * 1e3,
+        prompt_ms: (first_token_at - stage.started).as_secs_f64() * 1e3,
+        decode_ms: first_token_at.elapsed().as_secs_f64() * 1e3,
+    })
+}

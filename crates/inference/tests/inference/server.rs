@@ -1,0 +1,456 @@
+//! The HTTP surface, as a client sees it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use slmops_api::runtime::RuntimeConfig;
+use slmops_inference::host::{HostEvent, ModelHost, ModelSpec};
+use slmops_inference::server::{ServeError, ServerOptions, serve, serve_host};
+use slmops_inference::worker::WorkerSpec;
+
+use crate::support::{GREEDY, PROMPT, glass, runtime, set_up};
+
+struct Endpoint {
+    host: Arc<ModelHost>,
+    url: String,
+    client: reqwest::Client,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+fn model(runtime: RuntimeConfig) -> ModelSpec {
+    ModelSpec {
+        id: "glass".to_owned(),
+        aliases: vec!["glass:1.0.0".to_owned()],
+        worker: WorkerSpec { model_path: glass(), runtime },
+    }
+}
+
+impl Endpoint {
+    /// An endpoint whose model is not loaded yet.
+    async fn empty() -> Self {
+        set_up();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let host = ModelHost::new();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let server = tokio::spawn(serve_host(
+            listener,
+            Arc::clone(&host),
+            ServerOptions::default(),
+            async move {
+                let _ = stopped.await;
+            },
+        ));
+        Self { host, url, client: reqwest::Client::new(), stop: Some(stop), server }
+    }
+
+    async fn new(runtime: RuntimeConfig) -> Self {
+        let endpoint = Self::empty().await;
+        let staged = endpoint.host.stage(model(runtime)).await.expect("it loads");
+        endpoint.host.activate(staged);
+        endpoint
+    }
+
+    async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        self.post_text(path, body.to_string()).await
+    }
+
+    async fn post_text(&self, path: &str, body: String) -> (u16, Value) {
+        let url = format!("{}{path}", self.url);
+        let response = self.client.post(url).body(body).send().await.expect("an answer");
+        let status = response.status().as_u16();
+        (status, response.json().await.expect("JSON"))
+    }
+
+    async fn get(&self, path: &str) -> (u16, String) {
+        let response = self.client.get(format!("{}{path}", self.url)).send().await;
+        let response = response.expect("an answer");
+        (response.status().as_u16(), response.text().await.expect("text"))
+    }
+
+    /// The events of a stream; `[DONE]` is a string.
+    async fn events(&self, path: &str, body: Value) -> Vec<Value> {
+        let url = format!("{}{path}", self.url);
+        let response = self.client.post(url).body(body.to_string()).send().await.expect("begins");
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        events_of(&response.text().await.expect("text"))
+    }
+
+    async fn stop(mut self) {
+        let _ = self.stop.take().expect("it runs").send(());
+        self.server.await.expect("joined").expect("it ends well");
+    }
+}
+
+fn events_of(text: &str) -> Vec<Value> {
+    text.split("\n\n")
+        .filter(|event| !event.is_empty())
+        .map(|event| {
+            let data = event.strip_prefix("data: ").expect("a data line");
+            serde_json::from_str(data).unwrap_or_else(|_| Value::String(data.to_owned()))
+        })
+        .collect()
+}
+
+fn completion(max_tokens: u32) -> Value {
+    json!({ "model": "glass", "prompt": PROMPT, "temperature": 0, "max_tokens": max_tokens })
+}
+
+fn with(mut body: Value, name: &str, value: Value) -> Value {
+    body[name] = value;
+    body
+}
+
+#[tokio::test]
+async fn completions_answer_whole_and_streamed() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let (status, whole) = endpoint.post("/v1/completions", completion(20)).await;
+    assert_eq!(status, 200, "{whole}");
+    assert_eq!(whole["object"], "text_completion");
+    assert_eq!(whole["choices"][0]["finish_reason"], "length");
+    assert_eq!([&whole["usage"]["prompt_tokens"], &whole["usage"]["completion_tokens"]], [5, 20]);
+    let (_, reference) = endpoint.post("/detokenize", json!({ "tokens": GREEDY })).await;
+    assert_eq!(whole["choices"][0]["text"], reference["content"]);
+
+    let streamed = with(completion(20), "stream", json!(true));
+    let streamed = with(streamed, "stream_options", json!({ "include_usage": true }));
+    let events = endpoint.events("/v1/completions", streamed).await;
+    let text: String =
+        events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    assert_eq!(whole["choices"][0]["text"], text);
+    assert_eq!(events.last(), Some(&json!("[DONE]")));
+    let usage = &events[events.len() - 2];
+    assert_eq!((&usage["choices"], &usage["usage"]["completion_tokens"]), (&json!([]), &json!(20)));
+    assert_eq!(events[0]["usage"], Value::Null);
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn chats_stream_as_openai_clients_expect() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let body = json!({
+        "model": "glass:1.0.0",
+        "messages": [
+            { "role": "system", "content": "Be brief." },
+            { "role": "user", "content": [{ "type": "text", "text": "Who are you?" }] },
+        ],
+        "temperature": 0,
+        "max_completion_tokens": 8,
+        "logprobs": true,
+        "top_logprobs": 2,
+        "user": "someone",
+        "tools": [],
+    });
+    let (status, whole) = endpoint.post("/v1/chat/completions", body.clone()).await;
+    assert_eq!(status, 200, "{whole}");
+    let message = &whole["choices"][0]["message"];
+    assert_eq!(message["role"], "assistant");
+    let entries = whole["choices"][0]["logprobs"]["content"].as_array().expect("entries");
+    assert_eq!(entries.len(), 8);
+    assert!(entries.iter().all(|entry| entry["top_logprobs"].as_array().unwrap().len() == 2));
+    assert!(entries.iter().all(|entry| entry["logprob"].as_f64().unwrap() <= 0.0));
+
+    let events = endpoint.events("/v1/chat/completions", with(body, "stream", json!(true))).await;
+    let choice = |event: &Value| event["choices"][0].clone();
+    assert_eq!(choice(&events[0])["delta"]["role"], "assistant");
+    let text: String = events
+        .iter()
+        .filter_map(|event| choice(event)["delta"]["content"].as_str().map(str::to_owned))
+        .collect();
+    assert_eq!(message["content"], text);
+    let [.., end, done] = events.as_slice() else { panic!("{events:?}") };
+    assert_eq!(
+        (&choice(end)["finish_reason"], &choice(end)["delta"]),
+        (&json!("length"), &json!({}))
+    );
+    assert_eq!(done, &json!("[DONE]"));
+    assert!(events[..events.len() - 1].iter().all(|event| event.get("usage").is_none()));
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn several_answers_in_one_request() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let body = json!({ "prompt": [PROMPT, "The"], "n": 2, "seed": 3, "max_tokens": 6 });
+    let (status, first) = endpoint.post("/v1/completions", body.clone()).await;
+    assert_eq!(status, 200, "{first}");
+    let texts = |body: &Value| -> Vec<Value> {
+        body["choices"].as_array().unwrap().iter().map(|choice| choice["text"].clone()).collect()
+    };
+    assert_eq!(texts(&first).len(), 4);
+    assert_ne!(texts(&first)[0], texts(&first)[1]);
+    assert_eq!(first["usage"]["completion_tokens"], 24);
+    let (_, second) = endpoint.post("/v1/completions", body.clone()).await;
+    assert_eq!(texts(&first), texts(&second));
+    let events = endpoint.events("/v1/completions", with(body, "stream", json!(true))).await;
+    let mut streamed = vec![String::new(); 4];
+    for event in &events {
+        if let (Some(index), Some(text)) =
+            (event["choices"][0]["index"].as_u64(), event["choices"][0]["text"].as_str())
+        {
+            streamed[index as usize].push_str(text);
+        }
+    }
+    assert_eq!(texts(&first), streamed);
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn embeddings_and_tokens() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let body = json!({ "model": "glass", "input": ["The Queen", PROMPT] });
+    let (status, answer) = endpoint.post("/v1/embeddings", body.clone()).await;
+    assert_eq!(status, 200, "{answer}");
+    let values = answer["data"][1]["embedding"].as_array().expect("numbers");
+    let length: f64 = values.iter().map(|v| v.as_f64().unwrap().powi(2)).sum();
+    assert!((length - 1.0).abs() < 1e-3, "{length}");
+    let (_, packed) =
+        endpoint.post("/v1/embeddings", with(body, "encoding_format", json!("base64"))).await;
+    let text = packed["data"][1]["embedding"].as_str().expect("text");
+    assert_eq!(text.len(), (values.len() * 4).div_ceil(3) * 4);
+    assert!(answer["usage"]["prompt_tokens"].as_u64().unwrap() > 5);
+
+    let (_, tokens) =
+        endpoint.post("/tokenize", json!({ "content": PROMPT, "add_special": true })).await;
+    assert_eq!(tokens, json!({ "count": 5, "tokens": [494, 160, 729, 633, 111] }));
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn wrong_requests_get_errors_in_openais_shape() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let mut found = Vec::new();
+    let mut note = |what: &str, (status, body): (u16, Value)| {
+        let error = &body["error"];
+        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{body}");
+        assert!(error["type"].is_string(), "{body}");
+        found.push(format!("{what}: {status} {} {}", error["code"], error["param"]));
+    };
+    let path = "/v1/completions";
+    note("no JSON", endpoint.post_text(path, "{\"prompt\": ".to_owned()).await);
+    note("no object", endpoint.post_text(path, "[]".to_owned()).await);
+    note("too large", endpoint.post_text(path, " ".repeat((16 << 20) + 1)).await);
+    for (name, value) in [
+        ("model", json!("gpt-4")),
+        ("model", json!(5)),
+        ("prompt", json!({})),
+        ("prompt", json!("x ".repeat(300))),
+        ("max_tokens", json!(124)),
+        ("max_tokens", json!(-1)),
+        ("temperature", json!("hot")),
+        ("temperature", json!(-1)),
+        ("n", json!(0)),
+        ("n", json!(17)),
+        ("stop", json!([1])),
+        ("logit_bias", json!({ "x": 1 })),
+        ("logprobs", json!(50)),
+        ("best_of", json!(3)),
+        ("echo", json!(true)),
+        ("response_format", json!({ "type": "json_object" })),
+        ("stream_options", json!({ "include_usage": true })),
+        ("colour", json!("red")),
+    ] {
+        let what = format!("{name}={}", value.to_string().chars().take(20).collect::<String>());
+        note(&what, endpoint.post(path, with(completion(4), name, value)).await);
+    }
+    let path = "/v1/chat/completions";
+    for (what, messages) in [
+        ("missing", Value::Null),
+        ("empty", json!([])),
+        ("role", json!([{ "role": "wizard", "content": "x" }])),
+        ("tool", json!([{ "role": "tool", "content": "x" }])),
+        ("image", json!([{ "role": "user", "content": [{ "type": "image_url" }] }])),
+        ("content", json!([{ "role": "user", "content": 5 }])),
+    ] {
+        note(what, endpoint.post(path, json!({ "messages": messages })).await);
+    }
+    note("path", endpoint.post("/v1/nothing", json!({})).await);
+    note("method", endpoint.post("/v1/models", json!({})).await);
+    insta::assert_snapshot!(found.join("\n"));
+    let (status, _) = endpoint.post("/v1/completions", completion(2)).await;
+    assert_eq!(status, 200);
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn only_pages_of_this_machine_may_call() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let check = async |origin: &str, wanted: u16| {
+        let request = endpoint.client.get(format!("{}/v1/models", endpoint.url));
+        let response = request.header("origin", origin).send().await.expect("an answer");
+        assert_eq!(response.status().as_u16(), wanted, "{origin}");
+        let allowed = response.headers().get("access-control-allow-origin");
+        assert_eq!(allowed.is_some(), wanted == 200, "{origin}");
+    };
+    check("http://localhost:3000", 200).await;
+    check("http://127.0.0.1", 200).await;
+    check("http://[::1]:8080", 200).await;
+    check("https://evil.example", 403).await;
+    check("http://localhost.evil.example", 403).await;
+    check("null", 403).await;
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn metrics_count_and_tell_no_text() {
+    let endpoint = Endpoint::new(runtime()).await;
+    endpoint.post("/v1/completions", completion(8)).await;
+    endpoint.post("/v1/completions", completion(500)).await;
+    let (status, text) = endpoint.get("/metrics").await;
+    assert_eq!(status, 200);
+    for line in [
+        "slmops_requests_total{outcome=\"answered\"} 1",
+        "slmops_requests_total{outcome=\"refused\"} 1",
+        "slmops_http_requests_total{endpoint=\"/v1/completions\",status=\"400\"} 1",
+        "slmops_generated_tokens_total 8",
+        "slmops_prompt_tokens_total 5",
+        "slmops_time_to_first_token_seconds_count 1",
+        "slmops_requests_running 0",
+        "slmops_requests_waiting 0",
+        "slmops_model_ready 1",
+        "slmops_slots 2",
+    ] {
+        assert!(text.lines().any(|found| found == line), "`{line}` is not in:\n{text}");
+    }
+    assert!(!text.contains("Alice"));
+    let telemetry = endpoint.host.telemetry();
+    assert_eq!((telemetry.requests, telemetry.generated_tokens), (1, 8));
+    assert!(telemetry.worker_memory_bytes > 0 && telemetry.time_to_first_token_ms > 0.0);
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn a_loading_endpoint_says_so() {
+    let endpoint = Endpoint::empty().await;
+    let (status, text) = endpoint.get("/health").await;
+    assert_eq!(status, 503);
+    assert!(text.contains("no model is loaded yet"), "{text}");
+    let (status, body) = endpoint.post("/v1/completions", completion(1)).await;
+    assert_eq!((status, &body["error"]["code"]), (503, &json!("model_not_loaded")));
+    let staged = endpoint.host.stage(model(runtime())).await.expect("it loads");
+    assert_eq!(endpoint.get("/health").await.0, 503, "staged is not serving");
+    endpoint.host.activate(staged);
+    assert_eq!(endpoint.get("/health").await.0, 200);
+    let (_, models) = endpoint.get("/v1/models").await;
+    assert!(models.contains("\"id\":\"glass\""), "{models}");
+    assert_eq!(endpoint.get("/v1/models/glass").await.0, 200);
+    assert_eq!(endpoint.get("/v1/models/other").await.0, 404);
+    endpoint.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_worker_is_back_and_its_requests_get_an_error() {
+    let endpoint = Arc::new(Endpoint::new(runtime()).await);
+    let mut events = endpoint.host.events();
+    // Streams under way when the worker dies.
+    let body = with(completion(120), "stream", json!(true));
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let url = format!("{}/v1/completions", endpoint.url);
+        let request = endpoint.client.post(url).body(body.to_string());
+        streams.push(request.send().await.expect("begins"));
+    }
+    let (_, worker) = endpoint.host.current().expect("it serves");
+    let pid = rustix::process::Pid::from_raw(worker.pid().cast_signed()).expect("a process");
+    drop(worker);
+    let killed = Instant::now();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
+    for stream in streams {
+        let events = events_of(&stream.text().await.expect("it ends"));
+        let [.., last, done] = events.as_slice() else { panic!("{events:?}") };
+        assert_eq!(done, &json!("[DONE]"));
+        // It may have finished before the signal.
+        if last.get("error").is_some() {
+            assert_eq!(last["error"]["code"], "worker_died", "{last}");
+        }
+    }
+    // A request that comes meanwhile waits, and is answered.
+    let (status, body) = endpoint.post("/v1/completions", completion(20)).await;
+    assert!(status == 200 || body["error"]["code"] == "worker_died", "{body}");
+    assert!(killed.elapsed() < Duration::from_secs(30));
+    let crashed = events.recv().await.expect("an event");
+    assert!(matches!(crashed, HostEvent::Crashed { .. }), "{crashed:?}");
+    let restarted = events.recv().await.expect("an event");
+    assert!(matches!(restarted, HostEvent::Restarted { .. }), "{restarted:?}");
+    let (status, body) = endpoint.post("/v1/completions", completion(20)).await;
+    assert_eq!(status, 200, "{body}");
+    assert_eq!(endpoint.host.telemetry().worker_crashes, 1);
+    Arc::into_inner(endpoint).expect("the last one").stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_swap_under_load_drops_nothing() {
+    let endpoint = Arc::new(Endpoint::new(runtime()).await);
+    let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let clients: Vec<_> = (0..4)
+        .map(|client| {
+            let (endpoint, over) = (Arc::clone(&endpoint), Arc::clone(&over));
+            tokio::spawn(async move {
+                let mut answers = 0;
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    if client % 2 == 0 {
+                        let (status, body) = endpoint.post("/v1/completions", completion(6)).await;
+                        assert_eq!(status, 200, "{body}");
+                    } else {
+                        let body = with(completion(6), "stream", json!(true));
+                        let events = endpoint.events("/v1/completions", body).await;
+                        assert!(events.iter().all(|event| event.get("error").is_none()));
+                        assert_eq!(events.last(), Some(&json!("[DONE]")));
+                    }
+                    answers += 1;
+                }
+                answers
+            })
+        })
+        .collect();
+    for _ in 0..3 {
+        let (_, old) = endpoint.host.current().expect("it serves");
+        let (old_pid, old_ended) = (old.pid(), old.ended());
+        drop(old);
+        let staged = endpoint.host.stage(model(runtime())).await.expect("it loads");
+        assert_ne!(staged.worker().pid(), old_pid);
+        endpoint.host.activate(staged).await.expect("the old one leaves");
+        assert!(old_ended.await.expected);
+    }
+    over.store(true, std::sync::atomic::Ordering::Relaxed);
+    for client in clients {
+        assert!(client.await.expect("no request failed") > 0);
+    }
+    assert_eq!(endpoint.host.telemetry().worker_crashes, 0);
+    Arc::into_inner(endpoint).expect("the last one").stop().await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_sequence() {
+    let one = RuntimeConfig { parallel: 1, batch_tokens: 128, queue_limit: 1, ..runtime() };
+    let endpoint = Endpoint::new(one).await;
+    let body = with(completion(120), "stream", json!(true));
+    let url = format!("{}/v1/completions", endpoint.url);
+    let mut first = endpoint.client.post(&url).body(body.to_string()).send().await.expect("begins");
+    first.chunk().await.expect("a chunk");
+    drop(first);
+    let (status, body) = endpoint.post("/v1/completions", completion(4)).await;
+    assert_eq!(status, 200, "{body}");
+    let (_, worker) = endpoint.host.current().expect("it serves");
+    assert_eq!(worker.requests(), 0);
+    drop(worker);
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn serve_ends_with_the_reason_when_the_model_does_not_load() {
+    set_up();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let spec = model(RuntimeConfig { context_tokens: 4096, ..runtime() });
+    let served = serve(
+        listener,
+        spec,
+        ServerOptions::default(),
+        |_| panic!("it cannot be ready"),
+        std::future::pending(),
+    )
+    .await;
+    assert!(matches!(served, Err(ServeError::Model(_))), "{served:?}");
+}
