@@ -274,8 +274,9 @@ mod tests {
     #[test]
     fn best_quality_that_fits() {
         check(1000, "q8_0");
-        check(200, "q8_0");
-        check(160, "q4_k_m");
+        check(450, "q8_0");
+        check(290, "q4_k_m");
+        check(140, "q2_k");
         check(10, "none");
     }
 

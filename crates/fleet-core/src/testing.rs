@@ -108,9 +108,9 @@ pub fn release(model: &str, version: &str) -> NewRelease {
         original: Digest::of(b"reference"),
         key: "0123456789abcdef".parse().unwrap(),
         variants: vec![
-            variant(model, version, "q2_k", 60, 0.5),
-            variant(model, version, "q8_0", 140, 0.001),
-            variant(model, version, "q4_k_m", 100, 0.05),
+            variant(model, version, "q2_k", 40, 0.5),
+            variant(model, version, "q8_0", 300, 0.001),
+            variant(model, version, "q4_k_m", 150, 0.05),
         ],
         gate_override: None,
     }

@@ -12,8 +12,8 @@ use jiff::Timestamp;
 use serde_json::json;
 use slmops_api::RolloutId;
 use slmops_api::blueprint::{Layer, StoredBlueprint};
-use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
 use slmops_api::model::DeviceClass;
+use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
 use slmops_fleet_core::blueprint::{BlueprintError, Resolved, resolve};
 use slmops_fleet_core::rollout::{self, Command, Plan, RolloutRecord, Targets};
 use slmops_fleet_core::world::{FleetDevice, World};
@@ -230,8 +230,9 @@ fn until(deadline: Option<Timestamp>) -> Duration {
 }
 
 fn under_way<'s>(snapshot: &'s Snapshot, asked: &NewRollout) -> Option<&'s RolloutRecord> {
-    let active =
-        |record: &&RolloutRecord| matches!(record.rollout.state, RolloutState::Running | RolloutState::Paused);
+    let active = |record: &&RolloutRecord| {
+        matches!(record.rollout.state, RolloutState::Running | RolloutState::Paused)
+    };
     snapshot.rollouts.iter().filter(active).find(|record| record.rollout.asked == *asked)
 }
 
@@ -301,7 +302,10 @@ fn fleet_devices(snapshot: &Snapshot, board: &Board) -> Vec<FleetDevice> {
             class,
             budget_bytes: device.facts.memory_budget_bytes,
             config,
-            last_seen: board.last_seen(&device.id).unwrap_or(device.last_seen).max(device.last_seen),
+            last_seen: board
+                .last_seen(&device.id)
+                .unwrap_or(device.last_seen)
+                .max(device.last_seen),
             desired: device.desired.clone(),
             report: device.report.clone(),
             revoked: device.revoked,

@@ -11,9 +11,9 @@ use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
+use slmops_api::DeviceId;
 use slmops_api::audit::{Role, Token};
 use slmops_api::model::DeviceClass;
-use slmops_api::DeviceId;
 use slmops_artifact::Digest;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -21,12 +21,14 @@ use tokio::task::JoinHandle;
 use crate::auth::{
     Auth, AuthError, HubSecret, LookupError, Operator, Principals, SecretHash, new_operator_token,
 };
+use crate::blobs::{BlobError, Blobs};
 use crate::db::{Database, DbError};
 use crate::durable;
 use crate::engine::Engine;
 use crate::events::{Board, Events};
-use crate::routes::{self, AppState, Metrics, NoPackages, Shared};
-use crate::store::{By, SCHEMA, SqliteStore, Store, StoreError};
+use crate::registry::{self, Registry, RegistryError};
+use crate::routes::{self, AppState, Metrics, Shared};
+use crate::store::{By, SCHEMA, SqliteStore, Store, StoreError, record_registry};
 use crate::tls::{CA_CERTIFICATE_FILE, Tls, TlsError};
 
 /// The file of the first administrator's token in the data folder (mode 0600).
@@ -96,6 +98,12 @@ pub enum HubError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The store of blobs cannot be used.
+    #[error(transparent)]
+    Blobs(#[from] BlobError),
+    /// The registry cannot be used.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// The certificate authority cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -156,32 +164,40 @@ impl Hub {
         durable::create_private_folder(&folder)
             .map_err(|source| HubError::File { path: folder.clone(), source })?;
         let opened = folder.clone();
-        let schemas = [SCHEMA];
+        let schemas = [SCHEMA, registry::SCHEMA];
         let db = tokio::task::spawn_blocking(move || Database::open(&opened, &schemas))
             .await
             .map_err(|_| DbError::Panicked)??;
-        let store: Arc<dyn Store> = Arc::new(SqliteStore::new(db));
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::new(db.clone()));
         let first_start = first_start(&store, &folder).await?;
 
-        let tls = Tls::open(&folder.join(TLS_FOLDER), &config.names)?;
+        let mut names = config.names.clone();
+        let listens = config.listen.map(|address| address.ip());
+        names.extend(listens.filter(|ip| !ip.is_unspecified()).map(|ip| ip.to_string()));
+        let tls = Tls::open(&folder.join(TLS_FOLDER), &names)?;
         let secret = HubSecret::load_or_create(&folder.join(HUB_SECRET_FILE))?;
         let snapshot = store.snapshot(vec![]).await?;
         let board = Board::new(&snapshot.devices);
         let events = Events::default();
         let engine = Engine::new(Arc::clone(&store), board.clone(), events.clone());
         let principals = Known { store: Arc::clone(&store), board: board.clone() };
+        let auth = Auth::new(secret, Arc::new(principals));
+        let blobs = Blobs::open(&folder)?;
+        let audit: registry::OnChange = Arc::new(|tx, change| Ok(record_registry(tx, change)?));
+        let registry = Registry::with_observer(db, blobs, auth.clone(), Some(audit));
+        registry.sweep().await?;
         let state = AppState::new(Shared {
             store,
-            auth: Auth::new(secret, Arc::new(principals)),
+            auth,
             board,
             events,
             engine: engine.clone(),
-            packages: Arc::new(NoPackages),
+            packages: Arc::new(registry.clone()),
             metrics: Metrics::default(),
             ca: tls.ca_digest(),
             url: OnceLock::new(),
         });
-        let app = app(&state);
+        let app = app(&state, registry);
 
         let bind = |address: SocketAddr| {
             TcpListener::bind(address).map_err(|source| HubError::Listen { address, source })
@@ -240,8 +256,10 @@ impl Hub {
     }
 }
 
-fn app(state: &AppState) -> Router {
-    routes::router(state.clone()).merge(crate::dashboard::router())
+fn app(state: &AppState, registry: Registry) -> Router {
+    routes::router(state.clone())
+        .merge(crate::dashboard::router())
+        .merge(registry::router(registry))
 }
 
 impl RunningHub {
@@ -379,4 +397,3 @@ impl Principals for Known {
         Box::pin(async move { Ok(self.board.is_active(&device)) })
     }
 }
-

@@ -455,7 +455,12 @@ fn evidence_so_far(record: &RolloutRecord, wave: u32) -> Vec<String> {
         .filter(|part| part.outcome == Outcome::Confirmed)
         .map(|part| part.name.as_str())
         .collect();
-    vec![format!("wave {wave} confirmed by its probes on {}", list(&names, NAMES_SHOWN))]
+    match names.is_empty() {
+        true => vec![format!("wave {wave} is over; none of its devices confirmed")],
+        false => {
+            vec![format!("wave {wave} confirmed by its probes on {}", list(&names, NAMES_SHOWN))]
+        }
+    }
 }
 
 fn finish(record: &mut RolloutRecord, world: &World<'_>) {

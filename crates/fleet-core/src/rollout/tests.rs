@@ -1,0 +1,824 @@
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use jiff::SignedDuration;
+use proptest::prelude::*;
+use slmops_api::device::{
+    DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry,
+};
+use slmops_api::probe::ProbeResult;
+use slmops_api::rollout::{NewRollout, Outcome, RolloutPolicy, WaveSize};
+use slmops_api::runtime::RuntimeConfig;
+
+use super::*;
+use crate::blueprint::resolve;
+use crate::class::classify;
+use crate::testing;
+use crate::world::{CompletedRollout, FleetDevice, Releases};
+
+const MODEL: &str = "m";
+
+/// A fleet in memory: what the hub's store and devices would do, step by step.
+struct Fleet {
+    now: Timestamp,
+    devices: Vec<FleetDevice>,
+    releases: Releases,
+    quarantine: BTreeSet<(Digest, ClassName)>,
+    completed: Vec<CompletedRollout>,
+    rollouts: Vec<RolloutRecord>,
+    deadline: Option<Timestamp>,
+}
+
+impl Fleet {
+    fn new(budgets_mib: &[u64]) -> Self {
+        let mut fleet = Self {
+            now: "2026-01-01T00:00:00Z".parse().unwrap(),
+            devices: vec![],
+            releases: Releases::new(),
+            quarantine: BTreeSet::new(),
+            completed: vec![],
+            rollouts: vec![],
+            deadline: None,
+        };
+        for version in ["1.0.0", "1.1.0", "1.2.0"] {
+            let release = testing::release(MODEL, version);
+            fleet.releases.insert(
+                (release.model.clone(), release.version.clone()),
+                Arc::new(release),
+            );
+        }
+        for budget in budgets_mib {
+            fleet.join(*budget);
+        }
+        fleet
+    }
+
+    fn join(&mut self, budget_mib: u64) {
+        let classes = [
+            testing::class("large", 500),
+            testing::class("medium", 300),
+            testing::class("small", 0),
+        ];
+        let number = self.devices.len();
+        let class = classify(&testing::facts(budget_mib), &Default::default(), &classes).class;
+        let id: DeviceId = format!("d{number}").parse().unwrap();
+        let labels = [
+            ("id", id.to_string()),
+            ("name", format!("dev-{number}")),
+            ("class", class.to_string()),
+        ];
+        self.devices.push(FleetDevice {
+            id,
+            name: format!("dev-{number}"),
+            class,
+            labels: labels.map(|(key, value)| (key.to_owned(), value)).into_iter().collect(),
+            budget_bytes: budget_mib << 20,
+            config: Arc::new(resolve(&[]).unwrap()),
+            last_seen: self.now,
+            desired: DesiredState {
+                generation: 1,
+                model: None,
+                runtime: RuntimeConfig::default(),
+                confirm_timeout_s: 900,
+                reason: String::new(),
+            },
+            report: None,
+            revoked: false,
+        });
+    }
+
+    fn world(&self) -> World<'_> {
+        World {
+            now: self.now,
+            devices: &self.devices,
+            releases: &self.releases,
+            quarantine: &self.quarantine,
+            completed: &self.completed,
+        }
+    }
+
+    fn apply(&mut self, plan: Plan) {
+        for record in plan.rollouts {
+            let known = self.rollouts.iter_mut().find(|r| r.rollout.id == record.rollout.id);
+            if record.rollout.state == RolloutState::Completed {
+                let asked = record.rollout.asked.clone();
+                let completed = CompletedRollout {
+                    id: record.rollout.id.clone(),
+                    model: asked.model,
+                    version: asked.version,
+                    selector: asked.policy.selector,
+                };
+                self.completed.insert(0, completed);
+            }
+            match known {
+                Some(known) => *known = record,
+                None => self.rollouts.push(record),
+            }
+        }
+        for assignment in plan.assignments {
+            let device = self.devices.iter_mut().find(|d| d.id == assignment.device).unwrap();
+            assert!(
+                assignment.desired.generation > device.desired.generation,
+                "the generation of {} fell from {} to {}",
+                device.name,
+                device.desired.generation,
+                assignment.desired.generation
+            );
+            device.desired = assignment.desired;
+        }
+        self.quarantine.extend(plan.quarantined);
+        self.deadline = plan.deadline;
+    }
+
+    fn tick(&mut self) {
+        for round in 0..10 {
+            let active: Vec<RolloutRecord> = self.active();
+            let plan = plan(&self.world(), &active, Targets::new());
+            let quiet = plan.rollouts.is_empty() && plan.assignments.is_empty();
+            self.apply(plan);
+            if quiet {
+                return;
+            }
+            assert!(round < 9, "decisions do not settle");
+        }
+    }
+
+    fn active(&self) -> Vec<RolloutRecord> {
+        self.rollouts.iter().filter(|r| !r.rollout.state.is_final()).cloned().collect()
+    }
+
+    fn start(&mut self, version: &str, policy: RolloutPolicy) -> Result<RolloutId, RolloutError> {
+        let id: RolloutId = format!("r{}", self.rollouts.len()).parse().unwrap();
+        let asked = NewRollout {
+            model: MODEL.parse().unwrap(),
+            version: version.parse().unwrap(),
+            policy,
+        };
+        let created = create(id.clone(), asked, "token test", &self.world(), &self.active())?;
+        for record in created.superseded {
+            let known = self.rollouts.iter_mut().find(|r| r.rollout.id == record.rollout.id);
+            *known.unwrap() = record;
+        }
+        self.rollouts.push(created.record);
+        self.tick();
+        Ok(id)
+    }
+
+    fn operate(&mut self, id: &RolloutId, with: Command) -> Result<(), RolloutError> {
+        let record = self.record(id).clone();
+        let (changed, targets) = command(&record, with, "token test", &self.world())?;
+        let known = self.rollouts.iter_mut().find(|r| r.rollout.id == *id).unwrap();
+        *known = changed.clone();
+        let mut records = self.active();
+        if changed.rollout.state.is_final() {
+            records.push(changed);
+            if with == Command::Rollback {
+                self.completed.retain(|completed| completed.id != *id);
+            }
+        }
+        let plan = plan(&self.world(), &records, targets);
+        self.apply(plan);
+        self.tick();
+        Ok(())
+    }
+
+    fn record(&self, id: &RolloutId) -> &RolloutRecord {
+        self.rollouts.iter().find(|r| r.rollout.id == *id).unwrap()
+    }
+
+    fn rollout(&self, id: &RolloutId) -> &Rollout {
+        &self.record(id).rollout
+    }
+
+    fn report(&mut self, device: usize, phase: Phase) {
+        let device = &mut self.devices[device];
+        let told = device.desired.model.as_ref().map(|model| InstalledModel {
+            model: model.model.clone(),
+            version: model.version.clone(),
+            variant: model.variant.clone(),
+            manifest: model.manifest,
+            weights: model.weights,
+        });
+        let mut report = device.report.take().unwrap_or_else(|| DeviceReport {
+            sequence: 0,
+            generation: 0,
+            phase: Phase::Idle,
+            running: None,
+            previous: None,
+            rejected: vec![],
+            probes: vec![],
+            effective: None,
+            telemetry: Telemetry::default(),
+            facts: testing::facts(100),
+        });
+        report.sequence += 1;
+        report.generation = device.desired.generation;
+        match &phase {
+            Phase::Confirmed => report.running = told,
+            Phase::RolledBack { failure } => {
+                if let Some(told) = told {
+                    report.rejected.push(Rejection {
+                        manifest: told.manifest,
+                        generation: device.desired.generation,
+                        failure: failure.clone(),
+                    });
+                }
+            }
+            _ => {}
+        }
+        report.phase = phase;
+        device.report = Some(report);
+        device.last_seen = self.now;
+    }
+
+    fn confirm(&mut self, device: usize) {
+        self.report(device, Phase::Confirmed);
+        self.tick();
+    }
+
+    fn fail(&mut self, device: usize) {
+        let result = |name: &str, value: f64, passed| ProbeResult {
+            name: name.to_owned(),
+            passed,
+            value: Some(value),
+            floor: -2.0,
+            duration_ms: 5,
+        };
+        let results = vec![result("golden-00", -1.0, true), result("golden-01", -9.25, false)];
+        self.report(device, Phase::RolledBack { failure: Failure::Probes { results } });
+        self.tick();
+    }
+
+    fn pass_s(&mut self, seconds: i64) {
+        self.now = self.now.checked_add(SignedDuration::from_secs(seconds)).unwrap();
+        self.tick();
+    }
+
+    fn told(&self, device: usize) -> String {
+        match &self.devices[device].desired.model {
+            Some(model) => format!("{} {}", model.version, model.variant),
+            None => "nothing".to_owned(),
+        }
+    }
+
+    /// Brings every device to 1.0.0.
+    fn settle_on_1_0_0(&mut self) -> RolloutId {
+        let id = self.start("1.0.0", all_at_once()).unwrap();
+        for device in 0..self.devices.len() {
+            if self.devices[device].desired.model.is_some() {
+                self.confirm(device);
+            }
+        }
+        assert_eq!(self.rollout(&id).state, RolloutState::Completed, "{}", why(self.rollout(&id)));
+        id
+    }
+}
+
+fn all_at_once() -> RolloutPolicy {
+    RolloutPolicy { waves: vec![WaveSize::Rest], ..RolloutPolicy::default() }
+}
+
+#[test]
+fn canary_first_then_the_rest() {
+    let mut fleet = Fleet::new(&[600, 360, 600]);
+    fleet.report(1, Phase::Idle);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    // dev-1 is the one that is known to be healthy.
+    assert_eq!(fleet.rollout(&id).devices[0].name, "dev-1");
+    assert_eq!([fleet.told(0), fleet.told(1), fleet.told(2)], ["nothing", "1.0.0 q4_k_m", "nothing"]);
+    assert!(fleet.rollout(&id).waiting_for.contains("dev-1 (has not asked yet)"));
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("speaks for medium alone; not covered by it: large"), "{text}");
+
+    fleet.confirm(1);
+    assert_eq!([fleet.told(0), fleet.told(2)], ["1.0.0 q8_0", "1.0.0 q8_0"]);
+    fleet.confirm(0);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Running);
+    fleet.confirm(2);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+    assert_eq!(fleet.rollout(&id).waiting_for, "");
+}
+
+#[test]
+fn installed_is_not_working() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    for phase in [Phase::Downloaded, Phase::Verified, Phase::Staged, Phase::Activated] {
+        fleet.report(0, phase);
+        fleet.tick();
+        assert_eq!(fleet.rollout(&id).current_wave, 0);
+    }
+    // Confirmed, but with another digest running.
+    fleet.report(0, Phase::Confirmed);
+    let running = fleet.devices[0].report.as_mut().unwrap().running.as_mut().unwrap();
+    running.manifest = Digest::of(b"something else");
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).current_wave, 0);
+    // Confirmed, but for an older generation.
+    fleet.report(0, Phase::Confirmed);
+    fleet.devices[0].report.as_mut().unwrap().generation -= 1;
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).current_wave, 0);
+    fleet.confirm(0);
+    assert_eq!(fleet.rollout(&id).current_wave, 1);
+}
+
+#[test]
+fn damaged_release_halts_and_goes_back() {
+    let mut fleet = Fleet::new(&[600, 600, 360]);
+    fleet.settle_on_1_0_0();
+    let id = fleet.start("1.1.0", RolloutPolicy::default()).unwrap();
+    assert_eq!(fleet.told(0), "1.1.0 q8_0");
+    let generation = fleet.devices[0].desired.generation;
+    fleet.fail(0);
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Halted);
+    let text = why(rollout);
+    assert!(text.contains("halted in wave 1 of 2"), "{text}");
+    assert!(text.contains("golden-01: -9.250, floor -2.000"), "{text}");
+    assert!(text.contains("went back by itself and serves m 1.0.0 (q8_0)"), "{text}");
+    assert!(text.contains("never told, so never downloaded it: dev-1, dev-2"), "{text}");
+    assert!(text.contains("1 device failed, 0 allowed"), "{text}");
+    // Going back is a new generation that names the old model.
+    assert_eq!(fleet.told(0), "1.0.0 q8_0");
+    assert_eq!(fleet.devices[0].desired.generation, generation + 1);
+    assert_eq!(fleet.told(1), "1.0.0 q8_0");
+    // The evidence stays when the device confirms the old one.
+    fleet.confirm(0);
+    assert!(matches!(fleet.rollout(&id).devices[0].outcome, Outcome::Failed { .. }));
+
+    // Tried again, the same files are not offered to that class.
+    let again = fleet.start("1.1.0", RolloutPolicy::default()).unwrap();
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Aborted, "superseded");
+    assert_eq!(fleet.told(0), "1.0.0 q8_0");
+    assert_eq!(fleet.told(1), "1.0.0 q8_0");
+    assert_eq!(fleet.told(2), "1.1.0 q4_k_m", "{}", why(fleet.rollout(&again)));
+    // A better version goes everywhere.
+    fleet.operate(&again, Command::Abort).unwrap();
+    let better = fleet.start("1.2.0", all_at_once()).unwrap();
+    for device in 0..3 {
+        fleet.confirm(device);
+    }
+    assert_eq!(fleet.rollout(&better).state, RolloutState::Completed);
+}
+
+#[test]
+fn first_release_that_fails_leaves_nothing() {
+    let mut fleet = Fleet::new(&[600]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    fleet.fail(0);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
+    assert_eq!(fleet.told(0), "nothing");
+}
+
+#[test]
+fn straggler_counts_as_failed() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let policy = RolloutPolicy { confirm_timeout_s: 60, ..RolloutPolicy::default() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    let deadline = fleet.deadline.unwrap();
+    assert_eq!(deadline.duration_since(fleet.now).as_secs(), 60);
+    fleet.pass_s(59);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Running);
+    fleet.pass_s(1);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("not confirmed in time") && text.contains("never reported"), "{text}");
+    // When it comes back, it does not try after all.
+    assert_eq!(fleet.told(0), "nothing");
+    // Nobody's model is to blame.
+    assert!(fleet.quarantine.is_empty());
+}
+
+#[test]
+fn wave_bakes() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let policy = RolloutPolicy { bake_s: 600, ..RolloutPolicy::default() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    fleet.confirm(0);
+    assert!(fleet.rollout(&id).waiting_for.contains("stay confirmed for 10 min"));
+    fleet.pass_s(599);
+    assert_eq!(fleet.told(1), "nothing");
+    fleet.pass_s(1);
+    assert_eq!(fleet.told(1), "1.0.0 q8_0");
+}
+
+#[test]
+fn failure_while_baking_halts() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let policy = RolloutPolicy { bake_s: 600, ..RolloutPolicy::default() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    fleet.confirm(0);
+    fleet.report(0, Phase::RolledBack { failure: Failure::Crash });
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
+}
+
+#[test]
+fn tolerated_failures_do_not_halt() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    let policy = RolloutPolicy { max_failures: 1, ..all_at_once() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    fleet.fail(0);
+    fleet.confirm(1);
+    fleet.confirm(2);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+}
+
+#[test]
+fn nobody_confirmed_is_not_completed() {
+    let mut fleet = Fleet::new(&[600]);
+    let policy = RolloutPolicy { max_failures: 5, ..all_at_once() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    fleet.fail(0);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
+}
+
+#[test]
+fn too_small_device_is_named_and_skipped() {
+    let mut fleet = Fleet::new(&[600, 96]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    fleet.confirm(0);
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Completed);
+    let text = why(rollout);
+    assert!(text.contains("no variant fits: smallest needs"), "{text}");
+    assert!(text.contains("device offers 101 MB"), "{text}");
+    assert_eq!(fleet.told(1), "nothing");
+}
+
+#[test]
+fn pause_resume_abort_rollback() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let first = fleet.settle_on_1_0_0();
+    let id = fleet.start("1.1.0", RolloutPolicy::default()).unwrap();
+    fleet.operate(&id, Command::Pause).unwrap();
+    fleet.operate(&id, Command::Pause).unwrap();
+    fleet.confirm(0);
+    assert_eq!(fleet.told(1), "1.0.0 q8_0", "a paused rollout tells nobody");
+    assert!(fleet.rollout(&id).waiting_for.contains("resume"));
+    fleet.operate(&id, Command::Resume).unwrap();
+    assert_eq!(fleet.told(1), "1.1.0 q8_0");
+    fleet.confirm(1);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+    assert!(matches!(
+        fleet.operate(&id, Command::Pause),
+        Err(RolloutError::State { state: "completed", wanted: "paused", .. })
+    ));
+    let generations: Vec<u64> = fleet.devices.iter().map(|d| d.desired.generation).collect();
+    fleet.operate(&id, Command::Rollback).unwrap();
+    assert_eq!([fleet.told(0), fleet.told(1)], ["1.0.0 q8_0", "1.0.0 q8_0"]);
+    for (device, before) in fleet.devices.iter().zip(generations) {
+        assert_eq!(device.desired.generation, before + 1);
+    }
+    // And further back, to nothing.
+    fleet.operate(&first, Command::Rollback).unwrap();
+    assert_eq!([fleet.told(0), fleet.told(1)], ["nothing", "nothing"]);
+}
+
+#[test]
+fn resume_after_a_halt_sets_the_failure_aside() {
+    let mut fleet = Fleet::new(&[600, 360]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    fleet.fail(0);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
+    fleet.operate(&id, Command::Resume).unwrap();
+    assert_eq!(fleet.told(1), "1.0.0 q4_k_m", "{}", why(fleet.rollout(&id)));
+    fleet.confirm(1);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+}
+
+#[test]
+fn overlap_is_refused_by_name() {
+    let mut fleet = Fleet::new(&[600, 360]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    let error = fleet.start("1.1.0", RolloutPolicy::default()).unwrap_err();
+    assert!(matches!(&error, RolloutError::Overlap { other, .. } if *other == id), "{error}");
+    assert!(error.hint().contains(id.as_str()));
+    // Other devices are free.
+    fleet.operate(&id, Command::Abort).unwrap();
+    let large = RolloutPolicy { selector: "class=large".parse().unwrap(), ..all_at_once() };
+    let medium = RolloutPolicy { selector: "class=medium".parse().unwrap(), ..all_at_once() };
+    fleet.start("1.0.0", large).unwrap();
+    fleet.start("1.1.0", medium).unwrap();
+    assert_eq!([fleet.told(0), fleet.told(1)], ["1.0.0 q8_0", "1.1.0 q4_k_m"]);
+}
+
+#[test]
+fn policies_out_of_bounds() {
+    let mut fleet = Fleet::new(&[600]);
+    for waves in [
+        vec![WaveSize::Count(0)],
+        vec![WaveSize::Percent(0)],
+        vec![WaveSize::Percent(101)],
+        vec![WaveSize::Count(1); MAX_WAVES + 1],
+    ] {
+        let policy = RolloutPolicy { waves, ..RolloutPolicy::default() };
+        assert!(matches!(fleet.start("1.0.0", policy), Err(RolloutError::Policy(_))));
+    }
+    let policy = RolloutPolicy { confirm_timeout_s: 0, ..RolloutPolicy::default() };
+    assert!(matches!(fleet.start("1.0.0", policy), Err(RolloutError::Policy(_))));
+    let error = fleet.start("9.9.9", RolloutPolicy::default()).unwrap_err();
+    assert_eq!(error, RolloutError::NoRelease("m 9.9.9".to_owned()));
+}
+
+#[test]
+fn who_joins_later_gets_the_completed_release() {
+    let mut fleet = Fleet::new(&[600]);
+    fleet.settle_on_1_0_0();
+    fleet.join(360);
+    fleet.tick();
+    assert_eq!(fleet.told(1), "1.0.0 q4_k_m");
+    fleet.confirm(1);
+    // While a rollout runs, a newcomer joins its last wave and does not overtake the canary.
+    let id = fleet.start("1.1.0", RolloutPolicy::default()).unwrap();
+    fleet.join(600);
+    fleet.tick();
+    assert_eq!(fleet.told(2), "1.0.0 q8_0");
+    assert_eq!(fleet.rollout(&id).devices.len(), 3);
+    fleet.confirm(0);
+    assert_eq!(fleet.told(2), "1.1.0 q8_0");
+}
+
+#[test]
+fn rollout_without_devices_waits_for_newcomers() {
+    let mut fleet = Fleet::new(&[]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+    fleet.join(600);
+    fleet.tick();
+    assert_eq!(fleet.told(0), "1.0.0 q8_0");
+}
+
+#[test]
+fn new_blueprint_is_a_new_generation_of_the_same_model() {
+    let mut fleet = Fleet::new(&[600]);
+    fleet.settle_on_1_0_0();
+    let before = fleet.devices[0].desired.generation;
+    let layers = [(slmops_api::blueprint::Layer::Fleet, "[runtime]\nparallel = 1".to_owned())];
+    fleet.devices[0].config = Arc::new(resolve(&layers).unwrap());
+    fleet.tick();
+    assert_eq!(fleet.devices[0].desired.generation, before + 1);
+    assert_eq!(fleet.devices[0].desired.runtime.parallel, 1);
+    fleet.tick();
+    assert_eq!(fleet.devices[0].desired.generation, before + 1, "and only one");
+    // A configuration that fits nothing leaves the device alone.
+    let layers =
+        [(slmops_api::blueprint::Layer::Fleet, "[runtime]\ncontext_tokens = 131072".to_owned())];
+    fleet.devices[0].config = Arc::new(resolve(&layers).unwrap());
+    fleet.tick();
+    assert_eq!(fleet.devices[0].desired.generation, before + 1);
+}
+
+#[test]
+fn smaller_budget_gets_a_smaller_variant() {
+    let mut fleet = Fleet::new(&[600]);
+    fleet.settle_on_1_0_0();
+    assert_eq!(fleet.told(0), "1.0.0 q8_0");
+    fleet.devices[0].budget_bytes = 360 << 20;
+    fleet.tick();
+    assert_eq!(fleet.told(0), "1.0.0 q4_k_m");
+}
+
+#[test]
+fn budget_change_in_a_wave_is_measured_by_the_new_variant() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    fleet.devices[0].budget_bytes = 360 << 20;
+    fleet.tick();
+    assert_eq!(fleet.told(0), "1.0.0 q4_k_m");
+    assert_eq!(fleet.rollout(&id).devices[0].variant.as_ref().unwrap().as_str(), "q4_k_m");
+    fleet.confirm(0);
+    assert_eq!(fleet.rollout(&id).current_wave, 1);
+}
+
+#[test]
+fn frozen_devices_and_other_models_are_left_out() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    let fleet_layer = |toml: &str| [(slmops_api::blueprint::Layer::Fleet, toml.to_owned())];
+    fleet.devices[0].config =
+        Arc::new(resolve(&fleet_layer("[policy]\nfrozen = true")).unwrap());
+    fleet.devices[1].config = Arc::new(resolve(&fleet_layer("model = \"other\"")).unwrap());
+    let id = fleet.start("1.0.0", all_at_once()).unwrap();
+    assert_eq!([fleet.told(0), fleet.told(1), fleet.told(2)], ["nothing", "nothing", "1.0.0 q8_0"]);
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("left out dev-0: its blueprint freezes it"), "{text}");
+    assert!(text.contains("left out dev-1: its blueprint names model other"), "{text}");
+}
+
+#[test]
+fn revoked_device_does_not_hold_a_wave() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    fleet.devices[0].revoked = true;
+    fleet.tick();
+    assert_eq!(fleet.told(1), "1.0.0 q8_0");
+    fleet.confirm(1);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+}
+
+#[test]
+fn device_ahead_of_a_restored_hub_is_heard() {
+    let mut fleet = Fleet::new(&[600]);
+    fleet.settle_on_1_0_0();
+    fleet.devices[0].report.as_mut().unwrap().generation = 70;
+    fleet.tick();
+    assert_eq!(fleet.devices[0].desired.generation, 71);
+    assert_eq!(fleet.told(0), "1.0.0 q8_0");
+}
+
+/// What may happen to a fleet.
+#[derive(Clone, Debug)]
+enum Happening {
+    Confirm(usize),
+    Fail(usize),
+    Phase(usize),
+    Pass(i64),
+    Join(u64),
+    Budget(usize, u64),
+    Revoke(usize),
+    Command(usize),
+    Start(usize),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        6 => (0..12_usize).prop_map(Happening::Confirm),
+        1 => (0..12_usize).prop_map(Happening::Fail),
+        2 => (0..12_usize).prop_map(Happening::Phase),
+        2 => (1..400_i64).prop_map(Happening::Pass),
+        1 => (80..900_u64).prop_map(Happening::Join),
+        1 => (0..12_usize, 80..900_u64).prop_map(|(d, b)| Happening::Budget(d, b)),
+        1 => (0..12_usize).prop_map(Happening::Revoke),
+        1 => (0..4_usize).prop_map(Happening::Command),
+        1 => (0..3_usize).prop_map(Happening::Start),
+    ]
+}
+
+fn wave() -> impl Strategy<Value = WaveSize> {
+    prop_oneof![
+        (1..4_u32).prop_map(WaveSize::Count),
+        (1..=100_u32).prop_map(WaveSize::Percent),
+        Just(WaveSize::Rest),
+    ]
+}
+
+/// Devices that each wave and those before it may have told, by the policy alone.
+fn limit(policy: &RolloutPolicy, selected: usize, current_wave: u32) -> usize {
+    let mut told = 0;
+    for wave in 0..=current_wave as usize {
+        told += match policy.waves.get(wave) {
+            Some(WaveSize::Count(number)) => *number as usize,
+            Some(WaveSize::Percent(share)) => (selected * *share as usize).div_ceil(100),
+            Some(WaveSize::Rest) | None => return usize::MAX,
+        };
+    }
+    told
+}
+
+fn check_invariants(fleet: &Fleet, halted_before: &BTreeSet<RolloutId>) {
+    for record in &fleet.rollouts {
+        let rollout = &record.rollout;
+        let told = rollout.devices.iter().filter(|d| d.generation.is_some()).count();
+        // A share is of the devices at the start, of which some may have been shut out since.
+        let most = limit(&rollout.asked.policy, fleet.devices.len(), rollout.current_wave);
+        assert!(told <= most, "{told} told, {most} allowed:\n{}", why(rollout));
+        for device in &rollout.devices {
+            assert!(
+                device.generation.is_none() || device.wave <= rollout.current_wave,
+                "{} was told before its wave:\n{}",
+                device.name,
+                why(rollout)
+            );
+        }
+        if rollout.state.is_final() {
+            assert_eq!(rollout.waiting_for, "");
+        } else {
+            assert!(!rollout.waiting_for.is_empty(), "{} does not say why it waits", rollout.id);
+        }
+        if halted_before.contains(&rollout.id) && rollout.state == RolloutState::Halted {
+            for device in &rollout.devices {
+                assert!(
+                    device.outcome != Outcome::Pending || device.generation.is_none(),
+                    "a halted rollout told {}",
+                    device.name
+                );
+            }
+        }
+        if rollout.state == RolloutState::Running {
+            let allowed = rollout.asked.policy.max_failures as usize;
+            for wave in 0..rollout.waves {
+                let failed = rollout
+                    .devices
+                    .iter()
+                    .filter(|d| d.wave == wave && matches!(d.outcome, Outcome::Failed { .. }))
+                    .filter(|d| !record.forgiven.contains(&d.device))
+                    .count();
+                assert!(failed <= allowed, "runs on in spite of {failed} failures");
+            }
+        }
+    }
+    for device in fleet.devices.iter().filter(|device| !device.revoked) {
+        let Some(model) = &device.desired.model else { continue };
+        let active = fleet.rollouts.iter().filter(|r| !r.rollout.state.is_final());
+        let in_active =
+            active.filter(|r| r.rollout.devices.iter().any(|d| d.device == device.id)).count();
+        assert!(in_active <= 1, "{} is in {in_active} rollouts", device.name);
+        let known = fleet.releases.values().flat_map(|release| &release.variants);
+        assert!(known.into_iter().any(|variant| variant.manifest == model.manifest));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn invariants_hold(
+        budgets in prop::collection::vec(80..900_u64, 0..8),
+        waves in prop::collection::vec(wave(), 0..4),
+        max_failures in 0..2_u32,
+        bake_s in prop_oneof![Just(0_u32), 1..300_u32],
+        happenings in prop::collection::vec(happening(), 0..60),
+    ) {
+        let policy = RolloutPolicy {
+            waves, max_failures, bake_s, confirm_timeout_s: 300, ..RolloutPolicy::default()
+        };
+        let mut fleet = Fleet::new(&budgets);
+        let versions = ["1.0.0", "1.1.0", "1.2.0"];
+        fleet.start("1.0.0", policy.clone()).unwrap();
+        check_invariants(&fleet, &BTreeSet::new());
+        for happening in happenings {
+            let halted: BTreeSet<RolloutId> = fleet
+                .rollouts
+                .iter()
+                .filter(|r| r.rollout.state == RolloutState::Halted)
+                .map(|r| r.rollout.id.clone())
+                .collect();
+            let told: Vec<(RolloutId, usize)> = fleet
+                .rollouts
+                .iter()
+                .map(|r| {
+                    let told = r.rollout.devices.iter().filter(|d| d.generation.is_some());
+                    (r.rollout.id.clone(), told.count())
+                })
+                .collect();
+            let operated = matches!(happening, Happening::Command(_) | Happening::Start(_));
+            let count = fleet.devices.len().max(1);
+            match happening {
+                _ if fleet.devices.is_empty() => fleet.join(360),
+                Happening::Confirm(device) => fleet.confirm(device % count),
+                Happening::Fail(device) => fleet.fail(device % count),
+                Happening::Phase(device) => {
+                    fleet.report(device % count, Phase::Staged);
+                    fleet.tick();
+                }
+                Happening::Pass(seconds) => fleet.pass_s(seconds),
+                Happening::Join(budget) => {
+                    fleet.join(budget);
+                    fleet.tick();
+                }
+                Happening::Budget(device, budget) => {
+                    fleet.devices[device % count].budget_bytes = budget << 20;
+                    fleet.tick();
+                }
+                Happening::Revoke(device) => {
+                    fleet.devices[device % count].revoked = true;
+                    fleet.tick();
+                }
+                Happening::Command(which) => {
+                    let commands =
+                        [Command::Pause, Command::Resume, Command::Abort, Command::Rollback];
+                    let id = fleet.rollouts.last().unwrap().rollout.id.clone();
+                    // A command that the state does not allow is refused; that is fine here.
+                    let _ = fleet.operate(&id, commands[which]);
+                }
+                Happening::Start(which) => {
+                    let _ = fleet.start(versions[which], policy.clone());
+                }
+            }
+            check_invariants(&fleet, &halted);
+            if !operated {
+                for (id, before) in told.iter().filter(|(id, _)| halted.contains(id)) {
+                    let devices = &fleet.rollout(id).devices;
+                    let after = devices.iter().filter(|d| d.generation.is_some()).count();
+                    prop_assert!(after <= *before, "a halted rollout told a device");
+                }
+            }
+        }
+        // Heal: everyone confirms what they are told, and time passes.
+        for _ in 0..40 {
+            for device in 0..fleet.devices.len() {
+                if !fleet.devices[device].revoked {
+                    fleet.report(device, Phase::Confirmed);
+                }
+            }
+            fleet.pass_s(301);
+        }
+        for record in &fleet.rollouts {
+            prop_assert!(
+                record.rollout.state != RolloutState::Running,
+                "does not end:\n{}", why(&record.rollout)
+            );
+        }
+    }
+}

@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use slmops_artifact::Digest;
 
+use super::ObserverError;
 use crate::auth::AuthError;
 use crate::blobs::BlobError;
 use crate::db::DbError;
@@ -49,6 +50,9 @@ pub enum RegistryError {
     /// The database failed.
     #[error(transparent)]
     Db(#[from] DbError),
+    /// The change could not be recorded, so it was not made.
+    #[error("record the change")]
+    Observer(#[source] ObserverError),
 }
 
 impl From<rusqlite::Error> for RegistryError {
@@ -165,7 +169,7 @@ impl RegistryError {
                 (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN")
             }
             Self::Blob(_) => (StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN"),
-            Self::Db(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),
+            Self::Db(_) | Self::Observer(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),
         }
     }
 }

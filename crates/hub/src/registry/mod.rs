@@ -43,7 +43,7 @@ use self::uploads::Sessions;
 pub use self::uploads::{MAX_UPLOADS, UPLOAD_EXPIRES_AFTER};
 use crate::auth::{Auth, AuthError, Caller};
 use crate::blobs::{self, Blobs};
-use crate::db::{Database, DbError};
+use crate::db::Database;
 
 #[cfg(test)]
 mod tests;
@@ -73,8 +73,12 @@ pub struct Change {
     pub digest: Option<Digest>,
 }
 
+/// Any error of an [`OnChange`].
+pub type ObserverError = Box<dyn std::error::Error + Send + Sync>;
+
 /// Told of each change inside the transaction that makes it; an error undoes the change.
-pub type OnChange = Arc<dyn Fn(&Transaction<'_>, &Change) -> Result<(), DbError> + Send + Sync>;
+pub type OnChange =
+    Arc<dyn Fn(&Transaction<'_>, &Change) -> Result<(), ObserverError> + Send + Sync>;
 
 /// The registry. Clones share it.
 #[derive(Clone)]

@@ -122,7 +122,7 @@ impl Registry {
 }
 
 fn tell(tx: &Transaction<'_>, on_change: Option<&OnChange>, change: &Change) -> Result<()> {
-    on_change.map_or(Ok(()), |tell| tell(tx, change)).map_err(RegistryError::Db)
+    on_change.map_or(Ok(()), |tell| tell(tx, change)).map_err(RegistryError::Observer)
 }
 
 fn object(name: &RepositoryName, reference: &Reference) -> String {

@@ -13,6 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::manifest::INDEX_MEDIA_TYPE;
 use super::*;
 use crate::auth::{HubSecret, LookupError, Operator, Principals, SecretHash};
+use crate::db::DbError;
 
 const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 const ADMIN: &str = "slmt_admin";
@@ -728,7 +729,7 @@ async fn changes_are_told_in_their_transaction() {
     let log = Arc::clone(&told);
     let observer: OnChange = Arc::new(move |_tx, change| {
         if change.object.ends_with(":forbidden") {
-            return Err(DbError::Busy);
+            return Err(DbError::Busy.into());
         }
         log.lock().unwrap().push((change.actor.clone(), change.action, change.object.clone()));
         Ok(())

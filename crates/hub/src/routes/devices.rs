@@ -9,12 +9,12 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use serde::Deserialize;
+use slmops_api::SiteName;
 use slmops_api::device::{
     Challenge, ChallengeRequest, DesiredState, DeviceReport, DeviceToken, DeviceTokenRequest,
     EnrolRequest, EnrolResponse,
 };
 use slmops_api::problem::Problem;
-use slmops_api::SiteName;
 
 use super::input::{Body, Query, check_facts, check_report, parse_name};
 use super::{ApiError, AppState, new_id};

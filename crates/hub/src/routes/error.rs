@@ -82,10 +82,13 @@ impl From<StoreError> for ApiError {
             StoreError::NotFound { kind, .. } => {
                 let hint = match kind {
                     "device" | "rollout" | "release" | "class" | "token" | "invitation" => {
-                        Some(format!("`slm {} list` shows what there is", match kind {
-                            "invitation" => "device",
-                            other => other,
-                        }))
+                        Some(format!(
+                            "`slm {} list` shows what there is",
+                            match kind {
+                                "invitation" => "device",
+                                other => other,
+                            }
+                        ))
                     }
                     _ => None,
                 };

@@ -187,10 +187,8 @@ pub async fn explain(
     let layers = layers_of(&device, &snapshot.classes, &snapshot.blueprints);
     let resolved = blueprint::resolve(&layers).map_err(crate::store::StoreError::from)?;
     let mut lines = vec![format!("class {}: {}", class.class, class.why)];
-    let model = resolved
-        .model
-        .as_ref()
-        .or_else(|| device.desired.model.as_ref().map(|model| &model.model));
+    let model =
+        resolved.model.as_ref().or_else(|| device.desired.model.as_ref().map(|model| &model.model));
     let newest = snapshot
         .releases
         .iter()

@@ -145,7 +145,9 @@ pub fn parse_name<T: FromStr>(text: &str) -> Result<T, ApiError>
 where
     T::Err: std::fmt::Display,
 {
-    text.parse().map_err(|error: T::Err| ApiError::bad_request(error.to_string(), "choose a name like `pi-kitchen-2`"))
+    text.parse().map_err(|error: T::Err| {
+        ApiError::bad_request(error.to_string(), "choose a name like `pi-kitchen-2`")
+    })
 }
 
 fn bounded(what: &str, text: &str) -> Result<(), ApiError> {
@@ -195,9 +197,9 @@ fn check_probes(results: &[ProbeResult]) -> Result<(), ApiError> {
 fn check_failure(failure: &Failure) -> Result<(), ApiError> {
     match failure {
         Failure::Probes { results } => check_probes(results),
-        Failure::Configuration { settings } if settings.len() > MAX_SETTINGS => {
-            Err(ApiError::bad_request(format!("more than {MAX_SETTINGS} settings"), "update the agent"))
-        }
+        Failure::Configuration { settings } if settings.len() > MAX_SETTINGS => Err(
+            ApiError::bad_request(format!("more than {MAX_SETTINGS} settings"), "update the agent"),
+        ),
         Failure::Configuration { settings } => {
             settings.iter().try_for_each(|setting| bounded("a setting", setting))
         }

@@ -36,7 +36,7 @@ use crate::store::{By, Store};
 pub use error::ApiError;
 pub use metrics::Metrics;
 pub use openapi::document as openapi_document;
-pub use packages::{NoPackages, Packages};
+pub use packages::Packages;
 
 /// The longest body of most calls, in bytes.
 const MAX_BODY_BYTES: usize = 1 << 20;

@@ -84,7 +84,10 @@ pub async fn create_token(
             by.at.checked_add(SignedDuration::from_secs(valid_s as i64)).ok()
         }
         Some(_) => {
-            return Err(ApiError::bad_request("valid_s is not within 1 s to 10 years", "leave it out for a token that does not expire"));
+            return Err(ApiError::bad_request(
+                "valid_s is not within 1 s to 10 years",
+                "leave it out for a token that does not expire",
+            ));
         }
         None => None,
     };
@@ -137,11 +140,17 @@ pub async fn add_key(
     let key = PublicKey::from_pem(&wanted.public_key).map_err(|error| {
         let text = error.to_string();
         let detail = text.split("\nhint: ").next().unwrap_or_default().to_owned();
-        ApiError::bad_request(detail, "send a P-256 public key as SPKI PEM; `slm key create` makes one")
+        ApiError::bad_request(
+            detail,
+            "send a P-256 public key as SPKI PEM; `slm key create` makes one",
+        )
     })?;
     if key.id() != wanted.id.as_str() {
         let detail = format!("the key's id is {}, not {}", key.id(), wanted.id);
-        return Err(ApiError::bad_request(detail, "the id is the first 16 hex digits of the SHA-256 of the SPKI DER"));
+        return Err(ApiError::bad_request(
+            detail,
+            "the id is the first 16 hex digits of the SHA-256 of the SPKI DER",
+        ));
     }
     let stored = PublisherKey { public_key: key.to_pem().to_owned(), ..wanted };
     state.store.add_key(by(&operator), stored.clone()).await?;

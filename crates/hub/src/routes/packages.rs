@@ -5,6 +5,8 @@ use futures_util::future::BoxFuture;
 use slmops_api::ModelName;
 use slmops_artifact::Digest;
 
+use crate::registry::{Reference, Registry, RepositoryName};
+
 /// Why the registry could not be asked.
 pub type PackagesError = Box<dyn std::error::Error + Send + Sync>;
 /// The registry's answer.
@@ -32,33 +34,59 @@ pub trait Packages: Send + Sync + 'static {
     ) -> PackagesFuture<'_, Vec<Digest>>;
 }
 
-/// A registry without packages.
-pub struct NoPackages;
-
-impl Packages for NoPackages {
-    fn manifest(&self, _: &ModelName, _: Digest) -> PackagesFuture<'_, Option<Bytes>> {
-        Box::pin(async { Ok(None) })
+impl Packages for Registry {
+    fn manifest(&self, model: &ModelName, digest: Digest) -> PackagesFuture<'_, Option<Bytes>> {
+        let repository = repository(model);
+        Box::pin(async move {
+            let Some(repository) = repository else { return Ok(None) };
+            let found = Registry::manifest(self, &repository, &Reference::Digest(digest)).await?;
+            Ok(found.map(|manifest| manifest.content.into()))
+        })
     }
 
-    fn blob_size(&self, _: &ModelName, _: Digest) -> PackagesFuture<'_, Option<u64>> {
-        Box::pin(async { Ok(None) })
+    fn blob_size(&self, model: &ModelName, digest: Digest) -> PackagesFuture<'_, Option<u64>> {
+        let repository = repository(model);
+        Box::pin(async move {
+            let Some(repository) = repository else { return Ok(None) };
+            Ok(Registry::blob_size(self, &repository, &digest).await?)
+        })
     }
 
     fn small_blob(
         &self,
-        _: &ModelName,
-        _: Digest,
-        _: usize,
+        model: &ModelName,
+        digest: Digest,
+        limit_bytes: usize,
     ) -> PackagesFuture<'_, Option<Bytes>> {
-        Box::pin(async { Ok(None) })
+        let repository = repository(model);
+        Box::pin(async move {
+            let Some(repository) = repository else { return Ok(None) };
+            match Registry::blob_size(self, &repository, &digest).await? {
+                Some(size) if size <= limit_bytes as u64 => {
+                    Ok(Some(self.blob(&repository, &digest, limit_bytes).await?))
+                }
+                _ => Ok(None),
+            }
+        })
     }
 
     fn referrers(
         &self,
-        _: &ModelName,
-        _: Digest,
-        _: &'static str,
+        model: &ModelName,
+        digest: Digest,
+        artifact_type: &'static str,
     ) -> PackagesFuture<'_, Vec<Digest>> {
-        Box::pin(async { Ok(vec![]) })
+        let repository = repository(model);
+        Box::pin(async move {
+            let Some(repository) = repository else { return Ok(Vec::new()) };
+            let found = Registry::referrers(self, &repository, digest, Some(artifact_type)).await?;
+            Ok(found.into_iter().map(|descriptor| descriptor.digest).collect())
+        })
     }
+}
+
+/// The model's repository; none for the few model names that are no repository names (`a--`), into
+/// which nothing can be pushed either.
+fn repository(model: &ModelName) -> Option<RepositoryName> {
+    model.as_str().parse().ok()
 }

@@ -111,14 +111,23 @@ fn check_gate(release: &NewRelease) -> Result<(), ApiError> {
             .map(|row| {
                 format!(
                     "{} against {}: loss {:.4} [{:.4}, {:.4}], allowed {:.4}",
-                    row.metric, row.against, row.loss.mean, row.loss.low, row.loss.high, row.allowed
+                    row.metric,
+                    row.against,
+                    row.loss.mean,
+                    row.loss.low,
+                    row.loss.high,
+                    row.allowed
                 )
             })
             .collect();
         if gate.verdict == Verdict::Worse || !rows.is_empty() {
             return Err(ApiError::unacceptable(
                 "gate",
-                format!("the gate says that variant {} is worse: {}", variant.name, rows.join("; ")),
+                format!(
+                    "the gate says that variant {} is worse: {}",
+                    variant.name,
+                    rows.join("; ")
+                ),
                 "ship a better variant, or release in spite of the gate with a reason \
                  (`gate_override`)",
             ));
@@ -151,9 +160,8 @@ async fn check_variant(
     key: &PublicKey,
 ) -> Result<(), ApiError> {
     let (packages, model) = (&state.packages, &release.model);
-    let at = |what: String| {
-        format!("variant {} ({}): {what}", variant.name, variant.manifest.short())
-    };
+    let at =
+        |what: String| format!("variant {} ({}): {what}", variant.name, variant.manifest.short());
     let push = "push the package first: `slm ship` does it all";
     let manifest = packages
         .manifest(model, variant.manifest)

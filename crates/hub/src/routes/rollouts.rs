@@ -22,8 +22,7 @@ pub async fn create(
     AsOperator(operator): AsOperator,
     Body(asked): Body<NewRollout>,
 ) -> Result<(StatusCode, Json<Rollout>), ApiError> {
-    let (rollout, new) =
-        state.engine.create_rollout(by(&operator), new_id("r"), asked).await?;
+    let (rollout, new) = state.engine.create_rollout(by(&operator), new_id("r"), asked).await?;
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(rollout)))
 }

@@ -32,7 +32,7 @@ use crate::db::DbError;
 mod conformance;
 mod sqlite;
 
-pub use sqlite::{SCHEMA, SqliteStore};
+pub use sqlite::{SCHEMA, SqliteStore, record_registry};
 
 /// The most entries of one page.
 pub const MAX_PAGE: u32 = 500;
@@ -331,8 +331,12 @@ pub trait Store: Send + Sync + 'static {
     /// Devices by name.
     fn devices(&self, page: PageRequest) -> StoreFuture<'_, Page<StoredDevice>>;
     /// Changes labels or site.
-    fn change_device(&self, by: By, id: DeviceId, change: DeviceChange)
-    -> StoreFuture<'_, StoredDevice>;
+    fn change_device(
+        &self,
+        by: By,
+        id: DeviceId,
+        change: DeviceChange,
+    ) -> StoreFuture<'_, StoredDevice>;
     /// Shuts a device out. Doing it again changes nothing.
     fn revoke_device(&self, by: By, id: DeviceId) -> StoreFuture<'_, StoredDevice>;
     /// Takes in a report, unless a newer one is known.
@@ -359,18 +363,13 @@ pub trait Store: Send + Sync + 'static {
     /// Adds or changes a blueprint layer, which the caller has checked.
     fn put_blueprint(&self, by: By, blueprint: StoredBlueprint) -> StoreFuture<'_, ()>;
     /// Removes a blueprint layer.
-    fn delete_blueprint(
-        &self,
-        by: By,
-        place: slmops_api::blueprint::Layer,
-    ) -> StoreFuture<'_, ()>;
+    fn delete_blueprint(&self, by: By, place: slmops_api::blueprint::Layer) -> StoreFuture<'_, ()>;
 
     /// Registers a release, which the caller has checked. The same content again is no error; other
     /// content under the same version is.
     fn add_release(&self, by: By, release: NewRelease) -> StoreFuture<'_, Registered>;
     /// One release.
-    fn release(&self, model: ModelName, version: semver::Version)
-    -> StoreFuture<'_, Arc<Release>>;
+    fn release(&self, model: ModelName, version: semver::Version) -> StoreFuture<'_, Arc<Release>>;
     /// Releases, newest first.
     fn releases(&self, page: PageRequest) -> StoreFuture<'_, Page<Arc<Release>>>;
 

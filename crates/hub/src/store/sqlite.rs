@@ -30,6 +30,7 @@ use super::{
 };
 use crate::auth::SecretHash;
 use crate::db::{Database, Schema};
+use crate::registry;
 
 /// The store's tables. Documents are JSON of the API's own types; columns beside them are what
 /// queries need.
@@ -304,6 +305,16 @@ fn append_audit(tx: &Transaction<'_>, by: &By, draft: AuditDraft) -> Result<(), 
     Ok(())
 }
 
+/// Adds an entry for a change of the registry, inside the transaction that makes the change.
+///
+/// # Errors
+/// If the entry cannot be added; the change must then not be made either.
+pub fn record_registry(tx: &Transaction<'_>, change: &registry::Change) -> Result<(), StoreError> {
+    let by = By { actor: change.actor.clone(), at: Timestamp::now() };
+    let details = json!({ "digest": change.digest });
+    append_audit(tx, &by, draft(change.action, &change.object, details))
+}
+
 fn draft(action: &'static str, object: impl ToString, details: serde_json::Value) -> AuditDraft {
     AuditDraft { action, object: object.to_string(), details }
 }
@@ -375,8 +386,12 @@ fn load_snapshot(
 ) -> Result<Snapshot, StoreError> {
     let devices =
         collect(tx, &format!("SELECT {DEVICE_COLUMNS} FROM devices ORDER BY name"), [], device_of)?;
-    let mut rollouts =
-        collect(tx, "SELECT rollout FROM rollouts WHERE final = 0 ORDER BY sequence", [], rollout_of)?;
+    let mut rollouts = collect(
+        tx,
+        "SELECT rollout FROM rollouts WHERE final = 0 ORDER BY sequence",
+        [],
+        rollout_of,
+    )?;
     for id in also {
         if !rollouts.iter().any(|record| record.rollout.id == *id) {
             rollouts.push(find_rollout(tx, id)?);
@@ -655,8 +670,7 @@ impl Store for SqliteStore {
         self.read(|tx| {
             let sql = "SELECT info, used_by FROM invitations ORDER BY sequence DESC LIMIT 500";
             collect(tx, sql, [], |row| {
-                let mut info: InvitationInfo =
-                    from_json("invitations", &row.get::<_, String>(0)?)?;
+                let mut info: InvitationInfo = from_json("invitations", &row.get::<_, String>(0)?)?;
                 let used_by: Option<String> = row.get(1)?;
                 info.used_by = used_by.map(|id| column("invitations", &id)).transpose()?;
                 Ok(info)
@@ -701,7 +715,8 @@ impl Store for SqliteStore {
                 )
                 .optional()?;
             // An unknown invitation and a wrong secret look the same from outside.
-            let unknown = || refused(format!("invitation {id} is not known or its secret is wrong"));
+            let unknown =
+                || refused(format!("invitation {id} is not known or its secret is wrong"));
             let (secret, info, used_by) = row.ok_or_else(unknown)?;
             if secret.parse() != Ok(enrolment.secret) {
                 return Err(unknown());
@@ -947,8 +962,8 @@ impl Store for SqliteStore {
     fn delete_blueprint(&self, by: By, place: Layer) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
             let (layer, name) = layer_key(&place);
-            let gone = tx
-                .execute("DELETE FROM blueprints WHERE layer = ?1 AND name = ?2", [layer, name])?;
+            let gone =
+                tx.execute("DELETE FROM blueprints WHERE layer = ?1 AND name = ?2", [layer, name])?;
             if gone == 0 {
                 return Err(not_found("blueprint", format!("{layer}/{name}")));
             }
@@ -995,11 +1010,7 @@ impl Store for SqliteStore {
         })
     }
 
-    fn release(
-        &self,
-        model: ModelName,
-        version: semver::Version,
-    ) -> StoreFuture<'_, Arc<Release>> {
+    fn release(&self, model: ModelName, version: semver::Version) -> StoreFuture<'_, Arc<Release>> {
         let cache = Arc::clone(&self.releases);
         self.read(move |tx| load_release(tx, &cache, &model, &version).map(|(release, _)| release))
     }
