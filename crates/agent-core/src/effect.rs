@@ -161,10 +161,15 @@ pub enum Death {
 }
 
 /// Why a model did not come up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StageError {
-    /// The engine refused the file or the configuration.
+    /// The engine refused the file.
     Load,
+    /// The engine would not run it as configured.
+    Configuration {
+        /// The settings that it does not follow.
+        settings: Vec<String>,
+    },
     /// The worker died.
     Died(Death),
     /// The file is not what its digest says any more.

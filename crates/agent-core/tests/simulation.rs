@@ -276,10 +276,10 @@ impl World {
                     self.problems.push("activates what nobody signed".into());
                 }
             }
-            Effect::Stage { deployment, .. } => {
-                if !self.signed.contains(&deployment.package.manifest) {
-                    self.problems.push("stages what nobody signed".into());
-                }
+            Effect::Stage { deployment, .. }
+                if !self.signed.contains(&deployment.package.manifest) =>
+            {
+                self.problems.push("stages what nobody signed".into());
             }
             Effect::SaveLedger { ledger, .. } => {
                 if ledger.generation < durable.generation {
@@ -751,7 +751,7 @@ fn boots_and_serves_without_a_hub() {
     assert_eq!(live, Some(Model::GoodB));
     let status = world.core.status();
     assert_eq!(status.snapshot.unwrap().phase, Phase::Confirmed);
-    assert!(!status.hub_answers);
+    assert_eq!(status.hub_answers, Some(false));
 }
 
 #[test]

@@ -3,8 +3,11 @@
 //! It is level-triggered: an event only notes what it says, then [`Core::advance`] looks at the
 //! whole state and asks for what is missing. So lost, late and repeated events do no harm.
 
+mod fetch;
 mod restore;
 mod snapshot;
+mod step;
+mod trial;
 mod work;
 
 use rand::Rng;
@@ -13,7 +16,7 @@ use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
 
 pub use snapshot::{Snapshot, Status};
-use work::Step;
+use step::Step;
 
 use crate::backoff::Backoff;
 use crate::{Config, Death, Deployment, Effect, EffectId, Event, Ledger, Millis, Obstacle, Polled};
@@ -35,7 +38,7 @@ pub struct Core<R> {
     report: Call<Box<Snapshot>>,
     /// What the hub said, in this process.
     desired: Option<DesiredState>,
-    hub_answers: bool,
+    hub_answers: Option<bool>,
     serving: Option<Serving>,
     step: Step,
     work_backoff: Backoff,
@@ -127,7 +130,7 @@ impl<R: Rng> Core<R> {
             poll: Call::new(),
             report: Call::new(),
             desired: None,
-            hub_answers: false,
+            hub_answers: None,
             serving: None,
             step: Step::Settled,
             work_backoff: Backoff::default(),
@@ -194,7 +197,7 @@ impl<R: Rng> Core<R> {
     }
 
     /// The ledger as it is durable.
-    pub fn ledger(&self) -> &Ledger {
+    pub fn durable_ledger(&self) -> &Ledger {
         &self.saved
     }
 
@@ -306,16 +309,15 @@ impl<R: Rng> Core<R> {
         match result {
             Ok(polled) => {
                 self.poll.succeed();
-                self.hub_answers = true;
+                self.hub_answers = Some(true);
                 self.report_wanted = true;
                 if let Polled::Desired(desired) = polled {
                     self.adopt(*desired, effects);
                 }
             }
             Err(obstacle) => {
-                self.hub_answers = false;
+                self.hub_answers = Some(false);
                 let limits = self.backoff_limits();
-                self.poll.failed = Some(obstacle.cause);
                 let at =
                     self.poll.backoff.fail(now, limits, obstacle.retry_after_ms, &mut self.rng);
                 self.poll.not_before = self.poll.not_before.max(at);
@@ -381,7 +383,6 @@ impl<R: Rng> Core<R> {
             Err(obstacle) => {
                 self.report_wanted = true;
                 let limits = self.backoff_limits();
-                self.report.failed = Some(obstacle.cause);
                 self.report.not_before =
                     self.report.backoff.fail(now, limits, obstacle.retry_after_ms, &mut self.rng);
             }

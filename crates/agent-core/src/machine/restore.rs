@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use rand::Rng;
 use slmops_api::device::{Failure, WaitCause};
 
-use super::work::{Step, Worker};
+use super::step::{Step, Worker};
 use super::{Core, Serving};
 use crate::{Death, Deployment, Effect, EffectId, Loaded, Millis, Obstacle, StageError};
 
@@ -177,6 +177,9 @@ impl<R: Rng> Core<R> {
         }
         match problem {
             Some(StageError::Load) => self.take_back_current(Failure::Load),
+            Some(StageError::Configuration { settings }) => {
+                self.take_back_current(Failure::Configuration { settings });
+            }
             Some(StageError::Died(Death::Fault)) => self.take_back_current(Failure::Crash),
             Some(StageError::Damaged) => self.damaged = true,
             Some(StageError::Died(Death::Killed) | StageError::Obstacle(_)) | None => {
@@ -195,12 +198,15 @@ impl<R: Rng> Core<R> {
     ) {
         self.step = Step::Settled;
         self.stop_serving(effects);
+        self.damaged |= problem == Some(StageError::Damaged);
         self.restore_failure = match problem {
             Some(StageError::Load) => Some(Failure::Load),
+            Some(StageError::Configuration { settings }) => {
+                Some(Failure::Configuration { settings })
+            }
             Some(StageError::Died(_)) => Some(Failure::Crash),
             Some(StageError::Damaged | StageError::Obstacle(_)) | None => None,
         };
-        self.damaged |= problem == Some(StageError::Damaged);
         self.restore_later(now);
     }
 

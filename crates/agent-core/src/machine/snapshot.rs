@@ -1,12 +1,12 @@
 //! What the core says of itself: to the hub, and to people on the device.
 
 use rand::Rng;
-use slmops_api::device::{InstalledModel, Phase, Rejection, WaitCause};
+use slmops_api::device::{DesiredModel, InstalledModel, Phase, Rejection, WaitCause};
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
 
 use super::Core;
-use super::work::{Resume, Step};
+use super::step::{Resume, Step};
 use crate::{Deployment, Millis, Outcome, Scope};
 
 /// The core's part of a [`slmops_api::device::DeviceReport`].
@@ -43,12 +43,12 @@ impl Snapshot {
 pub struct Status {
     /// As reported to the hub; absent while the ledger's model is being loaded.
     pub snapshot: Option<Snapshot>,
+    /// What the hub wants, as far as this process was told.
+    pub wanted: Option<DesiredModel>,
     /// The hub's reason for what it wants, in words.
     pub reason: Option<String>,
-    /// Whether the latest poll was answered.
-    pub hub_answers: bool,
-    /// Whether the latest report did not arrive.
-    pub report_failing: bool,
+    /// Whether the latest poll was answered; absent before the first one.
+    pub hub_answers: Option<bool>,
     /// When what is in the way is tried again.
     pub retry_at: Option<Millis>,
 }
@@ -58,9 +58,9 @@ impl<R: Rng> Core<R> {
     pub fn status(&self) -> Status {
         Status {
             snapshot: self.snapshot(),
+            wanted: self.desired.as_ref().and_then(|desired| desired.model.clone()),
             reason: self.desired.as_ref().map(|desired| desired.reason.clone()),
             hub_answers: self.hub_answers,
-            report_failing: self.report.failed.is_some(),
             retry_at: match &self.step {
                 Step::Pause { until, .. } => Some(*until),
                 Step::Settled => self.restore_at,

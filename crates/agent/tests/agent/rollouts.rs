@@ -1,0 +1,244 @@
+//! What comes of each kind of release and of each misbehaviour of the hub.
+
+use slmops_api::device::{Failure, Phase};
+use slmops_artifact::Digest;
+
+use crate::Device;
+use crate::fake_hub::{FakeHub, Release, runtime};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_is_confirmed_and_serves() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    assert_ne!(device.ask().await, 200);
+    let release = Release::good("1.0.0");
+    let generation = hub.ship(&release);
+    let report = hub.confirmed(generation).await;
+
+    let running = report.running.unwrap();
+    assert_eq!(running.weights, Digest::of(&release.weights));
+    assert_eq!(running.version.to_string(), "1.0.0");
+    let effective = report.effective.unwrap();
+    assert_eq!(effective.differences(&runtime()), []);
+    // The golden probe, and the request through the endpoint.
+    let names: Vec<&str> = report.probes.iter().map(|probe| probe.name.as_str()).collect();
+    assert_eq!(names, ["golden-01", "endpoint"]);
+    assert!(report.probes.iter().all(|probe| probe.passed));
+    assert!(report.telemetry.downloaded_bytes >= release.weights.len() as u64);
+    assert!(report.facts.endpoint.unwrap().starts_with("http://127.0.0.1:"));
+    assert_eq!(device.ask().await, 200);
+
+    // What the owner can see.
+    let outbox = slmops_agent::outbox::read(device.path()).unwrap().join("\n");
+    assert!(outbox.contains("POST /v1/enrol") && outbox.contains("phase=confirmed"), "{outbox}");
+    assert!(outbox.contains("secret=(hidden)") && !outbox.contains("Alice"), "{outbox}");
+
+    // Sequence numbers grow, over a restart too; so does use.
+    device.stop().await;
+    let before = hub.lock().reports.last().unwrap().sequence;
+    device.start();
+    let after = hub
+        .report("a confirmation after the restart", |report| {
+            report.sequence > before && report.phase == Phase::Confirmed
+        })
+        .await;
+    assert!(after.telemetry.requests >= 1);
+    let sequences: Vec<u64> = hub.lock().reports.iter().map(|report| report.sequence).collect();
+    assert!(sequences.is_sorted_by(|a, b| a < b), "{sequences:?}");
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_releases_are_taken_back_and_the_good_one_keeps_answering() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    hub.confirmed(generation).await;
+
+    let cases = [
+        ("probes", Release::failing("1.1.0")),
+        ("load", Release::truncated("1.2.0")),
+        ("signature", Release { stranger: true, ..Release::good("1.3.0") }),
+        ("signature", Release { tampered: true, ..Release::good("1.4.0") }),
+        ("signature", Release { unsigned: true, ..Release::good("1.5.0") }),
+    ];
+    for (expected, release) in cases {
+        let generation = hub.ship(&release);
+        let report = hub.rolled_back(generation).await;
+        let Phase::RolledBack { failure } = &report.phase else { unreachable!() };
+        let failure = serde_json::to_value(failure).unwrap();
+        assert_eq!(failure["failure"], expected, "{}", release.version);
+        assert_eq!(report.running.as_ref().unwrap().version.to_string(), "1.0.0");
+        assert_eq!(report.rejected.last().unwrap().generation, generation);
+        assert_eq!(device.ask().await, 200, "{}", release.version);
+    }
+    // The names of the probes that failed are the evidence.
+    let reports = hub.lock().reports.clone();
+    let named = reports.iter().any(|report| {
+        matches!(&report.phase, Phase::RolledBack { failure: Failure::Probes { results } }
+            if results[0].name == "golden-01" && !results[0].passed)
+    });
+    assert!(named);
+
+    // A rejected manifest is not even downloaded again.
+    let before = hub.lock().blob_requests.len();
+    let model = hub.publish(&Release::failing("1.1.0"));
+    let generation = hub.want(Some(model), runtime());
+    hub.rolled_back(generation).await;
+    assert_eq!(hub.lock().blob_requests.len(), before);
+
+    // Going back is a new generation that names the old model: at once, and confirmed.
+    let model = hub.publish(&Release::good("1.0.0"));
+    let generation = hub.want(Some(model), runtime());
+    hub.confirmed(generation).await;
+    assert_eq!(hub.lock().blob_requests.len(), before);
+
+    // Only what the ledger names is left on the disk: weights and probes.
+    let blobs = std::fs::read_dir(device.path().join("blobs")).unwrap();
+    let files = blobs.filter(|file| file.as_ref().unwrap().file_type().unwrap().is_file()).count();
+    assert_eq!(files, 2);
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_download_goes_on_where_it_stopped() {
+    let hub = FakeHub::start().await;
+    hub.lock().faults.cut = vec![700_000, 1_000_000];
+    let mut device = Device::join(&hub).await;
+    let release = Release::good("1.0.0");
+    let generation = hub.ship(&release);
+    hub.confirmed(generation).await;
+    let requests = hub.lock().blob_requests.clone();
+    let large: Vec<_> = requests.iter().filter(|(_, sent)| *sent > 10_000).collect();
+    let starts: Vec<u64> = large.iter().map(|(start, _)| *start).collect();
+    assert_eq!(starts.len(), 3, "{requests:?}");
+    assert!(starts[0] == 0 && starts[1] > 0 && starts[2] > starts[1], "{requests:?}");
+    let sent: u64 = large.iter().map(|(_, sent)| sent).sum();
+    // What was in flight when a connection broke may come twice.
+    assert!(sent < release.weights.len() as u64 + 1_700_000, "{requests:?}");
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_network_is_never_the_models_fault() {
+    let hub = FakeHub::start().await;
+    {
+        let mut world = hub.lock();
+        world.faults.ignore_ranges = true;
+        world.faults.cut = vec![500_000];
+        world.faults.flips = 1;
+        world.faults.unauthorised = 2;
+    }
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    let report = hub.confirmed(generation).await;
+    assert_eq!(report.rejected, []);
+
+    // A busy hub is left alone for as long as it asks.
+    hub.lock().faults.unavailable = Some(1);
+    let generation = hub.ship(&Release::good("1.1.0"));
+    assert_eq!(device.ask().await, 200);
+    hub.lock().faults.unavailable = None;
+    let report = hub.confirmed(generation).await;
+    assert_eq!(report.rejected, []);
+    assert_eq!(report.previous.unwrap().version.to_string(), "1.0.0");
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_source_lacks_or_damages_is_rejected() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let release = Release::good("1.0.0");
+    hub.lock().faults.missing.insert(Digest::of(&release.weights));
+    let generation = hub.ship(&release);
+    let report = hub.rolled_back(generation).await;
+    assert_eq!(report.phase, Phase::RolledBack { failure: Failure::Digest });
+    assert_eq!(report.running, None);
+
+    hub.lock().faults.flips = 1_000;
+    let generation = hub.ship(&Release::good("1.1.0"));
+    let report = hub.rolled_back(generation).await;
+    assert_eq!(report.phase, Phase::RolledBack { failure: Failure::Digest });
+    hub.lock().faults.flips = 0;
+
+    let generation = hub.ship(&Release::good("1.2.0"));
+    assert_eq!(hub.confirmed(generation).await.rejected.len(), 2);
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn serves_unchanged_when_the_hub_is_gone() {
+    let mut hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    hub.confirmed(generation).await;
+    hub.vanish().await;
+    assert_eq!(device.ask().await, 200);
+    device.stop().await;
+    assert_eq!(device.ask().await, 0);
+    device.start();
+    crate::until("it serves without a hub", || async { device.ask().await == 200 }).await;
+
+    let generation = hub.ship(&Release::good("1.1.0"));
+    hub.come_back().await;
+    hub.confirmed(generation).await;
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_configuration_restarts_the_same_model() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let model = hub.publish(&Release::good("1.0.0"));
+    let generation = hub.want(Some(model.clone()), runtime());
+    hub.confirmed(generation).await;
+    let downloads = hub.lock().blob_requests.len();
+
+    let mut narrow = runtime();
+    narrow.context_tokens = 64;
+    let generation = hub.want(Some(model.clone()), narrow);
+    let report = hub.confirmed(generation).await;
+    assert_eq!(report.effective.unwrap().context_tokens, 64);
+
+    // More context than the model was trained for: the configuration is to blame, not the model.
+    let mut wide = runtime();
+    wide.context_tokens = 4096;
+    let generation = hub.want(Some(model.clone()), wide);
+    let report = hub.rolled_back(generation).await;
+    let settings = vec!["context_tokens".to_owned()];
+    let failure = Failure::Configuration { settings };
+    assert_eq!(report.phase, Phase::RolledBack { failure });
+    assert_eq!(report.rejected, []);
+    assert_eq!(report.effective.unwrap().context_tokens, 64);
+    assert_eq!(device.ask().await, 200);
+
+    let generation = hub.want(Some(model), runtime());
+    hub.confirmed(generation).await;
+    assert_eq!(hub.lock().blob_requests.len(), downloads);
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_file_is_fetched_again() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let release = Release::good("1.0.0");
+    let generation = hub.ship(&release);
+    hub.confirmed(generation).await;
+    device.stop().await;
+    let path = device.state().blob(Digest::of(&release.weights));
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    std::fs::write(&path, bytes).unwrap();
+    let before = hub.lock().reports.last().unwrap().sequence;
+    device.start();
+    hub.report("a new confirmation", |report| {
+        report.sequence > before && report.phase == Phase::Confirmed
+    })
+    .await;
+    assert_eq!(std::fs::read(&path).unwrap(), release.weights);
+    assert_eq!(device.ask().await, 200);
+    device.stop().await;
+}
