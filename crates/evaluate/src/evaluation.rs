@@ -11,11 +11,11 @@ use slmops_api::report::EvaluationReport;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_artifact::Digest;
 use slmops_inference::child::{self, ChildError};
+use slmops_inference::worker::WorkerError;
 
 use crate::quality::{self, Quality};
-use crate::runtime::{self, Runtime};
 use crate::suite::Suite;
-use crate::{distributions, machine, statistics};
+use crate::{distributions, machine, runtime, statistics};
 
 /// The version of the cached files' names; grows when the numbers in them change their meaning.
 const CACHE_VERSION: u32 = 1;
@@ -44,6 +44,15 @@ pub enum EvaluationError {
         /// How it failed.
         #[source]
         source: ChildError,
+    },
+    /// The worker whose speed and memory were to be measured failed.
+    #[error("measure the speed of {}", model.display())]
+    Worker {
+        /// The model file.
+        model: PathBuf,
+        /// How it failed.
+        #[source]
+        source: WorkerError,
     },
     /// The measuring process answered something else than a result.
     #[error("evaluate {}: read the result of {job}", model.display())]
@@ -110,7 +119,8 @@ pub struct Evaluation {
     /// The folder where the reference's distributions and results are kept. It is made if missing,
     /// and may be deleted at any time between evaluations.
     pub cache: PathBuf,
-    /// The runtime configuration in which speed and memory are measured.
+    /// The runtime configuration in which speed and memory are measured. Its context is lowered to
+    /// what the model was trained for, as a device must do.
     pub runtime: RuntimeConfig,
 }
 
@@ -144,13 +154,15 @@ impl Evaluation {
             let input = self.quality_input(model, distributions, false);
             call(quality::JOB, model, &input, Stage::Quality, &mut on_progress).await?
         };
-        let input = runtime::Input {
-            model: model.to_owned(),
-            text: head(self.suite.text(), RUNTIME_TEXT_BYTES).to_owned(),
-            runtime: self.runtime.clone(),
-        };
-        let runtime: Runtime =
-            call(runtime::JOB, model, &input, Stage::Runtime, &mut on_progress).await?;
+        let configuration = runtime::fitting(model, &self.runtime);
+        let stage = Stage::Runtime;
+        on_progress(Progress { stage, fraction: 0.0 });
+        let measured = runtime::measure(model, self.suite.text(), &configuration, |fraction| {
+            on_progress(Progress { stage, fraction });
+        });
+        let runtime = measured
+            .await
+            .map_err(|source| EvaluationError::Worker { model: model.to_owned(), source })?;
         let perplexity = statistics::mean(&quality.chunk_nll).mean.exp();
         Ok(EvaluationReport {
             version: 1,
@@ -246,17 +258,6 @@ impl Evaluation {
         }
         Ok(())
     }
-}
-
-/// Bytes of text handed to the speed measurement: enough for a full batch of tokens.
-const RUNTIME_TEXT_BYTES: usize = 16 << 10;
-
-fn head(text: &str, bytes: usize) -> &str {
-    let mut end = bytes.min(text.len());
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
 }
 
 async fn digest_of(path: &Path) -> Result<(Digest, u64), EvaluationError> {

@@ -7,6 +7,7 @@ pub mod distributions;
 pub mod evaluation;
 pub mod gate;
 pub mod machine;
+pub mod probes;
 pub mod quality;
 pub mod render;
 pub mod runtime;
@@ -17,7 +18,6 @@ pub use evaluation::{Evaluation, EvaluationError, Progress, Stage};
 
 use slmops_inference::child::Job;
 
-/// What a program that evaluates must be able to do as a child process
+/// What a program that evaluates must be able to do as a child process, beside being a worker
 /// (see [`slmops_inference::child::run_if_child`]).
-pub const JOBS: &[Job] =
-    &[Job { name: quality::JOB, run: quality::run }, Job { name: runtime::JOB, run: runtime::run }];
+pub const JOBS: &[Job] = &[Job { name: quality::JOB, run: quality::run }];

@@ -1,146 +1,160 @@
-//! The job that measures speed and memory: one process that runs the model as a device does, in
-//! a given runtime configuration, and nothing else, so that its peak memory is the model's.
+//! Speed and memory, measured on the very worker process that serves a model on a device.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 use slmops_api::runtime::RuntimeConfig;
-use slmops_inference::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token};
+use slmops_artifact::gguf;
+use slmops_inference::llama::Token;
+use slmops_inference::worker::{GenerateRequest, Output, Prompt, Worker, WorkerError, WorkerSpec};
 
-use crate::distributions;
-
-/// The job's name.
-pub const JOB: &str = "evaluate-runtime";
 /// Tokens of the prompt behind the time to first token.
-pub const FIRST_TOKEN_PROMPT_TOKENS: u32 = 128;
-/// Tokens generated to measure the decode speed.
+pub const FIRST_TOKEN_PROMPT_TOKENS: usize = 128;
+/// Tokens generated to measure the decode speed, in all.
 const DECODE_TOKENS: u32 = 48;
-/// Tokens generated before measuring, to warm up caches and clocks.
-const WARM_UP_TOKENS: u32 = 4;
+/// Answers at most that are generated to get them: a model may end each one early.
+const MAX_ANSWERS: usize = 6;
+/// Bytes of text that prompts are cut from.
+const TEXT_BYTES: usize = 24 << 10;
+/// Steps that progress counts.
+const STEPS: u32 = 5;
 
-/// What the job is told.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Input {
-    /// The model file.
-    pub model: PathBuf,
-    /// Text to make prompts from.
-    pub text: String,
-    /// The runtime configuration.
-    pub runtime: RuntimeConfig,
-}
-
-/// What the job found.
+/// Speed and memory of a model in one runtime configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Runtime {
     /// Decode speed of one sequence, tokens per second.
     pub decode_tokens_per_s: f64,
     /// Prompt processing speed of a full batch, tokens per second.
     pub prompt_tokens_per_s: f64,
-    /// Time to first token after a prompt of [`FIRST_TOKEN_PROMPT_TOKENS`], milliseconds; the best
-    /// of two, since another program's work only ever adds to it.
+    /// From sending a prompt of [`FIRST_TOKEN_PROMPT_TOKENS`] to its first token, milliseconds; the
+    /// best of two, since another program's work only ever adds to it.
     pub time_to_first_token_ms: f64,
-    /// Peak resident memory of the process, bytes.
+    /// Peak resident memory of the worker process, bytes.
     pub peak_memory_bytes: u64,
-    /// Resident memory at the end, bytes.
+    /// Resident memory of the worker process in the end, bytes.
     pub resident_memory_bytes: u64,
 }
 
-/// Runs the job.
+/// `runtime` as far as `model` can follow it: no more context than it was trained for, and no more
+/// tokens in a batch than that.
+pub fn fitting(model: &Path, runtime: &RuntimeConfig) -> RuntimeConfig {
+    let shape = gguf::check_file(model).and_then(|header| gguf::shape(&header));
+    // A file that cannot be read fails where it is loaded, with its cause.
+    let trained = shape.map_or(u32::MAX, |shape| shape.trained_context);
+    let context_tokens = runtime.context_tokens.min(trained);
+    RuntimeConfig {
+        context_tokens,
+        batch_tokens: runtime.batch_tokens.min(context_tokens),
+        ..runtime.clone()
+    }
+}
+
+/// Runs `model` in a worker of its own and measures it; `on_step` gets the share that is done.
 ///
 /// # Errors
-/// The model does not load or run in this configuration, or the text is too short.
-pub fn run(
-    input: serde_json::Value,
-    on_progress: &mut dyn FnMut(serde_json::Value),
-) -> anyhow::Result<serde_json::Value> {
-    let input: Input = serde_json::from_value(input).context("read the job's input")?;
-    let model = Arc::new(Model::load(&input.model, &LoadOptions::default())?);
-    let runtime = &input.runtime;
-    let mut context = Context::new(
-        &model,
-        &ContextOptions {
-            context_tokens: runtime.context_tokens,
-            sequences: runtime.parallel,
-            batch_tokens: runtime.batch_tokens,
-            outputs: runtime.parallel,
-            threads: runtime.threads,
-            kv_type: runtime.kv_type,
-            flash_attention: runtime.flash_attention,
-            ..ContextOptions::default()
-        },
-    )?;
-    let room = runtime.context_tokens.min(model.trained_context()).saturating_sub(1);
-    let long = runtime.batch_tokens.min(room) as usize;
-    let tokens = model.tokenise(&input.text, true, false)?;
-    if tokens.is_empty() || long == 0 {
-        bail!("the text is empty");
-    }
-    let prompt: Vec<Token> = tokens.iter().copied().cycle().take(long).collect();
-    let mut report = |done: u64| {
-        on_progress(serde_json::json!({ "done": done, "total": 4 }));
+/// The model does not run in this configuration.
+pub async fn measure(
+    model: &Path,
+    text: &str,
+    runtime: &RuntimeConfig,
+    mut on_step: impl FnMut(f64),
+) -> Result<Runtime, WorkerError> {
+    let spec = WorkerSpec { model_path: model.to_owned(), runtime: runtime.clone() };
+    let worker = Worker::spawn(spec).await?;
+    let mut done = 0;
+    let mut step = || {
+        done += 1;
+        on_step(f64::from(done) / f64::from(STEPS));
+    };
+    step();
+
+    let tokens = worker.tokenise(head(text, TEXT_BYTES).to_owned(), false, false).await?;
+    let room = runtime.context_tokens as usize;
+    let long = (runtime.batch_tokens as usize).min(room.saturating_sub(1)).max(1);
+    let short = FIRST_TOKEN_PROMPT_TOKENS.min(room.saturating_sub(1)).max(1);
+    // Each prompt starts elsewhere: a worker keeps what it has computed, and would skip a prompt
+    // that begins as one before.
+    let mut offset = 0;
+    let mut prompt = |length: usize| -> Vec<Token> {
+        offset += 1;
+        tokens.iter().copied().cycle().skip(offset * 7).take(length).collect()
     };
 
-    // The first pass touches every weight and buffer; the second is timed.
-    let (_, _) = prefill(&mut context, &prompt)?;
-    report(1);
-    let (_, seconds) = prefill(&mut context, &prompt)?;
-    let prompt_tokens_per_s = prompt.len() as f64 / seconds;
-    report(2);
+    // The first answer touches every weight and buffer; the second is timed.
+    answer(&worker, prompt(long), 1).await?;
+    let prefill = answer(&worker, prompt(long), 1).await?;
+    step();
+    let one = answer(&worker, prompt(short), 1).await?;
+    let two = answer(&worker, prompt(short), 1).await?;
+    step();
 
-    let short = (FIRST_TOKEN_PROMPT_TOKENS as usize).min(prompt.len());
-    let (_, one) = prefill(&mut context, &prompt[..short])?;
-    let (mut next, two) = prefill(&mut context, &prompt[..short])?;
-    report(3);
-
-    let steps = (WARM_UP_TOKENS + DECODE_TOKENS).min(room + 1 - short as u32);
-    let warm_up = WARM_UP_TOKENS.min(steps - 1);
-    let mut started = Instant::now();
-    for step in 0..steps {
-        if step == warm_up {
-            started = Instant::now();
+    let (mut decoded, mut decode_ms) = (0, 0.0);
+    let half = (room / 2).clamp(1, 32);
+    let wanted = DECODE_TOKENS.min(room.saturating_sub(half + 1).max(2) as u32);
+    for _ in 0..MAX_ANSWERS {
+        let answer = answer(&worker, prompt(half), wanted).await?;
+        decoded += answer.tokens.saturating_sub(1);
+        decode_ms += answer.decode_ms;
+        if decoded + 1 >= wanted {
+            break;
         }
-        let mut batch = Batch::new();
-        batch.push(next, short as u32 + step, 0, true);
-        context.decode(&mut batch)?;
-        next =
-            distributions::first(context.logits(0).context("the engine gave no logits")?) as Token;
     }
-    let decode_tokens_per_s = f64::from(steps - warm_up) / started.elapsed().as_secs_f64();
-    report(4);
-    let (resident, peak) = memory_bytes().context("read /proc/self/status")?;
-    Ok(serde_json::to_value(Runtime {
-        decode_tokens_per_s,
-        prompt_tokens_per_s,
-        time_to_first_token_ms: one.min(two) * 1000.0,
-        peak_memory_bytes: peak,
-        resident_memory_bytes: resident,
-    })?)
+    step();
+    let memory = worker.memory();
+    worker.drain().await;
+    step();
+    Ok(Runtime {
+        decode_tokens_per_s: f64::from(decoded) / (decode_ms / 1000.0).max(1e-6),
+        prompt_tokens_per_s: long as f64 / (prefill.prompt_ms / 1000.0).max(1e-6),
+        time_to_first_token_ms: one.first_token_ms.min(two.first_token_ms),
+        peak_memory_bytes: memory.peak_bytes,
+        resident_memory_bytes: memory.resident_bytes,
+    })
 }
 
-/// Computes a prompt from nothing; the token that follows, and the seconds until it was known.
-fn prefill(context: &mut Context, prompt: &[Token]) -> anyhow::Result<(Token, f64)> {
+struct Answer {
+    /// As its reader sees it.
+    first_token_ms: f64,
+    /// As the worker sees it, without waiting.
+    prompt_ms: f64,
+    decode_ms: f64,
+    tokens: u32,
+}
+
+async fn answer(
+    worker: &Worker,
+    prompt: Vec<Token>,
+    max_tokens: u32,
+) -> Result<Answer, WorkerError> {
     let started = Instant::now();
-    context.clear();
-    let mut batch = Batch::new();
-    for (position, token) in prompt.iter().enumerate() {
-        batch.push(*token, position as u32, 0, position + 1 == prompt.len());
+    let mut generation =
+        worker.generate(GenerateRequest::greedy(Prompt::Tokens(prompt), max_tokens))?;
+    let mut first_token_ms = None;
+    loop {
+        match generation.next().await? {
+            Output::Started => {}
+            Output::Piece(_) => {
+                first_token_ms.get_or_insert(started.elapsed().as_secs_f64() * 1000.0);
+            }
+            Output::Finished(finish) => {
+                let whole_ms = started.elapsed().as_secs_f64() * 1000.0;
+                return Ok(Answer {
+                    // An answer that ends at once is that end.
+                    first_token_ms: first_token_ms.unwrap_or(whole_ms),
+                    prompt_ms: finish.prompt_ms,
+                    decode_ms: finish.decode_ms,
+                    tokens: finish.completion_tokens,
+                });
+            }
+        }
     }
-    context.decode(&mut batch)?;
-    let logits = context.logits(prompt.len() - 1).context("the engine gave no logits")?;
-    let next = distributions::first(logits) as Token;
-    Ok((next, started.elapsed().as_secs_f64()))
 }
 
-/// Resident memory of this process now and at its peak, in bytes (proc(5), `VmRSS` and `VmHWM`).
-fn memory_bytes() -> Option<(u64, u64)> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let value = |key: &str| -> Option<u64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        Some(kib * 1024)
-    };
-    Some((value("VmRSS:")?, value("VmHWM:")?))
+fn head(text: &str, bytes: usize) -> &str {
+    let mut end = bytes.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }

@@ -4,9 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use slmops_api::report::Verdict;
+use slmops_api::runtime::RuntimeConfig;
 use slmops_evaluate::gate::{self, Against, Limits};
 use slmops_evaluate::suite::{Suite, SuiteSource, TextPlan};
-use slmops_evaluate::{Evaluation, Progress, Stage};
+use slmops_evaluate::{Evaluation, Progress, Stage, probes};
 
 fn start() -> PathBuf {
     slmops_inference::child::set_program(env!("CARGO_BIN_EXE_slmops-evaluate-child"));
@@ -32,6 +33,7 @@ fn evaluation(cache: &Path) -> Evaluation {
     let mut evaluation = Evaluation::new(suite(), cache);
     evaluation.runtime.threads = 1;
     evaluation.runtime.context_tokens = 128;
+    evaluation.runtime.parallel = 1;
     evaluation
 }
 
@@ -139,4 +141,67 @@ async fn a_cache_folder_that_cannot_be_written_is_told() {
     let evaluation = evaluation(&file);
     let error = evaluation.run(&model, &model, |_| ()).await.unwrap_err().to_string();
     assert!(error.contains("write"), "{error}");
+}
+
+#[tokio::test]
+async fn a_damaged_successor_fails_the_golden_probes_of_the_line() {
+    use slmops_inference::worker::{Worker, WorkerSpec};
+    let model = start();
+    let folder = tempfile::tempdir().unwrap();
+    let one_thread = RuntimeConfig { threads: 1, ..RuntimeConfig::default() };
+    let golden = probes::ask(&model, &one_thread).await.unwrap();
+    let variant = quantised(folder.path(), &model, "Q8_0");
+    let set = probes::for_variant(&golden, &variant, &one_thread).await.unwrap();
+    assert!(set.probes.len() >= 3, "{set:#?}");
+    let names: std::collections::BTreeSet<_> = set.probes.iter().map(|probe| &probe.name).collect();
+    assert_eq!(names.len(), set.probes.len());
+
+    let broken = folder.path().join("broken.gguf");
+    scramble(&variant, &broken);
+    for (path, healthy) in [(&variant, true), (&model, true), (&broken, false)] {
+        let runtime = RuntimeConfig {
+            context_tokens: 128,
+            batch_tokens: 128,
+            parallel: 1,
+            threads: 1,
+            ..Default::default()
+        };
+        let spec = WorkerSpec { model_path: path.clone(), runtime };
+        let worker = Worker::spawn(spec).await.unwrap();
+        let results = slmops_inference::probe::run(&worker, &set).await;
+        let passed = results.iter().filter(|result| result.passed).count();
+        if healthy {
+            assert_eq!(passed, results.len(), "{results:#?}");
+        } else {
+            assert!(passed < results.len() / 2, "{results:#?}");
+        }
+        worker.drain().await;
+    }
+
+    let carried = probes::carry_over(&[("Q8_0".into(), set.clone())], "Q4_K_M").unwrap();
+    assert_eq!(carried, set, "standards never sink");
+    assert_eq!(probes::carry_over(&[], "Q4_K_M"), None);
+}
+
+/// Reverses the rows of every feed-forward output matrix.
+fn scramble(input: &Path, output: &Path) {
+    use slmops_artifact::gguf;
+    let file = gguf::open(input).unwrap();
+    let mut writer = gguf::Writer::with_metadata_of(file.header());
+    for tensor in file.header().tensors() {
+        writer.tensor(&tensor.name, &tensor.dimensions, tensor.tensor_type);
+    }
+    let write = writer.create(output, |out| {
+        for tensor in file.header().tensors() {
+            let data = file.data(tensor);
+            let rows = (tensor.elements() / tensor.row_elements()) as usize;
+            if tensor.name.ends_with("ffn_down.weight") {
+                data.chunks(data.len() / rows).rev().try_for_each(|row| out.write(row))?;
+            } else {
+                out.write(data)?;
+            }
+        }
+        Ok(())
+    });
+    write.unwrap();
 }
