@@ -184,13 +184,16 @@ pub struct DeviceHub {
     device: DeviceId,
     key: DeviceKey,
     token: Mutex<Option<Arc<str>>>,
+    /// Held while a token is being got, so that calls at the same moment get one together.
+    renewing: tokio::sync::Mutex<()>,
     etag: Mutex<Option<(u64, String)>>,
 }
 
 impl DeviceHub {
     /// The hub as `device` sees it.
     pub fn new(hub: Hub, device: DeviceId, key: DeviceKey) -> Self {
-        Self { hub, device, key, token: Mutex::new(None), etag: Mutex::new(None) }
+        let renewing = tokio::sync::Mutex::default();
+        Self { hub, device, key, token: Mutex::new(None), renewing, etag: Mutex::new(None) }
     }
 
     /// What the device should be. Waits at the hub for at most `wait_s` seconds when the answer is
@@ -372,17 +375,23 @@ impl DeviceHub {
         timeout_ms: u64,
     ) -> Result<Response, HubError> {
         let known = lock(&self.token).clone();
-        if let Some(token) = known {
-            match send(request().bearer_auth(&token), timeout_ms).await {
+        if let Some(token) = &known {
+            match send(request().bearer_auth(token), timeout_ms).await {
                 Err(error) if error.is(StatusCode::UNAUTHORIZED) => {}
                 other => return other,
             }
         }
-        let token = self.renew().await?;
+        let token = self.renew(known).await?;
         send(request().bearer_auth(&token), timeout_ms).await
     }
 
-    async fn renew(&self) -> Result<Arc<str>, HubError> {
+    /// A new token in the place of `refused`; one that another call got meanwhile will do.
+    async fn renew(&self, refused: Option<Arc<str>>) -> Result<Arc<str>, HubError> {
+        let _renewing = self.renewing.lock().await;
+        let known = lock(&self.token).clone();
+        if let Some(token) = known.filter(|token| Some(token) != refused.as_ref()) {
+            return Ok(token);
+        }
         *lock(&self.token) = None;
         let device = self.device.clone();
         let asked = ChallengeRequest { device: device.clone() };

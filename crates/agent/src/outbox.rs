@@ -1,11 +1,13 @@
 //! The owner's record of everything that left the device: when, where to, which fields, and every
-//! value that changed since it was last sent. Bounded: two files, the older one is dropped.
+//! value that changed since it was last sent. What merely repeats itself is counted. Bounded: two
+//! files, the older one is dropped.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -14,14 +16,23 @@ use crate::durable;
 /// The file in the state folder.
 pub const OUTBOX_FILE: &str = "outbox.log";
 /// The most bytes of one of the two files.
-const MAX_FILE_BYTES: u64 = 512 << 10;
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Seconds after which a call that repeats itself is noted again.
+const REPEAT_S: u64 = 3_600;
 /// The most bytes of one entry.
 const MAX_ENTRY_BYTES: usize = 16 << 10;
 
 /// The record. Writing to it never fails what is recorded.
 pub struct Outbox {
     path: PathBuf,
-    last: Mutex<BTreeMap<String, BTreeMap<String, String>>>,
+    last: Mutex<BTreeMap<String, Last>>,
+}
+
+struct Last {
+    fields: BTreeMap<String, String>,
+    written: Instant,
+    /// Times that the same was sent since.
+    repeats: u64,
 }
 
 impl Outbox {
@@ -35,8 +46,20 @@ impl Outbox {
         let mut fields = BTreeMap::new();
         flatten(String::new(), body, &mut fields);
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = last.insert(endpoint.to_owned(), fields.clone());
-        let line = entry(endpoint, &fields, before.as_ref());
+        let before = last.get_mut(endpoint);
+        let mut line = entry(endpoint, &fields, before.as_ref().map(|before| &before.fields));
+        if let Some(before) = before {
+            let soon = before.written.elapsed() < Duration::from_secs(REPEAT_S);
+            if before.fields == fields && soon {
+                before.repeats += 1;
+                return;
+            }
+            if before.repeats > 0 {
+                line = format!("{line} (the one before {} times more)", before.repeats);
+            }
+        }
+        let written = Instant::now();
+        last.insert(endpoint.to_owned(), Last { fields, written, repeats: 0 });
         let at = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
         if let Err(error) = self.append(&format!("{at} {line}\n")) {
             tracing::debug!("cannot write {}: {error}", self.path.display());
@@ -83,7 +106,7 @@ fn entry(
     match (fields.len(), same) {
         (0, _) => line.push_str("nothing but the request itself"),
         (_, 0) => line.push_str(&changed.join(" ")),
-        (_, same) if changed.is_empty() => line.push_str(&format!("the same {same} fields again")),
+        (_, same) if changed.is_empty() => line.push_str(&format!("{same} fields as before")),
         (_, same) => line.push_str(&format!("{} (and {same} fields as before)", changed.join(" "))),
     }
     if line.len() > MAX_ENTRY_BYTES {
@@ -132,6 +155,8 @@ mod tests {
         outbox.sent("POST /v1/device/report", &report);
         outbox.sent("POST /v1/device/report", &report);
         outbox.sent("GET /v1/device/desired", &Value::Null);
+        let report = json!({"sequence": 3, "phase": "idle", "facts": {"cores": 2, "cpu": "x\ny"}});
+        outbox.sent("POST /v1/device/report", &report);
         let entries = read(folder.path()).unwrap();
         let words: Vec<&str> = entries.iter().map(|line| line.split_once(' ').unwrap().1).collect();
         assert_eq!(
@@ -139,8 +164,9 @@ mod tests {
             [
                 r"POST /v1/device/report: facts.cores=2 facts.cpu=x\ny phase=idle sequence=1",
                 "POST /v1/device/report: sequence=2 (and 3 fields as before)",
-                "POST /v1/device/report: the same 4 fields again",
                 "GET /v1/device/desired: nothing but the request itself",
+                "POST /v1/device/report: sequence=3 (and 3 fields as before) \
+                 (the one before 1 times more)",
             ]
         );
         for round in 0..200 {

@@ -155,7 +155,8 @@ impl FakeHub {
     /// Puts a signed package into the registry.
     pub fn publish(&self, release: &Release) -> DesiredModel {
         let probes = serde_json::to_vec(&release.probes).unwrap();
-        let model = PackageFile::of_bytes(MODEL_FILE, &release.weights);
+        let size_bytes = release.claimed_bytes.unwrap_or(release.weights.len() as u64);
+        let model = PackageFile::new(MODEL_FILE, Digest::of(&release.weights), size_bytes);
         let weights = model.digest;
         let files = vec![model, PackageFile::of_bytes(PROBES_FILE, &probes)];
         let version = release.version.parse().unwrap();
@@ -203,7 +204,7 @@ impl FakeHub {
             variant: "f32".parse().unwrap(),
             manifest: subject.digest,
             weights,
-            size_bytes: release.weights.len() as u64,
+            size_bytes,
             predicted_memory_bytes: 50_000_000,
         }
     }
@@ -292,6 +293,8 @@ pub struct Release {
     /// The signature is over other files.
     pub tampered: bool,
     pub unsigned: bool,
+    /// The size that the manifest gives the weights, where it lies.
+    pub claimed_bytes: Option<u64>,
 }
 
 impl Release {
@@ -321,6 +324,7 @@ impl Release {
             stranger: false,
             tampered: false,
             unsigned: false,
+            claimed_bytes: None,
         }
     }
 

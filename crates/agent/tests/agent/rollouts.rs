@@ -1,6 +1,6 @@
 //! What comes of each kind of release and of each misbehaviour of the hub.
 
-use slmops_api::device::{Failure, Phase};
+use slmops_api::device::{DeviceReport, Failure, Phase, WaitCause};
 use slmops_artifact::Digest;
 
 use crate::Device;
@@ -240,5 +240,61 @@ async fn a_damaged_file_is_fetched_again() {
     .await;
     assert_eq!(std::fs::read(&path).unwrap(), release.weights);
     assert_eq!(device.ask().await, 200);
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_takes_no_more_is_never_the_models_fault() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    hub.confirmed(generation).await;
+
+    // A folder in the way of the ledger's temporary file stands for a disk that cannot be written.
+    let in_the_way = device.path().join("ledger.json.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let generation = hub.ship(&Release::good("1.1.0"));
+    let waiting =
+        |cause: WaitCause| move |report: &DeviceReport| report.phase == Phase::Waiting { cause };
+    let report = hub.report("it waits for its folder", waiting(WaitCause::Storage)).await;
+    assert_eq!(report.running.unwrap().version.to_string(), "1.0.0");
+    assert_eq!(device.ask().await, 200);
+    std::fs::remove_dir(&in_the_way).unwrap();
+    assert_eq!(hub.confirmed(generation).await.rejected, []);
+
+    // A model larger than the disk.
+    let model = hub.publish(&Release { claimed_bytes: Some(1 << 39), ..Release::good("1.2.0") });
+    hub.want(Some(model), runtime());
+    let report = hub.report("it waits for space", waiting(WaitCause::DiskFull)).await;
+    assert_eq!(report.running.unwrap().version.to_string(), "1.1.0");
+    assert_eq!(report.rejected, []);
+    let generation = hub.ship(&Release::good("1.3.0"));
+    hub.confirmed(generation).await;
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_wish_ends_the_work_on_the_old_one() {
+    let hub = FakeHub::start().await;
+    hub.lock().faults.slow = Some(4 << 10);
+    let mut device = Device::join(&hub).await;
+    hub.ship(&Release::good("1.0.0"));
+    hub.report("a download", |report| matches!(report.phase, Phase::Downloading { .. })).await;
+    let generation = hub.ship(&Release::good("2.0.0"));
+    hub.lock().faults.slow = None;
+    let report = hub.confirmed(generation).await;
+    assert_eq!(report.running.unwrap().version.to_string(), "2.0.0");
+    assert_eq!(report.previous, None);
+
+    // An older wish that arrives late changes nothing.
+    {
+        let mut world = hub.lock();
+        world.desired.generation = 1;
+        world.desired.model = None;
+    }
+    hub.changed.send_modify(|count| *count += 1);
+    let last = hub.lock().reports.last().unwrap().sequence;
+    let report = hub.report("three more reports", |report| report.sequence > last + 3).await;
+    assert_eq!((report.generation, report.phase), (generation, Phase::Confirmed));
     device.stop().await;
 }
