@@ -25,9 +25,17 @@ export function qualityOverSize(variants) {
   const toX = Math.ceil((largest + spread * 0.14) / step) * step;
   const lows = points.map((point) => Math.max(point.kl.low, point.kl.mean / 4));
   const fromY = Math.log10(Math.min(...lows)) - 0.2;
-  const toY = Math.max(fromY + 0.6, Math.log10(Math.max(...points.map((point) => point.kl.high))) + 0.2);
-  const x = (value) => PAD.left + ((value - fromX) / (toX - fromX)) * (WIDTH - PAD.left - PAD.right);
-  const y = (value) => HEIGHT - PAD.bottom - ((Math.log10(Math.max(value, 10 ** fromY)) - fromY) / (toY - fromY)) * (HEIGHT - PAD.top - PAD.bottom);
+  const toY = Math.max(
+    fromY + 0.6,
+    Math.log10(Math.max(...points.map((point) => point.kl.high))) + 0.2,
+  );
+  const x = (value) =>
+    PAD.left + ((value - fromX) / (toX - fromX)) * (WIDTH - PAD.left - PAD.right);
+  const y = (value) =>
+    HEIGHT -
+    PAD.bottom -
+    ((Math.log10(Math.max(value, 10 ** fromY)) - fromY) / (toY - fromY)) *
+      (HEIGHT - PAD.top - PAD.bottom);
 
   const grid = [];
   const named = toY - fromY > 3 ? [1] : toY - fromY > 1.2 ? [1, 3] : [1, 2, 3, 5, 7];
@@ -46,9 +54,17 @@ export function qualityOverSize(variants) {
   }
   for (let value = fromX; value <= toX + step / 2; value += step) {
     grid.push(s("line.grid", { x1: x(value), x2: x(value), y1: PAD.top, y2: HEIGHT - PAD.bottom }));
-    grid.push(s("text.tick", { x: x(value), y: HEIGHT - PAD.bottom + 18, "text-anchor": "middle" }, String(Number(value.toFixed(6)))));
+    grid.push(
+      s(
+        "text.tick",
+        { x: x(value), y: HEIGHT - PAD.bottom + 18, "text-anchor": "middle" },
+        String(Number(value.toFixed(6))),
+      ),
+    );
   }
-  const path = points.map((point, at) => `${at ? "L" : "M"}${x(point.x)} ${y(point.kl.mean)}`).join("");
+  const path = points
+    .map((point, at) => `${at ? "L" : "M"}${x(point.x)} ${y(point.kl.mean)}`)
+    .join("");
   const tips = [];
   const drawn = points.map((point, index) => {
     const { variant, kl } = point;
@@ -59,7 +75,12 @@ export function qualityOverSize(variants) {
     const left = next && x(next.x) - cx < 100;
     const beside = { x: left ? cx - 11 : cx + 11, "text-anchor": left ? "end" : "start" };
     const drop = left ? 15 : -8;
-    const tip = [`KL ${number(kl.mean)}`, `95 % ${number(kl.low)} to ${number(kl.high)}`, `perplexity ${number(variant.report.perplexity, 4)}`, `top-1 ${fixed(variant.report.top1_agreement.mean * 100, 1)} %`];
+    const tip = [
+      `KL ${number(kl.mean)}`,
+      `95 % ${number(kl.low)} to ${number(kl.high)}`,
+      `perplexity ${number(variant.report.perplexity, 4)}`,
+      `top-1 ${fixed(variant.report.top1_agreement.mean * 100, 1)} %`,
+    ];
     const below = cy < PAD.top + 90;
     const tipX = Math.min(Math.max(cx - 70, PAD.left), WIDTH - PAD.right - 150);
     const tipY = below ? cy + 16 : cy - 92;
@@ -76,7 +97,12 @@ export function qualityOverSize(variants) {
       const shown = event.currentTarget.ownerSVGElement.querySelectorAll(".tip")[index];
       if (shown) shown.style.visibility = visibility;
     };
-    const on = { pointerenter: show("visible"), pointerleave: show(""), focus: show("visible"), blur: show("") };
+    const on = {
+      pointerenter: show("visible"),
+      pointerleave: show(""),
+      focus: show("visible"),
+      blur: show(""),
+    };
     return s(
       "g.point",
       { tabindex: "0", role: "img", "aria-label": text, on },
@@ -92,15 +118,37 @@ export function qualityOverSize(variants) {
     null,
     s(
       "svg",
-      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": "Quality over size: KL divergence from the reference against file size, one point for each variant" },
+      {
+        viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+        role: "group",
+        "aria-label":
+          "Quality over size: KL divergence from the reference against file size, one point for each variant",
+      },
       grid,
-      s("text.axis", { x: (PAD.left + WIDTH - PAD.right) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, "size, MB"),
-      s("text.axis", { x: -(PAD.top + HEIGHT - PAD.bottom) / 2, y: 15, "text-anchor": "middle", transform: "rotate(-90)" }, "KL divergence, nats per token"),
+      s(
+        "text.axis",
+        { x: (PAD.left + WIDTH - PAD.right) / 2, y: HEIGHT - 8, "text-anchor": "middle" },
+        "size, MB",
+      ),
+      s(
+        "text.axis",
+        {
+          x: -(PAD.top + HEIGHT - PAD.bottom) / 2,
+          y: 15,
+          "text-anchor": "middle",
+          transform: "rotate(-90)",
+        },
+        "KL divergence, nats per token",
+      ),
       s("path.front", { d: path }),
       drawn,
       tips,
     ),
-    h("figcaption", null, "Lower and further left is better. Bars are 95 % confidence intervals; the axis of the divergence is logarithmic."),
+    h(
+      "figcaption",
+      null,
+      "Lower and further left is better. Bars are 95 % confidence intervals; the axis of the divergence is logarithmic.",
+    ),
   );
 }
 
@@ -137,20 +185,43 @@ export function sparkline(samples, { unit, label }) {
   const span = Math.max(now - (samples[0]?.at ?? now), 60_000);
   const x = (at) => width - 4 - ((now - at) / span) * (width - 8);
   const y = (value) => height - 4 - (value / top) * (height - 10);
-  const line = samples.map((sample, at) => `${at ? "L" : "M"}${x(sample.at).toFixed(1)} ${y(sample.value).toFixed(1)}`).join("");
+  const line = samples
+    .map(
+      (sample, at) => `${at ? "L" : "M"}${x(sample.at).toFixed(1)} ${y(sample.value).toFixed(1)}`,
+    )
+    .join("");
   const last = samples.at(-1);
-  const area = samples.length > 1 ? `${line}L${x(last.at)} ${height - 4}L${x(samples[0].at)} ${height - 4}Z` : "";
+  const area =
+    samples.length > 1
+      ? `${line}L${x(last.at)} ${height - 4}L${x(samples[0].at)} ${height - 4}Z`
+      : "";
   return h(
     "figure.spark",
     null,
     s(
       "svg",
-      { viewBox: `0 0 ${width} ${height}`, role: "img", preserveAspectRatio: "none", "aria-label": `${label}: now ${number(last?.value ?? 0)} ${unit}, highest ${number(highest)} ${unit}` },
+      {
+        viewBox: `0 0 ${width} ${height}`,
+        role: "img",
+        preserveAspectRatio: "none",
+        "aria-label": `${label}: now ${number(last?.value ?? 0)} ${unit}, highest ${number(highest)} ${unit}`,
+      },
       s("line.grid", { x1: 0, x2: width, y1: height - 4, y2: height - 4 }),
       s("line.grid.minor", { x1: 0, x2: width, y1: y(top), y2: y(top) }),
       area && s("path.area", { d: area }),
       samples.length > 1 && s("path.line", { d: line }),
     ),
-    h("figcaption", null, h("span", null, `0 to ${number(top)} ${unit}`), h("span", null, samples.length > 1 ? `last ${Math.round(span / 1000)} s` : "collecting while this page is open")),
+    h(
+      "figcaption",
+      null,
+      h("span", null, `0 to ${number(top)} ${unit}`),
+      h(
+        "span",
+        null,
+        samples.length > 1
+          ? `last ${Math.round(span / 1000)} s`
+          : "collecting while this page is open",
+      ),
+    ),
   );
 }

@@ -58,7 +58,8 @@ export function patch(element, ...wanted) {
   patchChildren(element, next);
 }
 
-const keyOf = (node) => (node.nodeType === Node.ELEMENT_NODE ? node.getAttribute("data-key") : null);
+const keyOf = (node) =>
+  node.nodeType === Node.ELEMENT_NODE ? node.getAttribute("data-key") : null;
 
 function patchChildren(current, next) {
   const keyed = new Map();

@@ -6,7 +6,9 @@ const THIN = " ";
 /** `1 234`, with a thin space and a true minus. */
 export function count(value) {
   if (!Number.isFinite(value)) return "–";
-  const digits = Math.abs(Math.round(value)).toString().replace(/\B(?=(\d{3})+$)/g, THIN);
+  const digits = Math.abs(Math.round(value))
+    .toString()
+    .replace(/\B(?=(\d{3})+$)/g, THIN);
   return (value < 0 ? MINUS : "") + digits;
 }
 
@@ -20,7 +22,8 @@ export function number(value, digits = 3) {
     return `${mantissa.replace("-", MINUS)}·10${superscript(Number(exponent))}`;
   }
   const decimals = Math.max(0, digits - 1 - Math.floor(Math.log10(size)));
-  const text = size >= 10 ** digits ? Math.round(size).toString() : size.toFixed(Math.min(decimals, 8));
+  const text =
+    size >= 10 ** digits ? Math.round(size).toString() : size.toFixed(Math.min(decimals, 8));
   const [whole, fraction] = text.split(".");
   const grouped = whole.replace(/\B(?=(\d{3})+$)/g, THIN);
   return (value < 0 ? MINUS : "") + (fraction ? `${grouped}.${fraction}` : grouped);
@@ -59,7 +62,8 @@ export function percent(share, decimals = 1) {
 /** Milliseconds as `84 ms`, `1.2 s`. */
 export function duration(milliseconds) {
   if (!Number.isFinite(milliseconds)) return "–";
-  if (milliseconds < 1000) return `${milliseconds < 10 ? number(milliseconds, 2) : Math.round(milliseconds)} ms`;
+  if (milliseconds < 1000)
+    return `${milliseconds < 10 ? number(milliseconds, 2) : Math.round(milliseconds)} ms`;
   return seconds(milliseconds / 1000);
 }
 

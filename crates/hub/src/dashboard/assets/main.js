@@ -55,7 +55,10 @@ function route(path) {
     if (!match) continue;
     const groups = Object.entries(match.groups ?? {});
     try {
-      return [page, Object.fromEntries(groups.map(([name, text]) => [name, decodeURIComponent(text)]))];
+      return [
+        page,
+        Object.fromEntries(groups.map(([name, text]) => [name, decodeURIComponent(text)])),
+      ];
     } catch {
       return null;
     }
@@ -76,11 +79,26 @@ function open({ focus = true } = {}) {
   if (!found) {
     current = null;
     document.title = "Not found · slmops";
-    patch(main, h("div.empty", null, h("p.empty-title", null, "No such page"), h("p", null, h("a", { href: "/" }, "Back to the fleet"))));
+    patch(
+      main,
+      h(
+        "div.empty",
+        null,
+        h("p.empty-title", null, "No such page"),
+        h("p", null, h("a", { href: "/" }, "Back to the fleet")),
+      ),
+    );
     return;
   }
   const [page, parameters] = found;
-  current = { page, parameters, state: {}, abort: new AbortController(), data: undefined, problem: null };
+  current = {
+    page,
+    parameters,
+    state: {},
+    abort: new AbortController(),
+    data: undefined,
+    problem: null,
+  };
   document.title = `${page.title(parameters)} · slmops`;
   main.setAttribute("aria-busy", "true");
   patch(main, skeleton());
@@ -91,7 +109,13 @@ function open({ focus = true } = {}) {
 }
 
 function skeleton() {
-  return h("div.skeleton", { "aria-hidden": "true" }, h("div.ghost.wide"), h("div.ghost"), h("div.ghost.tall"));
+  return h(
+    "div.skeleton",
+    { "aria-hidden": "true" },
+    h("div.ghost.wide"),
+    h("div.ghost"),
+    h("div.ghost.tall"),
+  );
 }
 
 async function load() {
@@ -139,10 +163,19 @@ async function load() {
 function draw() {
   const { page, parameters, state, data, problem } = current;
   main.removeAttribute("aria-busy");
-  const content = data === undefined ? [] : page.view(data, { parameters, state, redraw: draw, reload: load });
-  patch(main, h("div.page", { "data-key": location.pathname }, problem && problemBox(problem), content));
+  const content =
+    data === undefined ? [] : page.view(data, { parameters, state, redraw: draw, reload: load });
+  patch(
+    main,
+    h("div.page", { "data-key": location.pathname }, problem && problemBox(problem), content),
+  );
   tickTimes(main);
-  patch(foot, h("span", null, "slmops"), h("span", null, "Nothing on this page comes from another host."), h("a", { href: "/openapi.json" }, "API"));
+  patch(
+    foot,
+    h("span", null, "slmops"),
+    h("span", null, "Nothing on this page comes from another host."),
+    h("a", { href: "/openapi.json" }, "API"),
+  );
 }
 
 function settle() {
@@ -207,20 +240,51 @@ function drawTop() {
   const links = SECTIONS.map(([href, name, pattern]) =>
     h("a", { href, "aria-current": pattern.test(path) ? "page" : null }, name),
   );
-  const theme = THEMES.find(([name]) => name === (document.documentElement.dataset.theme ?? "auto"));
+  const theme = THEMES.find(
+    ([name]) => name === (document.documentElement.dataset.theme ?? "auto"),
+  );
   const words = { connecting: "connecting", live: "live", reconnecting: "reconnecting" };
   patch(
     top,
-    h("a.brand", { href: "/", "aria-label": "slmops, to the fleet" }, h("img", { src: "/assets/logo.svg", alt: "", width: 26, height: 26 }), h("span", null, "slmops")),
+    h(
+      "a.brand",
+      { href: "/", "aria-label": "slmops, to the fleet" },
+      h("img", { src: "/assets/logo.svg", alt: "", width: 26, height: 26 }),
+      h("span", null, "slmops"),
+    ),
     signedIn && h("nav", { "aria-label": "Pages" }, links),
     h(
       "div.top-tools",
       null,
       signedIn &&
-        h("span.live", { "data-state": live.state, role: "status", title: live.state === "live" ? "Changes show by themselves" : "Looking for the hub" }, h("span.dot", { "aria-hidden": "true" }), h("span", null, words[live.state])),
-      h("button.icon", { type: "button", title: theme[1], "aria-label": theme[1], on: { click: nextTheme } }, mark(theme[2])),
-      who && h("span.who", { title: `signed in with the token ${who.name}, role ${who.role}` }, who.name, who.name !== who.role && h("small", null, ` ${who.role}`)),
-      signedIn && h("button.icon", { type: "button", title: "Sign out", "aria-label": "Sign out", on: { click: leave } }, mark("leave")),
+        h(
+          "span.live",
+          {
+            "data-state": live.state,
+            role: "status",
+            title: live.state === "live" ? "Changes show by themselves" : "Looking for the hub",
+          },
+          h("span.dot", { "aria-hidden": "true" }),
+          h("span", null, words[live.state]),
+        ),
+      h(
+        "button.icon",
+        { type: "button", title: theme[1], "aria-label": theme[1], on: { click: nextTheme } },
+        mark(theme[2]),
+      ),
+      who &&
+        h(
+          "span.who",
+          { title: `signed in with the token ${who.name}, role ${who.role}` },
+          who.name,
+          who.name !== who.role && h("small", null, ` ${who.role}`),
+        ),
+      signedIn &&
+        h(
+          "button.icon",
+          { type: "button", title: "Sign out", "aria-label": "Sign out", on: { click: leave } },
+          mark("leave"),
+        ),
     ),
   );
 }
@@ -250,12 +314,26 @@ function drawSignIn(message) {
       h("img", { src: "/assets/logo.svg", alt: "", width: 52, height: 52 }),
       h("h1", null, "Sign in"),
       h("p.lead", null, "The hub shows its fleet to those who hold an operator token."),
-      message && h("p.notice", { role: "alert", "data-tone": "bad" }, mark("bang"), h("span", null, message)),
+      message &&
+        h(
+          "p.notice",
+          { role: "alert", "data-tone": "bad" },
+          mark("bang"),
+          h("span", null, message),
+        ),
       h(
         "form",
         { on: { submit } },
         h("label", { for: "token" }, "Token"),
-        h("input", { id: "token", name: "token", type: "password", autocomplete: "off", spellcheck: "false", placeholder: "slmt_…", required: true }),
+        h("input", {
+          id: "token",
+          name: "token",
+          type: "password",
+          autocomplete: "off",
+          spellcheck: "false",
+          placeholder: "slmt_…",
+          required: true,
+        }),
         h("button.primary", { type: "submit" }, "Sign in"),
       ),
       h("p.hint", null, "The link that slm up prints signs you in by itself. Or make a token:"),

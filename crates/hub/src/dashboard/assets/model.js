@@ -30,10 +30,26 @@ export const STATES = {
 /** The steps between a new desired state and its confirmation, in order. */
 export const STEPS = ["told", "downloaded", "verified", "staged", "activated", "confirmed"];
 
-const REACHED = { downloading: 0, downloaded: 1, verified: 2, staged: 3, activated: 4, confirmed: 5 };
+const REACHED = {
+  downloading: 0,
+  downloaded: 1,
+  verified: 2,
+  staged: 3,
+  activated: 4,
+  confirmed: 5,
+};
 
 /** The step that a failure is the end of: what came before it went well. */
-const FAILED_AT = { signature: 2, digest: 2, package: 2, load: 3, crash: 3, configuration: 3, memory: 3, probes: 4 };
+const FAILED_AT = {
+  signature: 2,
+  digest: 2,
+  package: 2,
+  load: 3,
+  crash: 3,
+  configuration: 3,
+  memory: 3,
+  probes: 4,
+};
 
 /** How far a device is: `{ step, done, total, failed, waiting }`; `step` indexes {@link STEPS}. */
 export function progress(device) {
@@ -44,7 +60,8 @@ export function progress(device) {
     const failedAt = FAILED_AT[report.failure.failure] ?? 5;
     return { step: failedAt - 1, failed: true, failedAt };
   }
-  const still = report.phase === "idle" && report.running?.manifest === device.desired.model.manifest;
+  const still =
+    report.phase === "idle" && report.running?.manifest === device.desired.model.manifest;
   return {
     step: still ? REACHED.confirmed : (REACHED[report.phase] ?? -1),
     downloading: report.phase === "downloading",
@@ -102,7 +119,9 @@ export function matrix(devices, releases, classes) {
     if (!columns.has(name)) columns.set(name, { name, model: model.model, version: model.version });
     return name;
   };
-  const rows = new Map(classes.map((it) => [it.name, { ...it, total: 0, without: 0, cells: new Map() }]));
+  const rows = new Map(
+    classes.map((it) => [it.name, { ...it, total: 0, without: 0, cells: new Map() }]),
+  );
   const tally = (row, name, state) => {
     if (!row.cells.has(name)) row.cells.set(name, { confirmed: 0, updating: 0, failed: 0 });
     row.cells.get(name)[state] += 1;

@@ -30,13 +30,22 @@ export function mark(name) {
 /** A state as mark and word. */
 export function chip(state, label, properties) {
   const { tone, mark: drawn, label: word } = STATES[state] ?? STATES.pending;
-  return h("span.chip", { "data-tone": tone, ...properties }, mark(drawn), h("span", null, label ?? word));
+  return h(
+    "span.chip",
+    { "data-tone": tone, ...properties },
+    mark(drawn),
+    h("span", null, label ?? word),
+  );
 }
 
 /** A moment, told relatively and kept so; the exact time is the tooltip. */
 export function when(instant, prefix) {
   if (!instant) return h("span.faint", null, "–");
-  return h("time", { datetime: instant, title: clock(instant), "data-prefix": prefix }, (prefix ?? "") + ago(instant));
+  return h(
+    "time",
+    { datetime: instant, title: clock(instant), "data-prefix": prefix },
+    (prefix ?? "") + ago(instant),
+  );
 }
 
 /** Brings every shown relative time up to date. */
@@ -51,7 +60,18 @@ export function tickTimes(root) {
 export function digest(value) {
   if (!value) return h("span.faint", null, "–");
   const copyIt = () => copy(value, "Digest copied");
-  return h("button.digest", { type: "button", title: `${value} (click to copy)`, on: { click: copyIt } }, short(value));
+  return h(
+    "button.digest",
+    { type: "button", title: `${value} (click to copy)`, on: { click: copyIt } },
+    short(value),
+  );
+}
+
+/** The hub's words, in which commands stand between backticks. */
+export function prose(text) {
+  return String(text ?? "")
+    .split("`")
+    .map((part, at) => (at % 2 ? h("code.said", null, part) : part));
 }
 
 /** A heading with what belongs to its right. */
@@ -59,7 +79,13 @@ export function section(title, { id, aside, hint } = {}, ...content) {
   return h(
     "section.block",
     { "aria-labelledby": id, "data-key": id },
-    h("div.block-head", null, h("h2", { id }, title), hint && h("p.hint", null, hint), aside && h("div.block-aside", null, aside)),
+    h(
+      "div.block-head",
+      null,
+      h("h2", { id }, title),
+      hint && h("p.hint", null, hint),
+      aside && h("div.block-aside", null, aside),
+    ),
     content,
   );
 }
@@ -71,7 +97,14 @@ export function facts(pairs, properties) {
     properties,
     pairs
       .filter((pair) => pair && pair[1] !== null && pair[1] !== undefined)
-      .map(([name, value, note]) => h("div", null, h("dt", null, name), h("dd", null, value, note && h("span.note", null, note)))),
+      .map(([name, value, note]) =>
+        h(
+          "div",
+          null,
+          h("dt", null, name),
+          h("dd", null, value, note && h("span.note", null, note)),
+        ),
+      ),
   );
 }
 
@@ -79,7 +112,7 @@ export function facts(pairs, properties) {
  * A table. `columns`: `{ title, align, hide, head }`; `rows`: `{ key, cells, href, tone }`. With
  * `stack` it becomes a list of cards on a phone, otherwise it scrolls within its own frame.
  */
-export function table({ caption, columns, rows, stack = false, sticky = false }) {
+export function table({ caption, columns, rows, kind, stack = false, sticky = false }) {
   const head = columns.map((column) =>
     h("th", { scope: "col", "data-align": column.align, title: column.help }, column.title),
   );
@@ -89,7 +122,10 @@ export function table({ caption, columns, rows, stack = false, sticky = false })
       { "data-key": row.key, "data-tone": row.tone },
       row.cells.map((cell, at) => {
         const column = columns[at];
-        const properties = { "data-align": column.align, "data-label": typeof column.title === "string" ? column.title : null };
+        const properties = {
+          "data-align": column.align,
+          "data-label": typeof column.title === "string" ? column.title : null,
+        };
         return column.head
           ? h("th", { scope: "row", ...properties }, cell)
           : h("td", properties, cell);
@@ -98,12 +134,14 @@ export function table({ caption, columns, rows, stack = false, sticky = false })
   );
   const made = h(
     "table",
-    { class: [stack && "stack", sticky && "sticky"].filter(Boolean).join(" ") },
+    { class: [kind, stack && "stack", sticky && "sticky"].filter(Boolean).join(" ") },
     caption && h("caption.visually-hidden", null, caption),
     h("thead", null, h("tr", null, head)),
     h("tbody", null, body),
   );
-  const frame = stack ? { class: "table-frame" } : { class: "table-frame scrolls", tabindex: "0", role: "region", "aria-label": caption };
+  const frame = stack
+    ? { class: "table-frame" }
+    : { class: "table-frame scrolls", tabindex: "0", role: "region", "aria-label": caption };
   return h("div", frame, made);
 }
 
@@ -127,7 +165,12 @@ export function commandLine(line) {
     h("code", { tabindex: "0" }, line),
     h(
       "button.icon",
-      { type: "button", title: "Copy the command", "aria-label": `Copy the command ${line}`, on: { click: () => copy(line, "Command copied") } },
+      {
+        type: "button",
+        title: "Copy the command",
+        "aria-label": `Copy the command ${line}`,
+        on: { click: () => copy(line, "Command copied") },
+      },
       mark("copy"),
     ),
   );
@@ -150,7 +193,12 @@ export function pageHead({ title, over, chips, lead, command, json, actions }) {
       "div.page-tools",
       null,
       command && commandLine(command),
-      json && h("button.quiet", { type: "button", title: `GET ${json}`, on: { click: () => showJson(json) } }, "JSON"),
+      json &&
+        h(
+          "button.quiet",
+          { type: "button", title: `GET ${json}`, on: { click: () => showJson(json) } },
+          "JSON",
+        ),
     ),
   );
 }
@@ -165,8 +213,8 @@ export function problemBox(problem) {
       "div",
       null,
       h("p.notice-title", null, problem.title || "something went wrong"),
-      problem.detail && h("p", null, problem.detail),
-      problem.hint && h("p.hint", null, `hint: ${problem.hint}`),
+      problem.detail && h("p", null, prose(problem.detail)),
+      problem.hint && h("p.hint", null, "hint: ", prose(problem.hint)),
     ),
   );
 }
@@ -178,7 +226,13 @@ export function bar(parts, total, label) {
   return h(
     "div.bar",
     { role: "img", "aria-label": `${label}: ${text || "nothing yet"}` },
-    shown.map((part) => h("span.bar-part", { "data-tone": part.tone, grow: part.value / Math.max(total, 1), title: `${part.value} ${part.label}` })),
+    shown.map((part) =>
+      h("span.bar-part", {
+        "data-tone": part.tone,
+        grow: part.value / Math.max(total, 1),
+        title: `${part.value} ${part.label}`,
+      }),
+    ),
   );
 }
 
@@ -205,7 +259,12 @@ const MAX_TOASTS = 4;
 /** A short note at the edge. */
 export function toast(text, tone = "good") {
   const place = document.getElementById("toasts");
-  const note = h("div.toast", { "data-tone": tone }, mark(tone === "good" ? "check" : "bang"), h("span", null, text));
+  const note = h(
+    "div.toast",
+    { "data-tone": tone },
+    mark(tone === "good" ? "check" : "bang"),
+    h("span", null, text),
+  );
   place.append(note);
   while (place.childElementCount > MAX_TOASTS) place.firstElementChild.remove();
   setTimeout(() => note.remove(), TOAST_MS);
@@ -241,8 +300,16 @@ export function confirmed({ title, text, command, verb, tone = "busy" }) {
       h(
         "div.dialog-actions",
         null,
-        h("button", { type: "button", autofocus: true, on: { click: () => close(false) } }, "Cancel"),
-        h("button.primary", { type: "button", "data-tone": tone, on: { click: () => close(true) } }, verb),
+        h(
+          "button",
+          { type: "button", autofocus: true, on: { click: () => close(false) } },
+          "Cancel",
+        ),
+        h(
+          "button.primary",
+          { type: "button", "data-tone": tone, on: { click: () => close(true) } },
+          verb,
+        ),
       ),
     ),
   );
@@ -268,7 +335,11 @@ export async function showJson(path) {
         "div.dialog-actions",
         null,
         h("button", { type: "button", on: { click: () => copy(text, "JSON copied") } }, "Copy"),
-        h("button.primary", { type: "button", autofocus: true, on: { click: () => close() } }, "Close"),
+        h(
+          "button.primary",
+          { type: "button", autofocus: true, on: { click: () => close() } },
+          "Close",
+        ),
       ),
     ),
   );

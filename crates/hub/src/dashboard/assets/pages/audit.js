@@ -3,16 +3,40 @@
 import { get, page } from "../api.js";
 import { h } from "../dom.js";
 import { clock, count, plural, short } from "../format.js";
-import { announce, chip, digest, empty, facts, mark, pageHead, section, toast, when } from "../ui.js";
+import {
+  announce,
+  chip,
+  digest,
+  empty,
+  facts,
+  mark,
+  pageHead,
+  section,
+  toast,
+  when,
+} from "../ui.js";
 
 const ENTRIES = 50;
 
 export default {
   title: () => "Audit",
-  kinds: ["audit", "rollout", "release", "device", "token", "blueprint", "key", "class", "invitation"],
+  kinds: [
+    "audit",
+    "rollout",
+    "release",
+    "device",
+    "token",
+    "blueprint",
+    "key",
+    "class",
+    "invitation",
+  ],
 
   async load(_, signal, state) {
-    const [first, verdict] = await Promise.all([page("/v1/audit", undefined, ENTRIES, signal), get("/v1/audit/verify", signal)]);
+    const [first, verdict] = await Promise.all([
+      page("/v1/audit", undefined, ENTRIES, signal),
+      get("/v1/audit/verify", signal),
+    ]);
     const newestKnown = Math.max(0, ...(state.entries ?? new Map()).keys());
     const oldestNew = Math.min(...first.items.map((entry) => entry.sequence));
     if (!state.entries || oldestNew > newestKnown + 1) {
@@ -53,22 +77,53 @@ export default {
         json: "/v1/audit",
       }),
       verdict.broken &&
-        h("div.notice", { role: "alert", "data-tone": "bad" }, mark("bang"), h("div", null, h("p.notice-title", null, "The log has been changed"), h("p", null, verdict.broken))),
-      h("p.chain", { "data-key": "chain" }, `${plural(verdict.entries, "entry", "entries")} checked, newest hash `, digest(verdict.head)),
+        h(
+          "div.notice",
+          { role: "alert", "data-tone": "bad" },
+          mark("bang"),
+          h(
+            "div",
+            null,
+            h("p.notice-title", null, "The log has been changed"),
+            h("p", null, verdict.broken),
+          ),
+        ),
+      h(
+        "p.chain",
+        { "data-key": "chain" },
+        `${plural(verdict.entries, "entry", "entries")} checked, newest hash `,
+        digest(verdict.head),
+      ),
       entries.length
         ? section(
             "Entries",
             { id: "entries", hint: "newest first" },
             h("ol.log", { reversed: true }, entries.map(line)),
-            more && h("div.more", null, h("button", { type: "button", disabled: state.busy, on: { click: loadMore } }, state.busy ? "Loading …" : `Older entries (${count(oldest - 1)} more)`)),
+            more &&
+              h(
+                "div.more",
+                null,
+                h(
+                  "button",
+                  { type: "button", disabled: state.busy, on: { click: loadMore } },
+                  state.busy ? "Loading …" : `Older entries (${count(oldest - 1)} more)`,
+                ),
+              ),
           )
-        : empty("Nothing has happened yet", "The first act that changes something will be the first entry.", "slm token create dashboard --role viewer"),
+        : empty(
+            "Nothing has happened yet",
+            "The first act that changes something will be the first entry.",
+            "slm token create dashboard --role viewer",
+          ),
     ];
   },
 };
 
 function line(entry) {
-  const details = entry.details && Object.keys(entry.details).length ? JSON.stringify(entry.details, null, 2) : null;
+  const details =
+    entry.details && Object.keys(entry.details).length
+      ? JSON.stringify(entry.details, null, 2)
+      : null;
   return h(
     "li",
     { "data-key": entry.sequence },
@@ -90,9 +145,23 @@ function line(entry) {
         facts([
           ["When", clock(entry.at)],
           ["Hash", digest(entry.hash)],
-          ["After", /^sha256:0+$/.test(entry.previous) ? h("span.faint", null, "nothing: the first") : digest(entry.previous), null],
+          [
+            "After",
+            /^sha256:0+$/.test(entry.previous)
+              ? h("span.faint", null, "nothing: the first")
+              : digest(entry.previous),
+            null,
+          ],
         ]),
-        details && h("pre.json", { tabindex: "0", "aria-label": `Details of entry ${entry.sequence}, ${short(entry.hash)}` }, details),
+        details &&
+          h(
+            "pre.json",
+            {
+              tabindex: "0",
+              "aria-label": `Details of entry ${entry.sequence}, ${short(entry.hash)}`,
+            },
+            details,
+          ),
       ),
     ),
   );

@@ -25,7 +25,12 @@ export default {
         over: h("a", { href: "/releases" }, "Releases"),
         title: `${release.model} ${release.version}`,
         chips: gateOf(release),
-        lead: [plural(variants.length, "variant"), ", released ", when(release.created_at), ` by ${release.created_by}`],
+        lead: [
+          plural(variants.length, "variant"),
+          ", released ",
+          when(release.created_at),
+          ` by ${release.created_by}`,
+        ],
         command: `slm release show ${release.model} ${release.version}`,
         json: path(parameters),
       }),
@@ -34,7 +39,13 @@ export default {
           "div.notice",
           { "data-tone": "warn" },
           mark("bang"),
-          h("div", null, h("p.notice-title", null, "Released in spite of its gate"), h("p", null, `“${release.gate_override.reason}”`), h("p.hint", null, `by ${release.created_by}; the audit log holds this decision`)),
+          h(
+            "div",
+            null,
+            h("p.notice-title", null, "Released in spite of its gate"),
+            h("p", null, `“${release.gate_override.reason}”`),
+            h("p.hint", null, `by ${release.created_by}; the audit log holds this decision`),
+          ),
         ),
       h("div.split", { "data-key": "split" }, chartBlock(variants), origin(release, variants)),
       measured(variants),
@@ -46,14 +57,21 @@ export default {
 
 function chartBlock(variants) {
   const chart = qualityOverSize(variants);
-  if (!chart) return section("Quality over size", { id: "chart" }, h("p.faint", null, "No variant diverges from the reference measurably."));
+  if (!chart)
+    return section(
+      "Quality over size",
+      { id: "chart" },
+      h("p.faint", null, "No variant diverges from the reference measurably."),
+    );
   return section("Quality over size", { id: "chart" }, chart);
 }
 
 function origin(release, variants) {
   const report = variants[0]?.report;
   const shape = variants[0]?.shape;
-  const where = [...new Set(variants.map((it) => it.report.machine.measured))].map(words).join(", ");
+  const where = [...new Set(variants.map((it) => it.report.machine.measured))]
+    .map(words)
+    .join(", ");
   return section(
     "Origin",
     { id: "origin" },
@@ -61,9 +79,16 @@ function origin(release, variants) {
       ["Signed by key", h("code", null, release.key)],
       ["Original", digest(release.original)],
       report && ["Suite", digest(report.suite)],
-      shape && ["Model", `${shape.architecture}, ${count(shape.parameters / 1e6)} M parameters, ${shape.layers} layers`],
+      shape && [
+        "Model",
+        `${shape.architecture}, ${count(shape.parameters / 1e6)} M parameters, ${shape.layers} layers`,
+      ],
       shape && ["Trained context", `${count(shape.trained_context)} tokens`],
-      report && ["Measured", h("span", null, h("strong", null, where), " hardware"), `${report.machine.cpu}, ${plural(report.machine.cores, "core")}, ${bytes(report.machine.memory_bytes)}, ${report.machine.arch}`],
+      report && [
+        "Measured",
+        h("span", null, h("strong", null, where), " hardware"),
+        `${report.machine.cpu}, ${plural(report.machine.cores, "core")}, ${bytes(report.machine.memory_bytes)}, ${report.machine.arch}`,
+      ],
       report && ["Engine", report.engine],
       report && ["Finished", when(report.finished_at)],
     ]),
@@ -71,12 +96,20 @@ function origin(release, variants) {
 }
 
 const interval = (estimate, write) =>
-  h("span.interval", { title: `95 % confidence interval over ${plural(estimate.samples, "sample")}` }, write(estimate.mean), h("span.note", null, `${write(estimate.low)} – ${write(estimate.high)}`));
+  h(
+    "span.interval",
+    { title: `95 % confidence interval over ${plural(estimate.samples, "sample")}` },
+    write(estimate.mean),
+    h("span.note", null, `${write(estimate.low)} – ${write(estimate.high)}`),
+  );
 
 function measured(variants) {
   return section(
     "Variants",
-    { id: "variants", hint: "measured against the original; small figures are 95 % confidence intervals" },
+    {
+      id: "variants",
+      hint: "measured against the original; small figures are 95 % confidence intervals",
+    },
     table({
       caption: "Variants and what was measured of them",
       sticky: true,
@@ -89,7 +122,11 @@ function measured(variants) {
         { title: "Top-1 agreement", align: "end" },
         { title: "Decode, tok/s", align: "end" },
         { title: "Prompt, tok/s", align: "end" },
-        { title: "First token", align: "end", help: "time to first token after a 128-token prompt" },
+        {
+          title: "First token",
+          align: "end",
+          help: "time to first token after a 128-token prompt",
+        },
         { title: "Peak memory", align: "end" },
         { title: "Measured" },
         { title: "Manifest" },
@@ -97,7 +134,14 @@ function measured(variants) {
       rows: variants.map(({ name, classes, quantisation, manifest, size_bytes: size, report }) => ({
         key: name,
         cells: [
-          [h("strong", null, quantisation), h("span.note", null, classes.length ? `for ${classes.join(", ")}` : "for no class by name")],
+          [
+            h("strong", null, quantisation),
+            h(
+              "span.note",
+              null,
+              classes.length ? `for ${classes.join(", ")}` : "for no class by name",
+            ),
+          ],
           bytes(size),
           number(report.perplexity, 4),
           interval(report.kl_divergence, number),
@@ -107,7 +151,11 @@ function measured(variants) {
           number(report.prompt_tokens_per_s),
           duration(report.time_to_first_token_ms),
           bytes(report.peak_memory_bytes),
-          h("span", { title: `${report.machine.cpu}, ${report.machine.kernel}` }, words(report.machine.measured)),
+          h(
+            "span",
+            { title: `${report.machine.cpu}, ${report.machine.kernel}` },
+            words(report.machine.measured),
+          ),
           digest(manifest),
         ],
       })),
@@ -124,7 +172,11 @@ function tasks(variants) {
     table({
       caption: "Task scores by variant",
       sticky: true,
-      columns: [{ title: "Task", head: true }, { title: "Items", align: "end" }, ...variants.map((it) => ({ title: it.quantisation, align: "end" }))],
+      columns: [
+        { title: "Task", head: true },
+        { title: "Items", align: "end" },
+        ...variants.map((it) => ({ title: it.quantisation, align: "end" })),
+      ],
       rows: names.map((name) => {
         const of = (variant) => variant.report.tasks.find((task) => task.name === name);
         const first = variants.map(of).find(Boolean);
@@ -147,25 +199,70 @@ function tasks(variants) {
 function gates(variants) {
   const decided = variants.filter((variant) => variant.gate);
   if (decided.length === 0) {
-    return section("Gate", { id: "gate" }, h("p.faint", null, "This release carries no gate decision: there was nothing before it to be no worse than."));
+    return section(
+      "Gate",
+      { id: "gate" },
+      h(
+        "p.faint",
+        null,
+        "This release carries no gate decision: there was nothing before it to be no worse than.",
+      ),
+    );
   }
   const shown = decided.findIndex((variant) => variant.gate.verdict !== "no_worse");
   return section(
     "Gate",
-    { id: "gate", hint: "each metric on its own: the paired loss and its 95 % interval against what is allowed" },
+    {
+      id: "gate",
+      hint: "each metric on its own: the paired loss and its 95 % interval against what is allowed",
+    },
     decided.map(({ name, quantisation, gate }, at) =>
       h(
         "details.gate",
         { "data-key": `gate-${name}`, open: at === shown },
-        h("summary", null, h("strong", null, quantisation), chip(gate.verdict), h("span.note", null, gate.verdict === "no_worse" ? `all ${gate.rows.length} rows hold` : plural(gate.rows.filter((row) => row.verdict !== "no_worse").length, "row stands out", "rows stand out"))),
+        h(
+          "summary",
+          null,
+          h("strong", null, quantisation),
+          chip(gate.verdict),
+          h(
+            "span.note",
+            null,
+            gate.verdict === "no_worse"
+              ? `all ${gate.rows.length} rows hold`
+              : plural(
+                  gate.rows.filter((row) => row.verdict !== "no_worse").length,
+                  "row stands out",
+                  "rows stand out",
+                ),
+          ),
+        ),
         table({
           caption: `Gate rows of ${quantisation}`,
           sticky: true,
-          columns: [{ title: "Metric", head: true }, { title: "Against" }, { title: "Loss", align: "end" }, { title: "95 % interval", align: "end" }, { title: "Allowed", align: "end" }, { title: "Loss, interval and limit" }, { title: "Samples", align: "end" }, { title: "Verdict" }],
+          columns: [
+            { title: "Metric", head: true },
+            { title: "Against" },
+            { title: "Loss", align: "end" },
+            { title: "95 % interval", align: "end" },
+            { title: "Allowed", align: "end" },
+            { title: "Loss, interval and limit" },
+            { title: "Samples", align: "end" },
+            { title: "Verdict" },
+          ],
           rows: gate.rows.map((row) => ({
             key: `${row.metric} ${row.against}`,
             tone: row.verdict === "worse" ? "bad" : null,
-            cells: [words(row.metric.replace(/^task:/, "task: ")), row.against, fixed(row.loss.mean, 4), `${fixed(row.loss.low, 4)} … ${fixed(row.loss.high, 4)}`, fixed(row.allowed, 4), h("span", { "data-tone": STATES[row.verdict].tone }, lossAgainstAllowed(row)), count(row.loss.samples), chip(row.verdict)],
+            cells: [
+              words(row.metric.replace(/^task:/, "task: ")),
+              row.against,
+              fixed(row.loss.mean, 4),
+              `${fixed(row.loss.low, 4)} … ${fixed(row.loss.high, 4)}`,
+              fixed(row.allowed, 4),
+              h("span", { "data-tone": STATES[row.verdict].tone }, lossAgainstAllowed(row)),
+              count(row.loss.samples),
+              chip(row.verdict),
+            ],
           })),
         }),
       ),

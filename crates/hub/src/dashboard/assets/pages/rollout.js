@@ -4,7 +4,21 @@ import { get, identity, post } from "../api.js";
 import { h } from "../dom.js";
 import { bytes, count, duration, number, plural, seconds } from "../format.js";
 import { STATES, failureWords, outcomes, releaseName, releasePath, waves } from "../model.js";
-import { announce, chip, commandLine, confirmed, digest, facts, mark, pageHead, section, table, toast, when } from "../ui.js";
+import {
+  announce,
+  chip,
+  commandLine,
+  confirmed,
+  digest,
+  facts,
+  mark,
+  pageHead,
+  prose,
+  section,
+  table,
+  toast,
+  when,
+} from "../ui.js";
 import { progressBar, progressWords } from "./rollouts.js";
 
 const path = ({ rollout }) => `/v1/rollouts/${encodeURIComponent(rollout)}`;
@@ -12,10 +26,30 @@ const WAVE_DEVICES = 60;
 const DEFAULT_CONFIRM_TIMEOUT_S = 900;
 
 const ACTIONS = {
-  pause: { verb: "Pause", tone: "warn", when: ["running"], text: "No further device is told. Devices that have started go on to their own end." },
-  resume: { verb: "Resume", tone: "busy", when: ["paused", "halted"], text: "Waves go on from where the rollout stands. The failures that halted it are set aside: they no longer count." },
-  abort: { verb: "Abort", tone: "bad", when: ["running", "paused", "halted"], text: "The rollout ends where it stands. Devices keep what they have now." },
-  rollback: { verb: "Roll back", tone: "bad", when: ["running", "paused", "halted", "completed", "aborted"], text: "Every device of this rollout gets a new generation that names the model it had before." },
+  pause: {
+    verb: "Pause",
+    tone: "warn",
+    when: ["running"],
+    text: "No further device is told. Devices that have started go on to their own end.",
+  },
+  resume: {
+    verb: "Resume",
+    tone: "busy",
+    when: ["paused", "halted"],
+    text: "Waves go on from where the rollout stands. The failures that halted it are set aside: they no longer count.",
+  },
+  abort: {
+    verb: "Abort",
+    tone: "bad",
+    when: ["running", "paused", "halted"],
+    text: "The rollout ends where it stands. Devices keep what they have now.",
+  },
+  rollback: {
+    verb: "Roll back",
+    tone: "bad",
+    when: ["running", "paused", "halted", "completed", "aborted"],
+    text: "Every device of this rollout gets a new generation that names the model it had before.",
+  },
 };
 
 export default {
@@ -25,7 +59,8 @@ export default {
 
   async load(parameters, signal, state) {
     const rollout = await get(path(parameters), signal);
-    if (state.last && state.last !== rollout.state) announce(`The rollout is now ${rollout.state.replace("_", " ")}`);
+    if (state.last && state.last !== rollout.state)
+      announce(`The rollout is now ${rollout.state.replace("_", " ")}`);
     state.last = rollout.state;
     document.title = `${releaseName(rollout)}, ${rollout.state.replace("_", " ")} · slmops`;
     return rollout;
@@ -37,7 +72,13 @@ export default {
         over: h("a", { href: "/rollouts" }, "Rollouts"),
         title: h("a.plain", { href: releasePath(rollout) }, releaseName(rollout)),
         chips: chip(rollout.state, null, { "data-state": rollout.state }),
-        lead: ["to ", h("code", null, rollout.policy.selector), ", started ", when(rollout.created_at), ` by ${rollout.created_by}`],
+        lead: [
+          "to ",
+          h("code", null, rollout.policy.selector),
+          ", started ",
+          when(rollout.created_at),
+          ` by ${rollout.created_by}`,
+        ],
         command: `slm rollout why ${rollout.id}`,
         json: path(parameters),
         actions: buttons(rollout, parameters, reload),
@@ -51,7 +92,9 @@ export default {
 };
 
 function buttons(rollout, parameters, reload) {
-  const possible = Object.entries(ACTIONS).filter(([, action]) => action.when.includes(rollout.state));
+  const possible = Object.entries(ACTIONS).filter(([, action]) =>
+    action.when.includes(rollout.state),
+  );
   if (possible.length === 0) return null;
   if (identity()?.role === "viewer") {
     const verbs = possible.map(([, action]) => action.verb.toLowerCase()).join(", ");
@@ -71,14 +114,30 @@ function buttons(rollout, parameters, reload) {
       toast(`${action.verb}: done`);
       announce(`${action.verb}: done`);
     } catch (problem) {
-      toast(problem.status === 403 ? `${action.verb} needs an operator's token.` : `${problem.title}: ${problem.detail ?? ""}`, "bad");
+      toast(
+        problem.status === 403
+          ? `${action.verb} needs an operator's token.`
+          : `${problem.title}: ${problem.detail ?? ""}`,
+        "bad",
+      );
     }
     reload();
   };
   return h(
     "div.actions",
     { role: "group", "aria-label": "Rollout" },
-    possible.map(([name, action]) => h("button", { type: "button", "data-tone": action.tone, "data-key": name, on: { click: () => act(name, action) } }, action.verb)),
+    possible.map(([name, action]) =>
+      h(
+        "button",
+        {
+          type: "button",
+          "data-tone": action.tone,
+          "data-key": name,
+          on: { click: () => act(name, action) },
+        },
+        action.verb,
+      ),
+    ),
   );
 }
 
@@ -92,9 +151,22 @@ function standing(rollout) {
     h(
       "div.standing-words",
       null,
-      h("p.standing-what", null, waits ? ["Waiting for ", rollout.waiting_for] : (last?.what ?? STATES[rollout.state].label)),
-      !waits && rollout.waiting_for && h("p", null, "Waiting for ", rollout.waiting_for),
-      h("p.faint", null, `wave ${Math.min(rollout.current_wave + 1, rollout.waves)} of ${rollout.waves}, `, progressWords(rollout.devices), ", changed ", when(rollout.updated_at)),
+      h(
+        "p.standing-what",
+        null,
+        waits
+          ? ["Waiting for ", prose(rollout.waiting_for)]
+          : (last?.what ?? STATES[rollout.state].label),
+      ),
+      !waits && rollout.waiting_for && h("p", null, "Waiting for ", prose(rollout.waiting_for)),
+      h(
+        "p.faint",
+        null,
+        `wave ${Math.min(rollout.current_wave + 1, rollout.waves)} of ${rollout.waves}, `,
+        progressWords(rollout.devices),
+        ", changed ",
+        when(rollout.updated_at),
+      ),
     ),
     progressBar(rollout.devices),
   );
@@ -105,7 +177,13 @@ function evidence(rollout) {
   if (failed.length === 0) return null;
   return section(
     "Why",
-    { id: "why", hint: failed.length === 1 ? "what the failed device measured" : `what ${count(failed.length)} failed devices measured` },
+    {
+      id: "why",
+      hint:
+        failed.length === 1
+          ? "what the failed device measured"
+          : `what ${count(failed.length)} failed devices measured`,
+    },
     failed.map((device) =>
       h(
         "article.evidence",
@@ -113,13 +191,19 @@ function evidence(rollout) {
         h(
           "header",
           null,
-          h("h3", null, h("a", { href: `/devices/${encodeURIComponent(device.name)}` }, device.name)),
+          h(
+            "h3",
+            null,
+            h("a", { href: `/devices/${encodeURIComponent(device.name)}` }, device.name),
+          ),
           chip("failed"),
           device.variant && h("code.tag", null, device.variant),
           h("p", null, failureWords(device.failure, bytes)),
-          device.finished_at && h("p.faint", null, when(device.finished_at, "went back by itself ")),
+          device.finished_at &&
+            h("p.faint", null, when(device.finished_at, "went back by itself ")),
         ),
-        device.failure?.failure === "probes" && probeTable(device.failure.results, `Probes on ${device.name}`),
+        device.failure?.failure === "probes" &&
+          probeTable(device.failure.results, `Probes on ${device.name}`),
       ),
     ),
   );
@@ -135,7 +219,16 @@ export function probeTable(results, caption) {
   const place = (value) => (value - low + pad) / (high - low + 2 * pad);
   return table({
     caption,
-    columns: [{ title: "Probe", head: true }, { title: "Verdict" }, { title: "Value", align: "end", help: "mean log-probability, nats per token" }, { title: "Floor", align: "end" }, { title: "Margin", align: "end" }, { title: "Value against floor" }, { title: "Took", align: "end" }],
+    kind: "probes",
+    columns: [
+      { title: "Probe", head: true },
+      { title: "Verdict" },
+      { title: "Value", align: "end", help: "mean log-probability, nats per token" },
+      { title: "Floor", align: "end" },
+      { title: "Margin", align: "end" },
+      { title: "Value against floor" },
+      { title: "Took", align: "end" },
+    ],
     rows: sorted.map((result) => ({
       key: result.name,
       tone: result.passed ? null : "bad",
@@ -152,13 +245,19 @@ export function probeTable(results, caption) {
   });
 }
 
-const margin = (value) => h("span", { "data-tone": value < 0 ? "bad" : "good" }, value <= 0 ? "" : "+", number(value));
+const margin = (value) =>
+  h("span", { "data-tone": value < 0 ? "bad" : "good" }, value <= 0 ? "" : "+", number(value));
 
 function gauge(result, place) {
-  if (result.value === undefined) return h("span.faint", null, "the engine failed before there was a value");
+  if (result.value === undefined)
+    return h("span.faint", null, "the engine failed before there was a value");
   return h(
     "span.gauge",
-    { "data-tone": result.passed ? "good" : "bad", role: "img", "aria-label": `${number(result.value)}, ${result.passed ? "above" : "below"} the floor ${number(result.floor)}` },
+    {
+      "data-tone": result.passed ? "good" : "bad",
+      role: "img",
+      "aria-label": `${number(result.value)}, ${result.passed ? "above" : "below"} the floor ${number(result.floor)}`,
+    },
     h("span.gauge-floor", { grow: place(result.floor) }),
     h("span.gauge-value", { grow: place(result.value) }),
   );
@@ -176,10 +275,21 @@ function waveBoard(rollout) {
         const state = waveState(rollout, wave, found, devices.length);
         return h(
           "li.wave",
-          { "data-tone": STATES[state].tone, "data-key": `wave-${wave}`, "aria-current": wave === rollout.current_wave ? "step" : null },
-          h("div.wave-head", null, h("h3", null, `Wave ${wave + 1}`), h("span.faint", null, plural(devices.length, "device")), chip(state)),
+          {
+            "data-tone": STATES[state].tone,
+            "data-key": `wave-${wave}`,
+            "aria-current": wave === rollout.current_wave ? "step" : null,
+          },
+          h(
+            "div.wave-head",
+            null,
+            h("h3", null, `Wave ${wave + 1}`),
+            h("span.faint", null, plural(devices.length, "device")),
+            chip(state),
+          ),
           h("ul.wave-devices", null, devices.slice(0, WAVE_DEVICES).map(member)),
-          devices.length > WAVE_DEVICES && h("p.hint", null, `and ${count(devices.length - WAVE_DEVICES)} more`),
+          devices.length > WAVE_DEVICES &&
+            h("p.hint", null, `and ${count(devices.length - WAVE_DEVICES)} more`),
         );
       }),
     ),
@@ -195,7 +305,10 @@ function waveState(rollout, wave, found, total) {
 }
 
 function member(device) {
-  const took = device.started_at && device.finished_at ? seconds((Date.parse(device.finished_at) - Date.parse(device.started_at)) / 1000) : null;
+  const took =
+    device.started_at && device.finished_at
+      ? seconds((Date.parse(device.finished_at) - Date.parse(device.started_at)) / 1000)
+      : null;
   const note = {
     pending: null,
     updating: device.started_at && when(device.started_at, "told "),
@@ -210,7 +323,14 @@ function member(device) {
     mark(STATES[device.outcome]?.mark),
     h("a", { href: `/devices/${encodeURIComponent(device.name)}` }, device.name),
     device.variant && h("code.tag", null, device.variant),
-    h("span.member-state", null, device.outcome === "pending" ? "not told yet" : (STATES[device.outcome]?.label ?? device.outcome), note && h("span.faint", null, " ", note)),
+    h(
+      "span.member-state",
+      null,
+      device.outcome === "pending"
+        ? "not told yet"
+        : (STATES[device.outcome]?.label ?? device.outcome),
+      note && h("span.faint", null, " ", note),
+    ),
   );
 }
 
@@ -226,9 +346,23 @@ function timeline(rollout) {
           newestFirst.map((decision, at) =>
             h(
               "li",
-              { "data-key": `${decision.at} ${decision.what}`, "data-tone": /halt|fail/.test(decision.what) ? "bad" : /complete|confirm/.test(decision.what) ? "good" : at === 0 ? "busy" : "mute" },
+              {
+                "data-key": `${decision.at} ${decision.what}`,
+                "data-tone": /halt|fail/.test(decision.what)
+                  ? "bad"
+                  : /complete|confirm/.test(decision.what)
+                    ? "good"
+                    : at === 0
+                      ? "busy"
+                      : "mute",
+              },
               h("p.timeline-what", null, decision.what, when(decision.at)),
-              decision.because.length > 0 && h("ul", null, decision.because.map((line) => h("li", null, line))),
+              decision.because.length > 0 &&
+                h(
+                  "ul",
+                  null,
+                  decision.because.map((line) => h("li", null, prose(line))),
+                ),
             ),
           ),
         )
@@ -238,7 +372,12 @@ function timeline(rollout) {
 
 function policy(rollout) {
   const { policy: asked } = rollout;
-  const size = (wave) => (wave === "rest" ? "the rest" : wave.count !== undefined ? plural(wave.count, "device") : `${wave.percent} %`);
+  const size = (wave) =>
+    wave === "rest"
+      ? "the rest"
+      : wave.count !== undefined
+        ? plural(wave.count, "device")
+        : `${wave.percent} %`;
   return section(
     "Policy",
     { id: "policy" },
@@ -257,17 +396,27 @@ function policy(rollout) {
 }
 
 function startCommand({ model, version, policy: asked }) {
-  const size = (wave) => (wave === "rest" ? "rest" : wave.count !== undefined ? String(wave.count) : `${wave.percent}%`);
-  const words = [`slm rollout start ${model} ${version} --to '${asked.selector}' --waves ${asked.waves.map(size).join(",")}`];
+  const size = (wave) =>
+    wave === "rest" ? "rest" : wave.count !== undefined ? String(wave.count) : `${wave.percent}%`;
+  const words = [
+    `slm rollout start ${model} ${version} --to '${asked.selector}' --waves ${asked.waves.map(size).join(",")}`,
+  ];
   if (asked.max_failures) words.push(`--max-failures ${asked.max_failures}`);
   if (asked.bake_s) words.push(`--bake ${asked.bake_s}s`);
-  if (asked.confirm_timeout_s !== DEFAULT_CONFIRM_TIMEOUT_S) words.push(`--confirm-timeout ${asked.confirm_timeout_s}s`);
+  if (asked.confirm_timeout_s !== DEFAULT_CONFIRM_TIMEOUT_S)
+    words.push(`--confirm-timeout ${asked.confirm_timeout_s}s`);
   return words.join(" ");
 }
 
 function variantsOf(rollout) {
   const found = new Map();
-  for (const device of rollout.devices) if (device.variant) found.set(device.variant, device.manifest);
+  for (const device of rollout.devices)
+    if (device.variant) found.set(device.variant, device.manifest);
   if (found.size === 0) return null;
-  return [h("h3.sub", null, "Manifests"), facts([...found].map(([variant, manifest]) => [h("code.tag", null, variant), digest(manifest)]))];
+  return [
+    h("h3.sub", null, "Manifests"),
+    facts(
+      [...found].map(([variant, manifest]) => [h("code.tag", null, variant), digest(manifest)]),
+    ),
+  ];
 }

@@ -19,17 +19,25 @@ export default {
   view({ items: rollouts, cursor }) {
     const head = pageHead({
       title: "Rollouts",
-      lead: rollouts.length ? "Waves of devices, each held to its own evidence." : "Nothing has been rolled out yet.",
+      lead: rollouts.length
+        ? "Waves of devices, each held to its own evidence."
+        : "Nothing has been rolled out yet.",
       command: "slm rollout list",
       json: "/v1/rollouts",
     });
     if (rollouts.length === 0) {
       return [
         head,
-        empty("Start the first rollout", "A release goes out in waves; a wave that fails stops it.", "slm rollout start smollm2 1.0.0 --to all"),
+        empty(
+          "Start the first rollout",
+          "A release goes out in waves; a wave that fails stops it.",
+          "slm rollout start smollm2 1.0.0 --to all",
+        ),
       ];
     }
-    const newestFirst = [...rollouts].sort((a, b) => Date.parse(b.created_at) - Date.parse(a.created_at));
+    const newestFirst = [...rollouts].sort(
+      (a, b) => Date.parse(b.created_at) - Date.parse(a.created_at),
+    );
     return [
       head,
       section(
@@ -38,13 +46,33 @@ export default {
         table({
           caption: "Rollouts",
           stack: true,
-          columns: [{ title: "Release", head: true }, { title: "State" }, { title: "Devices" }, { title: "Wave", align: "end" }, { title: "For" }, { title: "Started", align: "end" }, { title: "Took", align: "end" }],
+          columns: [
+            { title: "Release", head: true },
+            { title: "State" },
+            { title: "Devices" },
+            { title: "Wave", align: "end" },
+            { title: "For" },
+            { title: "Started", align: "end" },
+            { title: "Took", align: "end" },
+          ],
           rows: newestFirst.map((rollout) => ({
             key: rollout.id,
             cells: [
-              [h("a.strong", { href: `/rollouts/${encodeURIComponent(rollout.id)}` }, releaseName(rollout)), h("span.note", null, rollout.id)],
+              [
+                h(
+                  "a.strong",
+                  { href: `/rollouts/${encodeURIComponent(rollout.id)}` },
+                  releaseName(rollout),
+                ),
+                h("span.note", null, rollout.id),
+              ],
               chip(rollout.state),
-              h("div.meter-cell", null, progressWords(rollout.devices), progressBar(rollout.devices)),
+              h(
+                "div.meter-cell",
+                null,
+                progressWords(rollout.devices),
+                progressBar(rollout.devices),
+              ),
               `${Math.min(rollout.current_wave + 1, rollout.waves)} of ${rollout.waves}`,
               h("code", null, rollout.policy.selector),
               [when(rollout.created_at), h("span.note", null, rollout.created_by)],
@@ -52,7 +80,8 @@ export default {
             ],
           })),
         }),
-        cursor && h("p.hint", null, `The newest ${SHOWN_ROLLOUTS} are shown; the command line lists all.`),
+        cursor &&
+          h("p.hint", null, `The newest ${SHOWN_ROLLOUTS} are shown; the command line lists all.`),
       ),
     ];
   },
@@ -69,14 +98,24 @@ const PARTS = [
 /** The devices' outcomes as one bar. */
 export function progressBar(devices) {
   const found = outcomes(devices);
-  const parts = PARTS.map(([name, tone]) => ({ tone, value: found[name] ?? 0, label: name.replace("_", " ") }));
+  const parts = PARTS.map(([name, tone]) => ({
+    tone,
+    value: found[name] ?? 0,
+    label: name.replace("_", " "),
+  }));
   return bar(parts, devices.length, "progress");
 }
 
 /** The devices' outcomes as words: `2 of 3 confirmed, 1 failed`. */
 export function progressWords(devices) {
   const found = outcomes(devices);
-  const others = PARTS.slice(1).filter(([name]) => found[name]).map(([name]) => `, ${found[name]} ${name.replace("_", " ")}`);
-  return h("span", null, `${found.confirmed ?? 0} of ${plural(devices.length, "device")} confirmed`, others);
+  const others = PARTS.slice(1)
+    .filter(([name]) => found[name])
+    .map(([name]) => `, ${found[name]} ${name.replace("_", " ")}`);
+  return h(
+    "span",
+    null,
+    `${found.confirmed ?? 0} of ${plural(devices.length, "device")} confirmed`,
+    others,
+  );
 }
-
