@@ -47,6 +47,8 @@ deny:
 
 .PHONY: nextest
 nextest:
+	@# The whole-program tests start slm-agent, which belongs to another crate than they do.
+	cargo build --release -p slmops-agent
 	cargo nextest run --release --workspace
 
 .PHONY: bench

@@ -123,14 +123,8 @@ impl Hub {
         json(response, what).await
     }
 
-    /// Every item of a listing, whether it comes in pages or at once.
+    /// Every item of a listing, page by page.
     pub async fn list<T: DeserializeOwned>(&self, path: &str, what: &str) -> Result<Vec<T>> {
-        #[derive(serde::Deserialize)]
-        #[serde(untagged)]
-        enum Listing<T> {
-            Page(slmops_api::Page<T>),
-            All(Vec<T>),
-        }
         let mut items = Vec::new();
         let mut cursor: Option<String> = None;
         for _ in 0..MAX_PAGES {
@@ -139,15 +133,11 @@ impl Hub {
                 request = request.query(&[("cursor", cursor)]);
             }
             let response = self.send(request, what).await?;
-            match json(response, what).await? {
-                Listing::All(all) => return Ok(all),
-                Listing::Page(page) => {
-                    items.extend(page.items);
-                    cursor = page.cursor;
-                    if cursor.is_none() {
-                        return Ok(items);
-                    }
-                }
+            let page: slmops_api::Page<T> = json(response, what).await?;
+            items.extend(page.items);
+            cursor = page.cursor;
+            if cursor.is_none() {
+                return Ok(items);
             }
         }
         Err(Failure::internal(format!("{what}: the hub's listing does not end")))

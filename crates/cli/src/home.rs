@@ -105,11 +105,14 @@ impl Home {
         write_private(&self.context_file(), text.as_bytes())
     }
 
-    /// Writes a secret next to the context (mode 0600) and says where.
-    pub fn keep_secret(&self, name: &str, secret: &str) -> Result<PathBuf> {
-        let file = self.folder.join(name);
-        write_private(&file, secret.as_bytes())?;
-        Ok(file)
+    /// How to reach the hub of a context.
+    pub fn access_of(&self, context: &Context) -> Result<Access> {
+        let token = read_small(&context.token_file)?;
+        Ok(Access {
+            hub: context.hub.trim_end_matches('/').to_owned(),
+            ca_pem: context.ca.as_deref().map(read_small).transpose()?,
+            token: String::from_utf8_lossy(&token).trim().to_owned(),
+        })
     }
 
     /// How to reach the hub: `SLM_HUB`, `SLM_TOKEN` and `SLM_CA` win over the context.
@@ -218,8 +221,6 @@ mod tests {
     fn secrets_are_for_their_owner_alone() {
         let folder = tempfile::tempdir().unwrap();
         let home = Home::new(Some(folder.path().join("home"))).unwrap();
-        let file = home.keep_secret("token", "slmt_x").unwrap();
-        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         home.create_key("a").unwrap();
         let key = home.folder().join("keys/a.pem");
         assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);

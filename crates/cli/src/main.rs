@@ -29,7 +29,7 @@ use crate::output::Format;
 
 /// Work that runs in a process of its own, since a failed assertion in the engine ends one.
 fn jobs() -> Vec<Job> {
-    Vec::new()
+    [slmops_evaluate::JOBS, slmops_optimize::JOBS].concat()
 }
 
 fn main() -> ExitCode {

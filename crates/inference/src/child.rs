@@ -116,7 +116,7 @@ fn signal_hint(signal: i32) -> &'static str {
         libc::SIGKILL => "the system may be short of memory; see `dmesg`",
         libc::SIGILL => "this build of the engine needs a newer processor",
         libc::SIGINT | libc::SIGTERM => "someone stopped it; start it again",
-        _ => "the model file may be damaged; check it with `slm model inspect`",
+        _ => "the model file may be damaged; check it with `slm model show`",
     }
 }
 

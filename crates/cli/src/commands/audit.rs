@@ -10,7 +10,7 @@ use crate::output::table;
 /// The audit log.
 #[derive(Debug, Subcommand)]
 pub enum Audit {
-    /// List what was done, by whom, oldest first
+    /// List what was done, by whom, newest first
     #[command(after_help = "Example:\n  $ slm audit list --output json | jq '.[].action'")]
     List,
     /// Check that no entry was changed, removed or added afterwards

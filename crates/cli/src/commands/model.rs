@@ -98,7 +98,7 @@ pub async fn import(source: &Path, out: &Path) -> Result<()> {
     let work = tokio::task::spawn_blocking(move || -> Result<()> {
         let what = || format!("import `{}`", from.display());
         if from.is_dir() {
-            return crate::ship::engine::import_folder(&from, &to);
+            return slmops_artifact::huggingface::import(&from, &to).user(what);
         }
         gguf::check_file(&from).user(what)?;
         let part = to.with_extension("part");

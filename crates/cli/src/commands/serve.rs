@@ -3,8 +3,20 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use serde::Serialize;
+use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
+use slmops_inference::host::ModelSpec;
+use slmops_inference::server::{self, ServerOptions};
+use slmops_inference::worker::{Worker, WorkerSpec};
+use tokio::signal::unix::{SignalKind, signal};
+
 use super::Session;
-use crate::error::{Failure, Result};
+use crate::error::{Context, Failure, Result};
+use crate::ship::source;
+use crate::units;
+
+/// Context of each parallel request, unless the model was trained with less.
+const DEFAULT_CONTEXT_TOKENS: u32 = 2048;
 
 /// One model on this machine.
 #[derive(Debug, clap::Args)]
@@ -24,9 +36,9 @@ pub struct Serve {
         env = "SLM_SERVE_LISTEN"
     )]
     pub listen: SocketAddr,
-    /// Tokens of context for each parallel request
-    #[arg(long, default_value_t = 2048, value_name = "TOKENS")]
-    pub context: u32,
+    /// Tokens of context for each parallel request [default: 2048, or what the model has]
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<u32>,
     /// Requests that are answered at the same time
     #[arg(long, default_value_t = 2, value_name = "COUNT")]
     pub parallel: u32,
@@ -39,7 +51,81 @@ pub struct Serve {
 }
 
 impl Serve {
-    pub(crate) async fn run(self, _session: &Session) -> Result<()> {
-        Err(Failure::internal("not connected yet"))
+    pub(crate) async fn run(self, session: &Session) -> Result<()> {
+        let original = source::original(session, &self.model).await?;
+        let trained = original.file.shape.trained_context;
+        let runtime = RuntimeConfig {
+            context_tokens: self.context.unwrap_or(DEFAULT_CONTEXT_TOKENS.min(trained)),
+            parallel: self.parallel,
+            threads: self.threads,
+            ..RuntimeConfig::default()
+        };
+        let id = match &self.name {
+            Some(name) => name.clone(),
+            None => original.model_name()?.to_string(),
+        };
+        let listener = tokio::net::TcpListener::bind(self.listen).await.map_err(|error| {
+            Failure::user(format!("listen on {}", self.listen))
+                .source(error)
+                .hint("another program may use the port: --listen 127.0.0.1:0 takes a free one")
+        })?;
+        let address = listener.local_addr().internal(|| "read the address".to_owned())?;
+        let model_path = original.file.path.clone();
+        let worker = WorkerSpec { model_path, runtime };
+        let model = ModelSpec { id: id.clone(), aliases: Vec::new(), worker };
+        let stage = session.progress.stage(format!("load {}", self.model.display()));
+        let (out, progress) = (session.out, session.progress.clone());
+        let on_ready = move |worker: &Worker| {
+            let effective = worker.effective();
+            stage.done(format!("{} resident", units::bytes(worker.memory().resident_bytes)));
+            let chats = worker.model_info().chat_template.is_some();
+            let ready = Ready { url: format!("http://{address}"), model: id, effective, chats };
+            // A closed stdout is no reason not to serve.
+            let _ = out.show(&ready, || ready.url.clone());
+            progress.say(ready.advice());
+        };
+        let served = server::serve(listener, model, ServerOptions::default(), on_ready, stopped());
+        served.await.user(|| format!("serve `{}`", self.model.display()))
+    }
+}
+
+/// What is said when the model answers.
+#[derive(Serialize)]
+struct Ready<'a> {
+    url: String,
+    model: String,
+    chats: bool,
+    effective: &'a EffectiveConfig,
+}
+
+impl Ready<'_> {
+    fn advice(&self) -> String {
+        let (path, body) = if self.chats {
+            ("chat/completions", r#"{"messages":[{"role":"user","content":"Hello"}]}"#)
+        } else {
+            ("completions", r#"{"prompt":"Once upon a time","max_tokens":32}"#)
+        };
+        format!(
+            "  {} answers, {} requests at a time, {} tokens of context each. Try:\n  \
+             $ curl {}/v1/{path} -H 'content-type: application/json' -d '{body}'\n  \
+             Ctrl-C ends it.",
+            self.model, self.effective.parallel, self.effective.context_tokens, self.url
+        )
+    }
+}
+
+/// Ctrl-C, or being told to end.
+pub async fn stopped() {
+    let terminate = async {
+        match signal(SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = terminate => {}
     }
 }

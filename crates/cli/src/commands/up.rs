@@ -3,8 +3,14 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use super::Session;
-use crate::error::{Failure, Result};
+use serde::Serialize;
+use slmops_hub::{Hub as HubServer, HubConfig, RunningHub};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Session, key};
+use crate::client::Hub;
+use crate::error::{Context as _, Failure, Result};
+use crate::home::{Context, DEFAULT_KEY};
 
 /// Run the hub.
 #[derive(Debug, clap::Args)]
@@ -31,7 +37,7 @@ pub struct Up {
     /// Where plain HTTP answers, for a browser on this machine; loopback addresses only
     #[arg(
         long,
-        default_value = "127.0.0.1:8080",
+        default_value = "127.0.0.1:8442",
         value_name = "ADDRESS",
         env = "SLM_HTTP",
         hide_env_values = true
@@ -42,8 +48,140 @@ pub struct Up {
     pub public_url: Option<String>,
 }
 
+/// What is said when the hub is ready.
+#[derive(Serialize)]
+struct Ready {
+    /// For a browser on this machine; the part after `#` logs it in and is never sent.
+    dashboard: String,
+    /// For devices and operators.
+    url: String,
+    /// The certificate of the hub's authority.
+    ca: PathBuf,
+    /// Where everything is kept.
+    data: PathBuf,
+    first_start: bool,
+}
+
 impl Up {
-    pub(crate) async fn run(self, _session: &Session) -> Result<()> {
-        Err(Failure::internal("not connected yet"))
+    pub(crate) async fn run(self, session: &Session) -> Result<()> {
+        let data = self.data.clone().unwrap_or_else(|| session.home.hub_data());
+        let data =
+            std::path::absolute(&data).user(|| format!("find the folder `{}`", data.display()))?;
+        let config = HubConfig {
+            data_dir: data.clone(),
+            listen: Some(self.listen),
+            http: Some(self.http),
+            names: self.names()?,
+            public_url: self.public_url.as_ref().map(|url| url.trim_end_matches('/').to_owned()),
+        };
+        let mut hub = HubServer::start(config).await.user(|| "start the hub".to_owned())?;
+        let outcome = self.serve(session, &mut hub, data).await;
+        hub.stop().await;
+        outcome
     }
+
+    async fn serve(&self, session: &Session, hub: &mut RunningHub, data: PathBuf) -> Result<()> {
+        let token = hub.admin_token().internal(|| "read the admin token".to_owned())?;
+        self.introduce(session, hub).await?;
+        let http = hub.http.unwrap_or(self.http);
+        let ready = Ready {
+            dashboard: format!("http://{http}/#token={token}"),
+            url: hub.url.clone(),
+            ca: hub.ca_file.clone(),
+            data,
+            first_start: hub.first_start,
+        };
+        if session.out.is_json() {
+            // One line, so that whoever started this program can read it as it comes.
+            let line = serde_json::to_string(&ready).internal(|| "print the address".to_owned())?;
+            crate::output::print(&line)?;
+        } else {
+            crate::output::print(&text(&ready, hub))?;
+        }
+        let mut terminate =
+            signal(SignalKind::terminate()).internal(|| "wait for signals".to_owned())?;
+        tokio::select! {
+            ended = hub.wait() => ended.internal(|| "run the hub".to_owned()),
+            _ = tokio::signal::ctrl_c() => {
+                session.progress.say("stopping; devices go on serving what they have");
+                Ok(())
+            }
+            _ = terminate.recv() => Ok(()),
+        }
+    }
+
+    /// Host names for the certificate: that of the public URL.
+    fn names(&self) -> Result<Vec<String>> {
+        let Some(url) = &self.public_url else { return Ok(Vec::new()) };
+        let parsed = reqwest::Url::parse(url).ok().filter(|url| url.scheme() == "https");
+        let host = parsed.as_ref().and_then(|url| url.host_str());
+        let host = host.ok_or_else(|| {
+            Failure::user(format!("`{url}` is not a URL for devices"))
+                .hint("write it as https://host:port")
+        })?;
+        Ok(vec![host.trim_matches(['[', ']']).to_owned()])
+    }
+
+    /// Makes this user's other commands find the hub, and gives it a publisher key.
+    async fn introduce(&self, session: &Session, hub: &RunningHub) -> Result<()> {
+        let home = &session.home;
+        let Some(https) = hub.https else { return Ok(()) };
+        let here = if https.ip().is_unspecified() {
+            SocketAddr::new(std::net::Ipv4Addr::LOCALHOST.into(), https.port())
+        } else {
+            https
+        };
+        let context = Context {
+            hub: format!("https://{here}"),
+            ca: Some(hub.ca_file.clone()),
+            token_file: hub.admin_token_file.clone(),
+        };
+        match home.context()? {
+            Some(other) if other.token_file != context.token_file => {
+                tracing::warn!(
+                    "{} points to another hub ({}) and is left as it is; to talk to this one, \
+                     start it with a SLM_HOME of its own",
+                    home.folder().display(),
+                    other.hub
+                );
+                return Ok(());
+            }
+            Some(same) if same == context => {}
+            _ => home.set_context(&context)?,
+        }
+        let client = Hub::new(home.access_of(&context)?)?;
+        let signer = if home.has_key(DEFAULT_KEY) {
+            home.key(DEFAULT_KEY)?
+        } else {
+            home.create_key(DEFAULT_KEY)?
+        };
+        key::register(&client, DEFAULT_KEY, &signer).await.map(|_| ())
+    }
+}
+
+fn text(ready: &Ready, hub: &RunningHub) -> String {
+    let mut lines = vec![
+        format!("The hub is up. It keeps everything in {}", ready.data.display()),
+        String::new(),
+        format!("  Dashboard (this link logs you in)  {}", ready.dashboard),
+        format!("  For devices and operators          {}", ready.url),
+    ];
+    if hub.https.is_some_and(|address| address.ip().is_loopback()) {
+        lines.push(
+            "  Only this machine reaches it; for others: slm up --listen 0.0.0.0:8443".to_owned(),
+        );
+    }
+    lines.extend(
+        [
+            "",
+            "Next, in another terminal:",
+            "  slm device invite > invite.txt                      a one-time invitation",
+            "  slm-agent join invite.txt --state ./device-1        on the device: join and serve",
+            "  slm ship model.gguf --to all                        a model onto every device",
+            "",
+            "Ctrl-C stops the hub; devices go on serving what they have.",
+        ]
+        .map(str::to_owned),
+    );
+    lines.join("\n")
 }

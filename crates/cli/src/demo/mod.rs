@@ -18,6 +18,7 @@ use crate::client::Hub;
 use crate::commands::Session;
 use crate::commands::demo::Demo as Arguments;
 use crate::commands::rollout;
+use crate::commands::serve::stopped;
 use crate::error::{Context, Exit, Failure, Result};
 use crate::home::Home;
 use crate::units;
@@ -73,23 +74,6 @@ pub async fn run(arguments: Arguments, session: &Session) -> Result<()> {
     };
     demo.clean_up(outcome.as_ref().is_err_and(|failure| failure.exit == Exit::Internal)).await;
     outcome
-}
-
-/// Ctrl-C, or being told to end.
-async fn stopped() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let terminate = async {
-        match signal(SignalKind::terminate()) {
-            Ok(mut signal) => {
-                signal.recv().await;
-            }
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        () = terminate => {}
-    }
 }
 
 impl<'a> Demo<'a> {

@@ -1,67 +1,155 @@
 //! What the pipeline asks of `optimize` and `evaluate`, with progress and a cache of reports.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use semver::Version;
 use slmops_api::probe::ProbeSet;
 use slmops_api::report::{EvaluationReport, GateDecision};
-use slmops_artifact::gguf::Header;
+use slmops_api::runtime::RuntimeConfig;
+use slmops_artifact::Digest;
+use slmops_artifact::lineage::Step;
+use slmops_evaluate::gate::{self, Against, Limits};
+use slmops_evaluate::probes::{self, Golden};
+use slmops_evaluate::suite::Suite;
+use slmops_evaluate::{Evaluation, Progress as Measuring, Stage as Measured};
 
 use super::source::File;
 use crate::commands::Session;
-use crate::error::{Failure, Result};
+use crate::error::{Context, Result};
 use crate::progress::Stage;
 
-pub struct Suite;
+/// Threads for quantising: one for each core.
+const ALL_CORES: u32 = 0;
+/// Steps of a progress bar that stands for a share.
+const BAR_STEPS: u64 = 1000;
 
-fn later() -> Failure {
-    Failure::internal("not connected yet")
+/// The suite that was asked for, or the built-in one.
+pub fn suite(file: Option<&Path>) -> Result<Suite> {
+    match file {
+        None => Ok(Suite::builtin()),
+        Some(file) => Suite::load(file).user(|| format!("load the suite `{}`", file.display())),
+    }
 }
 
-pub fn suite(_file: Option<&Path>) -> Result<Suite> {
-    Err(later())
-}
-pub fn repacked_bytes(_header: &Header) -> u64 {
-    0
-}
-pub async fn reference(_from: &Path, _to: &Path, _stage: &Stage) -> Result<()> {
-    Err(later())
-}
-pub async fn quantise(_from: &Path, _to: &Path, _kind: &str, _stage: &Stage) -> Result<()> {
-    Err(later())
-}
+/// Measures a file against the reference; the same pair, suite and engine are measured once.
 pub async fn evaluate(
-    _session: &Session,
-    _label: &str,
-    _file: &File,
-    _reference: &File,
-    _suite: &Suite,
+    session: &Session,
+    label: &str,
+    file: &File,
+    reference: &File,
+    suite: &Suite,
 ) -> Result<EvaluationReport> {
-    Err(later())
+    let engine = slmops_inference::llama::engine_version();
+    let key = format!("{} {} {} {engine}", file.digest, reference.digest, suite.digest());
+    let name = &Digest::of(key.as_bytes()).hex()[..32];
+    let kept = session.home.cache("reports")?.join(format!("{name}.json"));
+    let stage = session.progress.stage(format!("measure {label}"));
+    let known: Option<EvaluationReport> =
+        std::fs::read(&kept).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    if let Some(report) = known {
+        stage.done("measured before");
+        return Ok(report);
+    }
+    let evaluation = Evaluation::new(suite.clone(), session.home.cache("evaluations")?);
+    let on_progress = |Measuring { stage: part, fraction }: Measuring| {
+        stage.note(&part.to_string());
+        // The parts take about these shares of the time.
+        let (start, share) = match part {
+            Measured::Reference => (0.0, 0.7),
+            Measured::Quality => (0.0, 0.7),
+            Measured::Runtime => (0.7, 0.3),
+        };
+        let position = (start + share * fraction) * BAR_STEPS as f64;
+        stage.steps(position as u64, BAR_STEPS);
+    };
+    let report = evaluation
+        .run(&file.path, &reference.path, on_progress)
+        .await
+        .internal(|| format!("measure {label}"))?;
+    let json = serde_json::to_vec(&report).internal(|| "keep the report".to_owned())?;
+    crate::home::write_private(&kept, &json)?;
+    stage.done(format!(
+        "perplexity {:.2}, KL {:.4}, {:.0} tokens/s",
+        report.perplexity, report.kl_divergence.mean, report.decode_tokens_per_s
+    ));
+    Ok(report)
 }
+
+/// Compares with the reference and, if there is one, the previous release's variant.
 pub fn gate(
-    _c: &EvaluationReport,
-    _o: &EvaluationReport,
-    _q: &str,
-    _e: Option<(&Version, &EvaluationReport)>,
+    candidate: &EvaluationReport,
+    original: &EvaluationReport,
+    quantisation: &str,
+    earlier: Option<(&Version, &EvaluationReport)>,
 ) -> Result<GateDecision> {
-    Err(later())
+    let what = || format!("judge {quantisation}");
+    let limits = Limits::against_original(quantisation);
+    let mut decisions =
+        vec![gate::decide(candidate, original, &Against::Original, &limits).user(what)?];
+    if let Some((version, report)) = earlier {
+        let against = Against::Release(version.clone());
+        let limits = Limits::against_release();
+        decisions.push(gate::decide(candidate, report, &against, &limits).user(what)?);
+    }
+    Ok(gate::combine(decisions))
 }
-pub async fn probes(
-    _session: &Session,
-    _reference: &File,
-    _variant: &File,
-    _quantisation: &str,
-) -> Result<ProbeSet> {
-    Err(later())
+
+/// Writes the model with every weight in 16 bits.
+pub async fn reference(from: &Path, to: &Path) -> Result<Vec<Step>> {
+    let what = || format!("make the reference of `{}`", from.display());
+    slmops_optimize::reference(from, to).await.user(what)
 }
-pub fn tools() -> BTreeMap<String, String> {
-    BTreeMap::new()
+
+/// Writes a variant of a reference.
+pub async fn quantise(from: &Path, to: &Path, file_type: &str, stage: &Stage) -> Result<Step> {
+    slmops_optimize::quantise(from, to, file_type, ALL_CORES, |progress| {
+        stage.steps(progress.done, progress.total);
+    })
+    .await
+    .user(|| format!("make {file_type}"))
 }
-pub fn import_folder(_from: &Path, _to: &Path) -> Result<()> {
-    Err(later())
+
+/// The golden probes of a model line that has none yet: questions, with the reference's answers.
+/// Asked once for all variants of a ship.
+pub struct Probes<'a> {
+    session: &'a Session,
+    reference: &'a File,
+    golden: Option<Golden>,
 }
-pub fn damage(_from: &Path, _to: &Path) -> Result<()> {
-    Err(later())
+
+impl<'a> Probes<'a> {
+    /// Of this reference; nothing is asked yet.
+    pub fn new(session: &'a Session, reference: &'a File) -> Self {
+        Self { session, reference, golden: None }
+    }
+
+    /// The probes with the floors of one variant; the same pair is asked once.
+    pub async fn of(&mut self, variant: &File, label: &str) -> Result<ProbeSet> {
+        let key = format!("{} {}", self.reference.digest, variant.digest);
+        let name = &Digest::of(key.as_bytes()).hex()[..32];
+        let kept = self.session.home.cache("probes")?.join(format!("{name}.json"));
+        let known = std::fs::read(&kept).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let stage = self.session.progress.stage(format!("make the golden probes of {label}"));
+        let what = || format!("make the probes of {label}");
+        let runtime = RuntimeConfig::default();
+        let golden = match self.golden.take() {
+            Some(golden) => golden,
+            None => probes::ask(&self.reference.path, &runtime).await.user(what)?,
+        };
+        let set = probes::for_variant(&golden, &variant.path, &runtime).await.user(what)?;
+        self.golden = Some(golden);
+        let json = serde_json::to_vec(&set).internal(what)?;
+        crate::home::write_private(&kept, &json)?;
+        stage.done(format!("{} of them", set.probes.len()));
+        Ok(set)
+    }
+}
+
+/// Writes a copy with some layers scrambled.
+pub fn damage(from: &Path, to: &Path) -> Result<Step> {
+    let damage = slmops_optimize::Damage::default();
+    slmops_optimize::damage(from, to, &damage).user(|| format!("damage `{}`", from.display()))
 }

@@ -196,8 +196,7 @@ impl Work<'_> {
             .to_lowercase()
             .parse()
             .user(|| format!("name a variant after `{quantisation}`"))?;
-        let lineage =
-            source::lineage(self.name, self.version, &name, original, reference, &quantisation);
+        let lineage = source::lineage(self.name, self.version, &name, original, reference, &file);
         Ok(Candidate {
             name,
             quantisation,
@@ -292,13 +291,17 @@ impl Work<'_> {
         let signer = session.home.key(&self.ship.key)?;
         let publisher = key::register(hub, &self.ship.key, &signer).await?;
         let repository = Repository::new(hub, self.name);
+        let earlier = self.earlier_probes(&repository).await?;
+        let mut golden = engine::Probes::new(session, reference);
         let mut variants = Vec::new();
         let mut sent_bytes = 0;
         for candidate in candidates {
             let (Some(measured), gate) = (candidate.report, candidate.gate) else { continue };
-            let probes = self
-                .probes(&repository, reference, &candidate.file, &candidate.quantisation)
-                .await?;
+            let carried = slmops_evaluate::probes::carry_over(&earlier, &candidate.quantisation);
+            let probes = match carried {
+                Some(probes) => probes,
+                None => golden.of(&candidate.file, &candidate.quantisation).await?,
+            };
             let tag = format!("{}-{}", self.version, candidate.name);
             let mut stage = session.progress.stage(format!("push {tag}"));
             let config = ModelConfig {
@@ -374,31 +377,21 @@ impl Work<'_> {
 
     /// The golden probes belong to the model line: they are made at its first release and carried
     /// over, so that a later version which is worse fails what earlier ones passed.
-    async fn probes(
-        &self,
-        repository: &Repository<'_>,
-        reference: &File,
-        variant: &File,
-        quantisation: &str,
-    ) -> Result<ProbeSet> {
-        let Some(previous) = self.previous else {
-            return engine::probes(self.session, reference, variant, quantisation).await;
-        };
-        let variants = &previous.release.variants;
-        let same = variants.iter().find(|one| one.quantisation == quantisation);
-        // Without one of its own kind, the smallest variant's floors are the loosest.
-        let smallest = variants.iter().min_by_key(|one| one.size_bytes);
-        let Some(source) = same.or(smallest) else {
-            return engine::probes(self.session, reference, variant, quantisation).await;
-        };
+    async fn earlier_probes(&self, repository: &Repository<'_>) -> Result<Vec<(String, ProbeSet)>> {
+        let mut earlier = Vec::new();
+        let Some(previous) = self.previous else { return Ok(earlier) };
         let what = || format!("read the probes of {} {}", self.name, previous.release.version);
-        let package =
-            Package::parse(&repository.manifest(source.manifest).await?).internal(what)?;
-        let file = package
-            .file(PROBES_FILE)
-            .ok_or_else(|| Failure::internal(format!("{}: its package carries none", what())))?;
-        let probes = repository.blob(file.digest).await?;
-        serde_json::from_slice(&probes).internal(what)
+        for variant in &previous.release.variants {
+            let manifest = repository.manifest(variant.manifest).await?;
+            let package = Package::parse(&manifest).internal(what)?;
+            let file = package.file(PROBES_FILE).ok_or_else(|| {
+                Failure::internal(format!("{}: the package of {} has none", what(), variant.name))
+            })?;
+            let probes = repository.blob(file.digest).await?;
+            let probes = serde_json::from_slice(&probes).internal(what)?;
+            earlier.push((variant.quantisation.clone(), probes));
+        }
+        Ok(earlier)
     }
 }
 
@@ -437,3 +430,6 @@ fn confirmed(question: &str) -> Result<bool> {
     stdin.lock().read_line(&mut answer).internal(|| "read the answer".to_owned())?;
     Ok(matches!(answer.trim().to_lowercase().as_str(), "y" | "yes"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,6 +30,9 @@ pub struct File {
     /// Bytes that the engine holds a second time in a faster layout.
     #[serde(default)]
     pub repacked_bytes: u64,
+    /// What made it from its parent, as far as this program did.
+    #[serde(default)]
+    pub steps: Vec<Step>,
 }
 
 /// What is shipped.
@@ -44,6 +47,11 @@ pub struct Original {
 }
 
 impl Original {
+    /// An original of known content.
+    pub fn new(file: File, title: Option<String>, license: Option<String>, stem: String) -> Self {
+        Self { file, title, license, stem }
+    }
+
     /// A name for the model line, from the model's own name or else the file's.
     pub fn model_name(&self) -> Result<ModelName> {
         let from = self.title.as_deref().unwrap_or(&self.stem);
@@ -71,7 +79,9 @@ pub fn inspect(path: &Path) -> Result<File> {
         digest: Digest::of(opened.bytes()),
         size_bytes: opened.bytes().len() as u64,
         file_type: opened.header().file_type().to_owned(),
-        repacked_bytes: engine::repacked_bytes(opened.header()),
+        // The engine is told not to repack (see the worker's load options).
+        repacked_bytes: 0,
+        steps: Vec::new(),
         shape,
     })
 }
@@ -108,12 +118,12 @@ pub async fn original(session: &Session, model: &Path) -> Result<Original> {
     };
     let opened = gguf::open(&file.path).user(|| format!("read `{}`", file.path.display()))?;
     let text = |key: &str| opened.header().text(key).map(str::to_owned);
-    let original = Original {
-        title: text("general.name").filter(|name| !name.trim().is_empty()),
-        license: text("general.license"),
-        stem: model.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+    let original = Original::new(
         file,
-    };
+        text("general.name").filter(|name| !name.trim().is_empty()),
+        text("general.license"),
+        model.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+    );
     stage.done(format!(
         "{}, {:.0} million parameters, {}, {}",
         original.file.shape.architecture,
@@ -150,8 +160,8 @@ pub async fn reference(session: &Session, original: &Original) -> Result<File> {
         return Ok(file);
     }
     let part = path.with_extension("part");
-    engine::reference(&original.file.path, &part, &stage).await?;
-    finish(&part, path, stage).await
+    let steps = engine::reference(&original.file.path, &part).await?;
+    finish(&part, path, steps, stage).await
 }
 
 /// A variant of the reference.
@@ -167,14 +177,19 @@ pub async fn variant(session: &Session, reference: &File, quantisation: &str) ->
         return Ok(file);
     }
     let part = path.with_extension("part");
-    engine::quantise(&reference.path, &part, quantisation, &stage).await?;
-    finish(&part, path, stage).await
+    let step = engine::quantise(&reference.path, &part, quantisation, &stage).await?;
+    finish(&part, path, vec![step], stage).await
 }
 
-async fn finish(part: &Path, path: PathBuf, stage: crate::progress::Stage) -> Result<File> {
+async fn finish(
+    part: &Path,
+    path: PathBuf,
+    steps: Vec<Step>,
+    stage: crate::progress::Stage,
+) -> Result<File> {
     let file = inspect_off_thread(part.to_owned()).await?;
     std::fs::rename(part, &path).user(|| format!("keep `{}`", path.display()))?;
-    let file = File { path, ..file };
+    let file = File { path, steps, ..file };
     note(&file)?;
     stage.done(units::bytes(file.size_bytes));
     Ok(file)
@@ -184,23 +199,19 @@ async fn finish(part: &Path, path: PathBuf, stage: crate::progress::Stage) -> Re
 pub fn lineage(
     model: &ModelName,
     version: &Version,
-    variant: &VariantName,
+    name: &VariantName,
     original: &Original,
     reference: &File,
-    quantisation: &str,
+    variant: &File,
 ) -> Lineage {
-    let start =
+    let mut lineage =
         Lineage::original(model.as_str(), version.clone(), "original", original.file.digest);
-    let widened = Step::new(
-        "dequantise",
-        [("from", original.file.file_type.clone()), ("to", "F16".to_owned())],
-    );
-    let quantised = Step::new("quantise", [("type", quantisation.to_owned())]);
-    let mut lineage = start.child("reference", original.file.digest, widened).child(
-        variant.as_str(),
-        reference.digest,
-        quantised,
-    );
-    lineage.tools = engine::tools();
+    for step in &reference.steps {
+        lineage = lineage.child("reference", original.file.digest, step.clone());
+    }
+    for step in &variant.steps {
+        lineage = lineage.child(name.as_str(), reference.digest, step.clone());
+    }
+    lineage.tools = slmops_optimize::tools();
     lineage
 }

@@ -1,5 +1,7 @@
 //! A loaded model: its vocabulary, metadata and dimensions.
 
+use std::borrow::Cow;
+use std::collections::HashSet;
 use std::ffi::{CStr, CString, c_char};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -40,6 +42,8 @@ impl Default for LoadOptions {
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     vocabulary: NonNull<sys::llama_vocab>,
+    /// The characters that can be tokenised, where not all can; see [`Model::spellable`].
+    characters: Option<HashSet<char>>,
 }
 
 // SAFETY: the library never changes a model after loading; its tokenizer is documented as
@@ -87,7 +91,11 @@ impl Model {
         // SAFETY: `raw` is a live model.
         let vocabulary = unsafe { sys::llama_model_get_vocab(raw.as_ptr()) };
         match NonNull::new(vocabulary.cast_mut()) {
-            Some(vocabulary) => Ok(Self { raw, vocabulary }),
+            Some(vocabulary) => {
+                let mut model = Self { raw, vocabulary, characters: None };
+                model.characters = model.known_characters();
+                Ok(model)
+            }
             None => {
                 // SAFETY: `raw` is a live model that nothing else holds.
                 unsafe { sys::llama_model_free(raw.as_ptr()) };
@@ -200,6 +208,47 @@ impl Model {
         }
     }
 
+    /// The characters of a SentencePiece vocabulary that lacks some byte tokens; absent where every
+    /// byte has one, or where the tokenizer is of another kind.
+    fn known_characters(&self) -> Option<HashSet<char>> {
+        // SAFETY: the vocabulary lives as long as the model.
+        if unsafe { sys::llama_vocab_type(self.vocab()) } != sys::LLAMA_VOCAB_TYPE_SPM {
+            return None;
+        }
+        let mut characters = HashSet::new();
+        let mut bytes = HashSet::new();
+        for token in 0..self.vocabulary().cast_signed() {
+            // SAFETY: the token is in the vocabulary; its text lives with the model.
+            let Some(piece) = text(unsafe { sys::llama_vocab_get_text(self.vocab(), token) }) else {
+                continue;
+            };
+            let hex = piece.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+            if let Some(byte) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                bytes.insert(byte);
+            }
+            let mut letters = piece.chars();
+            if let (Some(letter), None) = (letters.next(), letters.next()) {
+                characters.insert(letter);
+            }
+        }
+        (bytes.len() <= usize::from(u8::MAX)).then(|| {
+            characters.extend(bytes.iter().filter(|byte| byte.is_ascii()).map(|&byte| byte as char));
+            characters
+        })
+    }
+
+    /// `text` with what the vocabulary cannot spell replaced by spaces: a character without a token
+    /// is spelt in byte tokens, and the engine aborts the process where one of those is missing.
+    fn spellable<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let Some(characters) = &self.characters else { return Cow::Borrowed(text) };
+        // SentencePiece writes a space as U+2581.
+        let known = |letter: char| letter == ' ' || characters.contains(&letter);
+        if text.chars().all(known) {
+            return Cow::Borrowed(text);
+        }
+        text.chars().map(|letter| if known(letter) { letter } else { ' ' }).collect()
+    }
+
     /// The tokens of `text`. `add_special` adds what the model wants at the start and end (such as
     /// BOS); `parse_special` reads written control tokens (such as `<|im_start|>`) as such.
     ///
@@ -216,6 +265,8 @@ impl Model {
         if unsafe { sys::llama_vocab_type(self.vocab()) } == sys::LLAMA_VOCAB_TYPE_NONE {
             return Err(failed("the model has no tokenizer"));
         }
+        let text = self.spellable(text);
+        let failed = |cause| EngineError::Tokenise { bytes: text.len(), cause };
         let length = i32::try_from(text.len()).map_err(|_| failed("it is too long"))?;
         let mut tokens: Vec<Token> = vec![0; text.len() + 4];
         loop {

@@ -1,22 +1,8 @@
-//! The program as a whole: help, errors and exit codes as snapshots, and what ARCHITECTURE.md
-//! says of the workspace's crates. `make generate` rewrites the snapshots.
+//! The table of crates, and the rules of the cores.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
-
-#[test]
-fn help_and_errors_are_as_noted() {
-    let home = tempfile::tempdir().expect("a temporary folder");
-    let home = home.path().join("home").to_string_lossy().into_owned();
-    let cases = trycmd::TestCases::new();
-    cases.env("SLM_HOME", &home);
-    for variable in ["SLM_HUB", "SLM_TOKEN", "SLM_CA"] {
-        cases.env(variable, "");
-    }
-    cases.insert_var("[HOME]", home).expect("a variable's name in brackets");
-    cases.case("tests/cmd/*.trycmd");
-}
 
 /// A name in the first column of the table, its dependencies in the last.
 fn table_of(text: &str) -> BTreeMap<String, BTreeSet<String>> {
