@@ -106,8 +106,7 @@ async fn log_probabilities_agree_with_the_score() {
 /// The fixture's vocabulary has no byte tokens, so that these characters cannot be spelt.
 #[tokio::test]
 async fn characters_outside_the_vocabulary_do_no_harm() {
-    set_up();
-    let worker = Worker::spawn(spec(runtime())).await.expect("a worker");
+    let worker = worker(runtime()).await;
     for text in ["caf\u{e9}", "\u{2603}", "tab\tand\nline", "\u{1f600}\u{0}"] {
         worker.tokenise(text.to_owned(), true, true).await.expect("tokens");
     }
