@@ -15,8 +15,12 @@ use crate::chat::ChatMessage;
 use crate::worker::{Finish, GenerateRequest, Piece, Prompt, TokenLogprob};
 
 pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
+    answer(&app, body).await.map_err(|error| error.of_prompt("messages"))
+}
+
+async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(body).await?;
-    let spec = check_model(&app, &mut fields).await?;
+    let spec = check_model(app, &mut fields).await?;
     let messages = messages(&mut fields)?;
     let count = choices(&mut fields)?;
     let streaming = streaming(&mut fields)?;

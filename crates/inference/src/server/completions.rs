@@ -15,14 +15,19 @@ use super::generate::{
 };
 use super::{App, check_model, new_id, now_s, read_fields};
 use crate::llama::Token;
+use crate::worker::protocol::MAX_TOP_LOGPROBS;
 use crate::worker::{Finish, GenerateRequest, Piece, Prompt, TokenLogprob, Worker};
 
 /// OpenAI's default of `max_tokens` at this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
 pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
+    answer(&app, body).await.map_err(|error| error.of_prompt("prompt"))
+}
+
+async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(body).await?;
-    let spec = check_model(&app, &mut fields).await?;
+    let spec = check_model(app, &mut fields).await?;
     let given = prompts(&mut fields, "prompt")?;
     let count = choices(&mut fields)?;
     if given.len() * count > MAX_CHOICES {
@@ -31,6 +36,9 @@ pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Respo
     }
     let streaming = streaming(&mut fields)?;
     let top = fields.count("logprobs")?;
+    if top.is_some_and(|top| top > MAX_TOP_LOGPROBS) {
+        return Err(ApiError::parameter("logprobs", format!("at most {MAX_TOP_LOGPROBS}")));
+    }
     let template = GenerateRequest {
         prompt: Prompt::Tokens(Vec::new()),
         max_tokens: Some(fields.count("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS)),

@@ -19,8 +19,12 @@ const MAX_TEXTS: usize = 256;
 const TEXTS_AT_ONCE: usize = 4;
 
 pub(super) async fn embed(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
+    answer(&app, body).await.map_err(|error| error.of_prompt("input"))
+}
+
+async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(body).await?;
-    let spec = check_model(&app, &mut fields).await?;
+    let spec = check_model(app, &mut fields).await?;
     let texts = prompts(&mut fields, "input")?;
     if texts.len() > MAX_TEXTS {
         let message = format!("more than {MAX_TEXTS} texts in one request");

@@ -88,6 +88,14 @@ impl ApiError {
         Self { retry: true, ..Self::new(status, kind, code, message) }
     }
 
+    /// Names the parameter that holds the prompt where the prompt is too long.
+    pub(super) fn of_prompt(mut self, parameter: &str) -> Self {
+        if self.code == "context_length_exceeded" {
+            self.parameter = Some(parameter.to_owned());
+        }
+        self
+    }
+
     pub(super) fn body(&self) -> Value {
         json!({ "error": {
             "message": self.message,
@@ -131,11 +139,9 @@ impl From<WorkerError> for ApiError {
             WorkerError::Request(RequestError::Invalid { parameter, message }) => {
                 Self::parameter(&parameter, message)
             }
-            WorkerError::Request(RequestError::ContextLength { .. }) => Self {
-                code: "context_length_exceeded",
-                parameter: Some("messages".to_owned()),
-                ..Self::invalid(message)
-            },
+            WorkerError::Request(RequestError::ContextLength { .. }) => {
+                Self { code: "context_length_exceeded", ..Self::invalid(message) }
+            }
             WorkerError::Request(RequestError::QueueFull { .. }) => {
                 let status = StatusCode::TOO_MANY_REQUESTS;
                 Self::busy(status, "rate_limit_error", "queue_full", message)

@@ -187,33 +187,39 @@ pub(super) async fn stream_all(
         return Err(error.into());
     }
     let mut finishes: Vec<Option<Finish>> = vec![None; count];
-    let mut failed = false;
-    let events = stream::iter(first).chain(outputs).map(Some).chain(stream::iter([None]));
-    let events = events.flat_map(move |item| {
-        let mut lines: Vec<Bytes> = Vec::new();
-        match item {
-            _ if failed => {}
-            Some((index, Ok(Output::Started))) => {
-                lines.extend(chunks.begin(index).as_ref().map(event));
-            }
-            Some((index, Ok(Output::Piece(piece)))) => {
-                lines.extend(chunks.piece(index, piece).as_ref().map(event));
-            }
-            Some((index, Ok(Output::Finished(finish)))) => {
-                lines.push(event(&chunks.end(index, &finish)));
-                finishes[index] = Some(finish);
-            }
-            Some((_, Err(error))) => {
-                failed = true;
-                lines.push(event(&ApiError::from(error).body()));
-            }
-            None => {
-                let finishes: Vec<Finish> = finishes.iter().flatten().copied().collect();
-                lines.extend(chunks.usage(&finishes).as_ref().map(event));
-                lines.push(Bytes::from_static(b"data: [DONE]\n\n"));
+    let outputs = stream::iter(first).chain(outputs).map(Some).chain(stream::iter([None]));
+    let lines = outputs.map(move |item| match item {
+        Some((index, Ok(Output::Started))) => Lines::Some(chunks.begin(index)),
+        Some((index, Ok(Output::Piece(piece)))) => Lines::Some(chunks.piece(index, piece)),
+        Some((index, Ok(Output::Finished(finish)))) => {
+            finishes[index] = Some(finish);
+            Lines::Some(Some(chunks.end(index, &finish)))
+        }
+        Some((_, Err(error))) => Lines::Failed(ApiError::from(error).body()),
+        None => {
+            let finishes: Vec<Finish> = finishes.iter().flatten().copied().collect();
+            Lines::Done(chunks.usage(&finishes))
+        }
+    });
+    // An error is the last event; the other answers are cancelled with the stream.
+    let events = stream::unfold(Some(Box::pin(lines)), |state| async move {
+        let mut lines = state?;
+        match lines.next().await? {
+            Lines::Some(value) => Some((value.as_ref().map(event), Some(lines))),
+            Lines::Failed(error) => Some((Some(event(&error)), None)),
+            Lines::Done(usage) => {
+                let mut last = usage.as_ref().map(event).unwrap_or_default().to_vec();
+                last.extend_from_slice(b"data: [DONE]\n\n");
+                Some((Some(Bytes::from(last)), None))
             }
         }
-        stream::iter(lines)
     });
-    Ok(event_stream(events))
+    Ok(event_stream(events.filter_map(async |event| event)))
+}
+
+/// What one output of the worker becomes.
+enum Lines {
+    Some(Option<Value>),
+    Failed(Value),
+    Done(Option<Value>),
 }

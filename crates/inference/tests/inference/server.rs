@@ -359,10 +359,9 @@ async fn a_killed_worker_is_back_and_its_requests_get_an_error() {
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
     for stream in streams {
         let events = events_of(&stream.text().await.expect("it ends"));
-        let [.., last, done] = events.as_slice() else { panic!("{events:?}") };
-        assert_eq!(done, &json!("[DONE]"));
+        let last = events.last().expect("an event");
         // It may have finished before the signal.
-        if last.get("error").is_some() {
+        if last != "[DONE]" {
             assert_eq!(last["error"]["code"], "worker_died", "{last}");
         }
     }
