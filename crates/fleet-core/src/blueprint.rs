@@ -75,9 +75,7 @@ impl BlueprintError {
             }
             Self::Bounds { .. } => "choose a value within the bounds",
             Self::TooLong { .. } => "a blueprint holds a handful of settings; shorten it",
-            Self::Conflict(_) => {
-                "`slm blueprint explain DEVICE` shows which layer sets each value"
-            }
+            Self::Conflict(_) => "`slm blueprint explain DEVICE` shows which layer sets each value",
         }
     }
 }
@@ -233,7 +231,12 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
             &layer,
             number(asked.context_tokens),
         );
-        parallel.set(&mut runtime.parallel, asked.parallel.as_ref(), &layer, number(asked.parallel));
+        parallel.set(
+            &mut runtime.parallel,
+            asked.parallel.as_ref(),
+            &layer,
+            number(asked.parallel),
+        );
         threads.set(&mut runtime.threads, asked.threads.as_ref(), &layer, number(asked.threads));
         batch.set(
             &mut runtime.batch_tokens,

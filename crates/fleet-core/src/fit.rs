@@ -190,16 +190,13 @@ pub fn choose(variants: &[Variant], budget_bytes: u64, runtime: &RuntimeConfig) 
         prediction.parts(),
         match better_but_larger.is_empty() {
             true => ", and none is closer to the reference".to_owned(),
-            false => format!("; closer to the reference, but too large: {}", better_but_larger.join(", ")),
+            false => format!(
+                "; closer to the reference, but too large: {}",
+                better_but_larger.join(", ")
+            ),
         }
     );
-    Fit::Fits {
-        index,
-        variant: chosen.name.clone(),
-        manifest: chosen.manifest,
-        prediction,
-        why,
-    }
+    Fit::Fits { index, variant: chosen.name.clone(), manifest: chosen.manifest, prediction, why }
 }
 
 /// The fit of every variant in words, best quality first, one line each.

@@ -84,16 +84,23 @@ impl Board {
             written: device.last_seen,
         });
         place.revoked |= device.revoked;
+        place.last_seen = place.last_seen.max(device.last_seen);
         advance(&place.desired, &device.desired);
     }
 
     /// Takes over what a transition assigned, and wakes the devices that wait for it.
     pub fn apply(&self, transition: &Transition) {
-        let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
         for assignment in &transition.assignments {
-            if let Some(place) = places.get(&assignment.device) {
-                advance(&place.desired, &assignment.desired);
-            }
+            // A device that joins right now may be assigned something before its own request gets
+            // here; what shuts devices out also keeps them from being assigned anything.
+            let place = places.entry(assignment.device.clone()).or_insert_with(|| Place {
+                desired: watch::Sender::new(Arc::new(assignment.desired.clone())),
+                revoked: false,
+                last_seen: Timestamp::UNIX_EPOCH,
+                written: Timestamp::UNIX_EPOCH,
+            });
+            advance(&place.desired, &assignment.desired);
         }
     }
 
@@ -144,4 +151,52 @@ fn advance(sender: &watch::Sender<Arc<DesiredState>>, desired: &DesiredState) {
         }
         newer
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use slmops_fleet_core::rollout::Assignment;
+
+    use super::*;
+
+    fn desired(generation: u64) -> DesiredState {
+        DesiredState {
+            generation,
+            model: None,
+            runtime: Default::default(),
+            confirm_timeout_s: 60,
+            reason: String::new(),
+        }
+    }
+
+    fn assigned(generation: u64) -> Transition {
+        let device = "d1".parse().unwrap();
+        let desired = desired(generation);
+        Transition { assignments: vec![Assignment { device, desired }], ..Transition::default() }
+    }
+
+    #[test]
+    fn newest_generation_stays_whatever_comes_last() {
+        let board = Board::default();
+        // Assigned before the request that enrols it gets to the board.
+        board.apply(&assigned(3));
+        board.apply(&assigned(2));
+        let device = "d1".parse().unwrap();
+        let watch = board.watch(&device).unwrap();
+        assert_eq!(watch.borrow().generation, 3);
+        assert!(board.is_active(&device));
+        assert!(board.watch(&"d2".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn seen_is_written_once() {
+        let board = Board::default();
+        board.apply(&assigned(1));
+        let device = "d1".parse().unwrap();
+        let now = Timestamp::from_second(1_800_000_000).unwrap();
+        board.seen(&device, now);
+        assert_eq!(board.take_seen(), [(device.clone(), now)]);
+        assert_eq!(board.take_seen(), []);
+        assert_eq!(board.last_seen(&device), Some(now));
+    }
 }

@@ -66,9 +66,8 @@ pub(super) fn assign(
             Some(target) => targeted(world, device, target),
             None => sticky(world, device, &completed),
         };
-        let changed = |wanted: &DesiredState| {
-            !same(&device.desired, wanted.model.as_ref(), &wanted.runtime)
-        };
+        let changed =
+            |wanted: &DesiredState| !same(&device.desired, wanted.model.as_ref(), &wanted.runtime);
         let mut desired = match wanted {
             Some(wanted) if changed(&wanted) || device.is_ahead() => wanted,
             // It must hear a generation that is newer than what it has seen.

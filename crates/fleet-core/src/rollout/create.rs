@@ -164,10 +164,7 @@ pub(super) fn selected<'w>(
     asked: &NewRollout,
 ) -> impl Iterator<Item = &'w FleetDevice> {
     let selector = asked.policy.selector.clone();
-    world
-        .devices
-        .iter()
-        .filter(move |device| !device.revoked && selector.matches(&device.labels))
+    world.devices.iter().filter(move |device| !device.revoked && selector.matches(&device.labels))
 }
 
 /// Why a selected device takes no part, if it does not.

@@ -94,7 +94,8 @@ fn forgive(record: &mut RolloutRecord) -> Option<String> {
         .map(|device| (device.device.clone(), device.name.clone()))
         .collect();
     let names: Vec<&str> = failed.iter().map(|(_, name)| name.as_str()).collect();
-    let line = (!names.is_empty()).then(|| format!("set aside: the failure of {}", names.join(", ")));
+    let line =
+        (!names.is_empty()).then(|| format!("set aside: the failure of {}", names.join(", ")));
     record.forgiven.extend(failed.into_iter().map(|(id, _)| id));
     line
 }

@@ -71,9 +71,8 @@ fn straggles_at(record: &RolloutRecord, device: &RolloutDevice) -> Option<Timest
 
 /// A device that was shut out or removed is no part of the rollout any more.
 fn drop_revoked(record: &mut RolloutRecord, world: &World<'_>) {
-    let gone = |device: &RolloutDevice| {
-        world.device(&device.device).is_none_or(|device| device.revoked)
-    };
+    let gone =
+        |device: &RolloutDevice| world.device(&device.device).is_none_or(|device| device.revoked);
     let names: Vec<String> = record
         .rollout
         .devices
@@ -482,9 +481,8 @@ fn finish(record: &mut RolloutRecord, world: &World<'_>) {
         because.push(format!("not offered again to {} (quarantine)", count(quarantined, "device")));
     }
     if record.rollout.devices.is_empty() {
-        because = vec![
-            "no device matches yet; those that join and match the selector get it".to_owned(),
-        ];
+        because =
+            vec!["no device matches yet; those that join and match the selector get it".to_owned()];
     }
     // A release that nobody confirmed though somebody tried is not one to give to newcomers.
     let what = if confirmed == 0 && failed + quarantined > 0 {

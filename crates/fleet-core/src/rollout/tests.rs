@@ -3,9 +3,7 @@ use std::sync::Arc;
 
 use jiff::SignedDuration;
 use proptest::prelude::*;
-use slmops_api::device::{
-    DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry,
-};
+use slmops_api::device::{DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry};
 use slmops_api::probe::ProbeResult;
 use slmops_api::rollout::{NewRollout, Outcome, RolloutPolicy, WaveSize};
 use slmops_api::runtime::RuntimeConfig;
@@ -42,10 +40,9 @@ impl Fleet {
         };
         for version in ["1.0.0", "1.1.0", "1.2.0"] {
             let release = testing::release(MODEL, version);
-            fleet.releases.insert(
-                (release.model.clone(), release.version.clone()),
-                Arc::new(release),
-            );
+            fleet
+                .releases
+                .insert((release.model.clone(), release.version.clone()), Arc::new(release));
         }
         for budget in budgets_mib {
             fleet.join(*budget);
@@ -149,11 +146,8 @@ impl Fleet {
 
     fn start(&mut self, version: &str, policy: RolloutPolicy) -> Result<RolloutId, RolloutError> {
         let id: RolloutId = format!("r{}", self.rollouts.len()).parse().unwrap();
-        let asked = NewRollout {
-            model: MODEL.parse().unwrap(),
-            version: version.parse().unwrap(),
-            policy,
-        };
+        let asked =
+            NewRollout { model: MODEL.parse().unwrap(), version: version.parse().unwrap(), policy };
         let created = create(id.clone(), asked, "token test", &self.world(), &self.active())?;
         for record in created.superseded {
             let known = self.rollouts.iter_mut().find(|r| r.rollout.id == record.rollout.id);
@@ -285,7 +279,10 @@ fn canary_first_then_the_rest() {
     let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
     // dev-1 is the one that is known to be healthy.
     assert_eq!(fleet.rollout(&id).devices[0].name, "dev-1");
-    assert_eq!([fleet.told(0), fleet.told(1), fleet.told(2)], ["nothing", "1.0.0 q4_k_m", "nothing"]);
+    assert_eq!(
+        [fleet.told(0), fleet.told(1), fleet.told(2)],
+        ["nothing", "1.0.0 q4_k_m", "nothing"]
+    );
     assert!(fleet.rollout(&id).waiting_for.contains("dev-1 (has not asked yet)"));
     let text = why(fleet.rollout(&id));
     assert!(text.contains("speaks for medium alone; not covered by it: large"), "{text}");
@@ -596,8 +593,7 @@ fn budget_change_in_a_wave_is_measured_by_the_new_variant() {
 fn frozen_devices_and_other_models_are_left_out() {
     let mut fleet = Fleet::new(&[600, 600, 600]);
     let fleet_layer = |toml: &str| [(slmops_api::blueprint::Layer::Fleet, toml.to_owned())];
-    fleet.devices[0].config =
-        Arc::new(resolve(&fleet_layer("[policy]\nfrozen = true")).unwrap());
+    fleet.devices[0].config = Arc::new(resolve(&fleet_layer("[policy]\nfrozen = true")).unwrap());
     fleet.devices[1].config = Arc::new(resolve(&fleet_layer("model = \"other\"")).unwrap());
     let id = fleet.start("1.0.0", all_at_once()).unwrap();
     assert_eq!([fleet.told(0), fleet.told(1), fleet.told(2)], ["nothing", "nothing", "1.0.0 q8_0"]);

@@ -52,14 +52,20 @@ pub fn failure_words(failure: &Failure) -> String {
         }
         Failure::Load => "the engine could not load the model file".to_owned(),
         Failure::Crash => "the worker died while loading, probing or soon after".to_owned(),
-        Failure::Signature => "signature missing, wrong, or by a key that is not trusted".to_owned(),
+        Failure::Signature => {
+            "signature missing, wrong, or by a key that is not trusted".to_owned()
+        }
         Failure::Digest => "the bytes are not what their digest says".to_owned(),
         Failure::Package => "the manifest is not a package that the agent understands".to_owned(),
         Failure::Configuration { settings } => {
             format!("the engine did not honour {}", list(settings, PROBES_SHOWN))
         }
         Failure::Memory { measured_bytes, budget_bytes } => {
-            format!("measured {} of memory, budget {}", bytes(*measured_bytes), bytes(*budget_bytes))
+            format!(
+                "measured {} of memory, budget {}",
+                bytes(*measured_bytes),
+                bytes(*budget_bytes)
+            )
         }
         Failure::Timeout => "not confirmed in time".to_owned(),
     }

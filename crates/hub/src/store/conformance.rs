@@ -1,1 +1,558 @@
+//! What every store must do, whatever it stores in. Each check gets an empty store.
 
+use std::future::Future;
+
+use slmops_api::audit::Role;
+use slmops_api::device::{DesiredModel, Failure, Phase, Rejection, Telemetry};
+use slmops_api::model::ModelShape;
+use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere};
+use slmops_api::rollout::{NewRollout, RolloutPolicy, RolloutState};
+use slmops_fleet_core::rollout;
+use slmops_fleet_core::world::World;
+
+use super::*;
+
+macro_rules! conformance {
+    ($with:path: $($check:ident),+ $(,)?) => {
+        $(
+            #[tokio::test]
+            async fn $check() {
+                $with(|store| async move { super::$check(&*store).await }).await;
+            }
+        )+
+    };
+}
+
+mod sqlite {
+    use super::*;
+    use crate::db::Database;
+
+    async fn with<F: Future<Output = ()>>(check: impl FnOnce(Arc<SqliteStore>) -> F) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_owned();
+        let db = tokio::task::spawn_blocking(move || Database::open(&path, &[SCHEMA]));
+        check(Arc::new(SqliteStore::new(db.await.unwrap().unwrap()))).await;
+    }
+
+    conformance!(with:
+        invitation_makes_one_device,
+        names_are_unique,
+        older_reports_are_ignored,
+        history_is_bounded_and_told_once,
+        releases_never_change,
+        pages_follow_each_other,
+        last_admin_stays,
+        transition_is_all_or_nothing,
+        generations_never_fall,
+        audit_names_every_change,
+        snapshot_knows_the_newest_completed_first,
+    );
+
+    #[tokio::test]
+    async fn damaged_audit_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_owned();
+        let db = tokio::task::spawn_blocking(move || Database::open(&path, &[SCHEMA]));
+        let db = db.await.unwrap().unwrap();
+        let store = SqliteStore::new(db.clone());
+        for name in ["a", "b", "c"] {
+            store.put_class(by(), class(name)).await.unwrap();
+        }
+        let verdict = store.verify_audit().await.unwrap();
+        assert_eq!((verdict.entries, &verdict.broken), (3, &None));
+        for (damage, mend, expected) in [
+            (
+                "UPDATE audit SET actor = 'nobody' WHERE sequence = 2",
+                "UPDATE audit SET actor = 'token test' WHERE sequence = 2",
+                "entry 2 was changed",
+            ),
+            (
+                "UPDATE audit SET sequence = 9 WHERE sequence = 3",
+                "UPDATE audit SET sequence = 3 WHERE sequence = 9",
+                "entry 3 is missing: 9 follows 2",
+            ),
+            (
+                "UPDATE audit SET details = '{' WHERE sequence = 1",
+                "SELECT 1",
+                "entry 1 cannot be read",
+            ),
+        ] {
+            let change = |sql: &'static str| {
+                db.write(move |tx| Ok::<_, crate::db::DbError>(tx.execute_batch(sql)?))
+            };
+            change(damage).await.unwrap();
+            let broken = store.verify_audit().await.unwrap().broken.expect(damage);
+            assert!(broken.contains(expected), "{broken}");
+            change(mend).await.unwrap();
+        }
+    }
+}
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(1_800_000_000 + second).unwrap()
+}
+
+fn by() -> By {
+    By { actor: "token test".to_owned(), at: at(0) }
+}
+
+fn class(name: &str) -> DeviceClass {
+    DeviceClass {
+        name: name.parse().unwrap(),
+        description: String::new(),
+        min_memory_bytes: 0,
+        quantisation: "Q4_K_M".to_owned(),
+    }
+}
+
+fn facts() -> DeviceFacts {
+    DeviceFacts {
+        hostname: "Kitchen Pi".to_owned(),
+        arch: "aarch64".to_owned(),
+        kernel: "Linux 6.1".to_owned(),
+        cpu: "test".to_owned(),
+        cpu_features: vec![],
+        cores: 4,
+        memory_bytes: 1 << 30,
+        memory_budget_bytes: 1 << 29,
+        disk_free_bytes: 1 << 30,
+        agent_version: "0.1.0".to_owned(),
+        engine: "test".to_owned(),
+        endpoint: None,
+    }
+}
+
+fn report(sequence: u64, phase: Phase) -> DeviceReport {
+    DeviceReport {
+        sequence,
+        generation: 1,
+        phase,
+        running: None,
+        previous: None,
+        rejected: vec![],
+        probes: vec![],
+        effective: None,
+        telemetry: Telemetry::default(),
+        facts: facts(),
+    }
+}
+
+async fn invite(store: &impl Store, id: &str, expires: Timestamp) -> SecretHash {
+    let secret = SecretHash::of(id);
+    let info = InvitationInfo {
+        id: id.parse().unwrap(),
+        labels: BTreeMap::from([("room".to_owned(), "kitchen".to_owned())]),
+        site: Some("berlin".parse().unwrap()),
+        created_at: at(0),
+        expires_at: expires,
+        used_by: None,
+    };
+    store.add_invitation(by(), NewInvitationRow { info, secret }).await.unwrap();
+    secret
+}
+
+fn enrolment(invitation: &str, secret: SecretHash, key: &str, device: &str) -> Enrolment {
+    Enrolment {
+        device: device.parse().unwrap(),
+        invitation: invitation.parse().unwrap(),
+        secret,
+        public_key: key.to_owned(),
+        name: None,
+        facts: facts(),
+        at: at(10),
+    }
+}
+
+async fn join(store: &impl Store, device: &str) -> StoredDevice {
+    let invitation = format!("i-{device}");
+    let secret = invite(store, &invitation, at(1000)).await;
+    let wanted = enrolment(&invitation, secret, &format!("key of {device}"), device);
+    store.enrol(wanted).await.unwrap().device
+}
+
+fn release(version: &str, seed: &str) -> NewRelease {
+    let weights = Digest::of(format!("weights {version} {seed}").as_bytes());
+    let estimate = Estimate { mean: 0.1, low: 0.05, high: 0.2, samples: 9 };
+    let report = EvaluationReport {
+        version: 1,
+        subject: weights,
+        reference: Digest::of(b"original"),
+        suite: Digest::of(b"suite"),
+        size_bytes: 7,
+        perplexity: 20.123_456_789_012_3,
+        kl_divergence: estimate,
+        kl_p99: 0.3,
+        top1_agreement: estimate,
+        tasks: vec![],
+        decode_tokens_per_s: 1.0 / 3.0,
+        prompt_tokens_per_s: 2.0 / 3.0,
+        time_to_first_token_ms: 0.1 + 0.2,
+        peak_memory_bytes: 1,
+        machine: MachineFacts {
+            cpu: "test".to_owned(),
+            arch: "x86_64".to_owned(),
+            cores: 1,
+            memory_bytes: 1,
+            kernel: "test".to_owned(),
+            measured: MeasuredWhere::Real,
+        },
+        engine: "test".to_owned(),
+        finished_at: at(0),
+        chunk_nll: vec![2.718_281_828_459_045, 1e-17],
+        chunk_kl: vec![],
+    };
+    let shape = ModelShape {
+        architecture: "llama".to_owned(),
+        parameters: 1,
+        layers: 1,
+        embedding: 1,
+        feed_forward: 1,
+        heads: 1,
+        kv_heads: 1,
+        key_width: 1,
+        value_width: 1,
+        vocabulary: 1,
+        trained_context: 128,
+    };
+    NewRelease {
+        model: "m".parse().unwrap(),
+        version: version.parse().unwrap(),
+        original: Digest::of(b"original"),
+        key: "0123456789abcdef".parse().unwrap(),
+        variants: vec![slmops_api::model::Variant {
+            name: "q4_k_m".parse().unwrap(),
+            classes: vec![],
+            quantisation: "Q4_K_M".to_owned(),
+            manifest: Digest::of(format!("manifest {version} {seed}").as_bytes()),
+            weights,
+            size_bytes: 7,
+            repacked_bytes: 0,
+            shape,
+            report,
+            gate: None,
+        }],
+        gate_override: None,
+    }
+}
+
+fn rollout_record(id: &str, version: &str, state: RolloutState) -> RolloutRecord {
+    let releases = Releases::from([(
+        ("m".parse().unwrap(), version.parse().unwrap()),
+        Arc::new(release(version, "")),
+    )]);
+    let world = World {
+        now: at(20),
+        devices: &[],
+        releases: &releases,
+        quarantine: &BTreeSet::new(),
+        completed: &[],
+    };
+    let asked = NewRollout {
+        model: "m".parse().unwrap(),
+        version: version.parse().unwrap(),
+        policy: RolloutPolicy::default(),
+    };
+    let created = rollout::create(id.parse().unwrap(), asked, "token test", &world, &[]).unwrap();
+    let mut record = created.record;
+    record.rollout.state = state;
+    record
+}
+
+fn assignment(device: &str, generation: u64) -> Assignment {
+    let release = release("1.0.0", "");
+    let variant = &release.variants[0];
+    Assignment {
+        device: device.parse().unwrap(),
+        desired: DesiredState {
+            generation,
+            model: Some(DesiredModel {
+                model: release.model.clone(),
+                version: release.version.clone(),
+                variant: variant.name.clone(),
+                manifest: variant.manifest,
+                weights: variant.weights,
+                size_bytes: 7,
+                predicted_memory_bytes: 9,
+            }),
+            runtime: Default::default(),
+            confirm_timeout_s: 60,
+            reason: "test".to_owned(),
+        },
+    }
+}
+
+async fn transition(store: &impl Store, transition: Transition) -> Result<Transition, StoreError> {
+    store.transition(by(), vec![], Box::new(move |_| Ok(transition.clone()))).await
+}
+
+async fn invitation_makes_one_device(store: &impl Store) {
+    let secret = invite(store, "i1", at(1000)).await;
+    let wrong = enrolment("i1", SecretHash::of("guess"), "key a", "d1");
+    assert!(matches!(store.enrol(wrong).await, Err(StoreError::Forbidden { .. })));
+    let unknown = enrolment("i2", secret, "key a", "d1");
+    assert!(matches!(store.enrol(unknown).await, Err(StoreError::Forbidden { .. })));
+
+    let first = store.enrol(enrolment("i1", secret, "key a", "d1")).await.unwrap();
+    assert!(first.new);
+    assert_eq!(first.device.labels["room"], "kitchen");
+    assert_eq!(first.device.site.as_ref().unwrap().as_str(), "berlin");
+    assert_eq!(first.device.name, "kitchen-pi");
+    // A lost reply: the same key asks again, and gets the same device.
+    let again = store.enrol(enrolment("i1", secret, "key a", "d2")).await.unwrap();
+    assert_eq!((again.new, &again.device), (false, &first.device));
+    // Another device does not.
+    let error = store.enrol(enrolment("i1", secret, "key b", "d3")).await.unwrap_err();
+    assert!(error.to_string().contains("used before"), "{error}");
+    assert_eq!(store.invitations().await.unwrap()[0].used_by, Some("d1".parse().unwrap()));
+    let error = store.withdraw_invitation(by(), "i1".parse().unwrap()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Conflict { .. }));
+
+    let secret = invite(store, "i-old", at(5)).await;
+    let error = store.enrol(enrolment("i-old", secret, "key c", "d4")).await.unwrap_err();
+    assert!(error.to_string().contains("expired"), "{error}");
+    store.withdraw_invitation(by(), "i-old".parse().unwrap()).await.unwrap();
+    let error = store.enrol(enrolment("i-old", secret, "key c", "d4")).await.unwrap_err();
+    assert!(matches!(error, StoreError::Forbidden { .. }));
+    assert_eq!(store.devices(PageRequest::default()).await.unwrap().items.len(), 1);
+
+    // A device that was shut out does not come back by its old invitation.
+    store.revoke_device(by(), "d1".parse().unwrap()).await.unwrap();
+    let secret = SecretHash::of("i1");
+    assert!(store.enrol(enrolment("i1", secret, "key a", "d5")).await.is_err());
+}
+
+async fn names_are_unique(store: &impl Store) {
+    assert_eq!(join(store, "d1").await.name, "kitchen-pi");
+    assert_eq!(join(store, "d2").await.name, "kitchen-pi-2");
+    let secret = invite(store, "i9", at(1000)).await;
+    let mut wanted = enrolment("i9", secret, "key z", "d9");
+    wanted.name = Some("kitchen-pi".to_owned());
+    let error = store.enrol(wanted.clone()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Conflict { .. }), "{error}");
+    // The invitation is still good.
+    wanted.name = Some("stove".to_owned());
+    assert_eq!(store.enrol(wanted).await.unwrap().device.name, "stove");
+    let by_name = store.device("stove".to_owned()).await.unwrap();
+    assert_eq!(by_name, store.device("d9".to_owned()).await.unwrap());
+    assert!(matches!(
+        store.device("nobody".to_owned()).await,
+        Err(StoreError::NotFound { kind: "device", .. })
+    ));
+}
+
+async fn older_reports_are_ignored(store: &impl Store) {
+    let id = join(store, "d1").await.id;
+    let record = |sequence, phase| store.record_report(at(30), id.clone(), report(sequence, phase));
+    assert_eq!(record(5, Phase::Staged).await.unwrap(), ReportOutcome::News);
+    assert_eq!(record(5, Phase::Confirmed).await.unwrap(), ReportOutcome::Stale);
+    assert_eq!(record(4, Phase::Confirmed).await.unwrap(), ReportOutcome::Stale);
+    assert_eq!(record(6, Phase::Staged).await.unwrap(), ReportOutcome::Counters);
+    assert_eq!(record(7, Phase::Confirmed).await.unwrap(), ReportOutcome::News);
+    let stored = store.device("d1".to_owned()).await.unwrap();
+    assert_eq!(stored.report, Some(report(7, Phase::Confirmed)));
+    assert_eq!(stored.last_seen, at(30));
+    let unknown = store.record_report(at(1), "d7".parse().unwrap(), report(1, Phase::Idle)).await;
+    assert!(matches!(unknown, Err(StoreError::NotFound { .. })));
+}
+
+async fn history_is_bounded_and_told_once(store: &impl Store) {
+    let id = join(store, "d1").await.id;
+    let progress = |done_bytes| Phase::Downloading { done_bytes, total_bytes: 100 };
+    let mut sequence = 0;
+    let mut phases = vec![progress(1), progress(50), progress(100), Phase::Verified];
+    let failure = Failure::Crash;
+    phases.push(Phase::RolledBack { failure: failure.clone() });
+    for phase in phases {
+        sequence += 1;
+        let mut report = report(sequence, phase.clone());
+        if matches!(phase, Phase::RolledBack { .. }) {
+            let manifest = Digest::of(b"bad");
+            report.rejected = vec![Rejection { manifest, generation: 1, failure: failure.clone() }];
+        }
+        store.record_report(at(sequence as i64), id.clone(), report).await.unwrap();
+    }
+    let history = store.history(id.clone(), PageRequest::default()).await.unwrap().items;
+    let told: Vec<&str> = history.iter().rev().map(|event| event.what.as_str()).collect();
+    assert_eq!(told.len(), 5, "{told:?}");
+    assert!(told[0].starts_with("joined"), "{told:?}");
+    assert_eq!(told[1], "downloading");
+    assert!(told[3].starts_with("went back: the worker died"), "{told:?}");
+    assert!(told[4].starts_with("rejected sha256:"), "{told:?}");
+}
+
+async fn releases_never_change(store: &impl Store) {
+    let registered = store.add_release(by(), release("1.0.0", "a")).await.unwrap();
+    assert!(matches!(registered, Registered::New(_)));
+    // Numbers included: what went in comes out.
+    let same = store.add_release(by(), release("1.0.0", "a")).await.unwrap();
+    assert!(matches!(same, Registered::Same(_)));
+    let error = store.add_release(by(), release("1.0.0", "b")).await.unwrap_err();
+    assert!(error.to_string().contains("two releases of the same version"), "{error}");
+    let stored = store.release("m".parse().unwrap(), "1.0.0".parse().unwrap()).await.unwrap();
+    assert_eq!(stored.release, release("1.0.0", "a"));
+    assert!(store.release("m".parse().unwrap(), "2.0.0".parse().unwrap()).await.is_err());
+}
+
+async fn pages_follow_each_other(store: &impl Store) {
+    for number in 0..5 {
+        store.add_release(by(), release(&format!("1.{number}.0"), "")).await.unwrap();
+        join(store, &format!("d{number}")).await;
+    }
+    let mut versions = Vec::new();
+    let mut page = PageRequest { cursor: None, limit: 2 };
+    loop {
+        let found = store.releases(page.clone()).await.unwrap();
+        versions.extend(found.items.iter().map(|release| release.release.version.to_string()));
+        let Some(cursor) = found.cursor else { break };
+        assert_eq!(found.items.len(), 2);
+        page.cursor = Some(cursor);
+    }
+    assert_eq!(versions, ["1.4.0", "1.3.0", "1.2.0", "1.1.0", "1.0.0"]);
+    let mut names = Vec::new();
+    let mut page = PageRequest { cursor: None, limit: 2 };
+    loop {
+        let found = store.devices(page.clone()).await.unwrap();
+        names.extend(found.items.into_iter().map(|device| device.name));
+        let Some(cursor) = found.cursor else { break };
+        page.cursor = Some(cursor);
+    }
+    assert_eq!(names.len(), 5);
+    assert!(names.is_sorted());
+    let bad = PageRequest { cursor: Some("'; DROP TABLE".to_owned()), limit: 2 };
+    assert!(matches!(store.audit(bad).await, Err(StoreError::Conflict { .. })));
+}
+
+async fn last_admin_stays(store: &impl Store) {
+    let token = |id: &str, role| Token {
+        id: id.parse().unwrap(),
+        name: id.to_owned(),
+        role,
+        created_at: at(0),
+        expires_at: None,
+    };
+    for (id, role) in [("t1", Role::Admin), ("t2", Role::Viewer)] {
+        store.add_token(by(), token(id, role), SecretHash::of(id)).await.unwrap();
+    }
+    assert_eq!(store.token(SecretHash::of("t2")).await.unwrap().unwrap().role, Role::Viewer);
+    assert_eq!(store.token(SecretHash::of("t3")).await.unwrap(), None);
+    let error = store.delete_token(by(), "t1".parse().unwrap()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Conflict { .. }));
+    store.add_token(by(), token("t3", Role::Admin), SecretHash::of("t3")).await.unwrap();
+    store.delete_token(by(), "t1".parse().unwrap()).await.unwrap();
+    assert_eq!(store.token(SecretHash::of("t1")).await.unwrap(), None);
+    assert_eq!(store.tokens().await.unwrap().len(), 2);
+}
+
+async fn transition_is_all_or_nothing(store: &impl Store) {
+    join(store, "d1").await;
+    store.add_release(by(), release("1.0.0", "")).await.unwrap();
+    let audited = store.verify_audit().await.unwrap().entries;
+    let bad = Transition {
+        rollouts: vec![rollout_record("r1", "1.0.0", RolloutState::Running)],
+        assignments: vec![assignment("d1", 2), assignment("d1", 2)],
+        ..Transition::default()
+    };
+    assert!(transition(store, bad).await.is_err());
+    assert!(store.rollout("r1".parse().unwrap()).await.is_err());
+    assert_eq!(store.device("d1".to_owned()).await.unwrap().desired.generation, 1);
+    assert_eq!(store.verify_audit().await.unwrap().entries, audited);
+
+    let good = Transition {
+        rollouts: vec![rollout_record("r1", "1.0.0", RolloutState::Running)],
+        assignments: vec![assignment("d1", 2)],
+        quarantined: vec![(Digest::of(b"x"), "small".parse().unwrap())],
+        ..Transition::default()
+    };
+    transition(store, good).await.unwrap();
+    let snapshot = store.snapshot(vec![]).await.unwrap();
+    assert_eq!(snapshot.rollouts.len(), 1);
+    assert_eq!(snapshot.devices[0].desired.generation, 2);
+    assert_eq!(snapshot.quarantine.len(), 1);
+    let verdict = store.verify_audit().await.unwrap();
+    // The decision, the assignment, the quarantine.
+    assert_eq!((verdict.entries, verdict.broken), (audited + 3, None));
+}
+
+async fn generations_never_fall(store: &impl Store) {
+    join(store, "d1").await;
+    let assign = |generation| Transition {
+        assignments: vec![assignment("d1", generation)],
+        ..Transition::default()
+    };
+    transition(store, assign(5)).await.unwrap();
+    for generation in [5, 4, 1, 0] {
+        assert!(transition(store, assign(generation)).await.is_err());
+    }
+    assert_eq!(store.device("d1".to_owned()).await.unwrap().desired.generation, 5);
+}
+
+async fn audit_names_every_change(store: &impl Store) {
+    join(store, "d1").await;
+    let id: DeviceId = "d1".parse().unwrap();
+    store.put_class(by(), class("small")).await.unwrap();
+    store.delete_class(by(), "small".parse().unwrap()).await.unwrap();
+    assert!(store.delete_class(by(), "small".parse().unwrap()).await.is_err());
+    let place = slmops_api::blueprint::Layer::Device(id.clone());
+    let blueprint = StoredBlueprint { place: place.clone(), toml: "# quoted \" text".to_owned() };
+    store.put_blueprint(by(), blueprint.clone()).await.unwrap();
+    assert_eq!(store.blueprints().await.unwrap(), [blueprint]);
+    store.delete_blueprint(by(), place).await.unwrap();
+    let labels = Some(BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+    let change = DeviceChange { labels, site: Some(None) };
+    let changed = store.change_device(by(), id.clone(), change).await.unwrap();
+    assert_eq!((changed.site, changed.labels.len()), (None, 1));
+    let key = PublisherKey {
+        id: "0123456789abcdef".parse().unwrap(),
+        name: "ci".to_owned(),
+        public_key: "pem".to_owned(),
+    };
+    store.add_key(by(), key.clone()).await.unwrap();
+    store.add_key(by(), key.clone()).await.unwrap();
+    assert_eq!(store.keys().await.unwrap(), [key]);
+    store.revoke_device(by(), id.clone()).await.unwrap();
+    store.revoke_device(by(), id).await.unwrap();
+    let entries = store.audit(PageRequest::default()).await.unwrap().items;
+    let actions: Vec<&str> = entries.iter().rev().map(|entry| entry.action.as_str()).collect();
+    assert_eq!(
+        actions,
+        [
+            "invitation.create",
+            "device.enrol",
+            "class.put",
+            "class.delete",
+            "blueprint.put",
+            "blueprint.delete",
+            "device.update",
+            "key.add",
+            "device.revoke",
+        ]
+    );
+    assert_eq!(entries[0].sequence, 9);
+    assert_eq!(entries[0].actor, "token test");
+    let text = serde_json::to_string(&entries).unwrap();
+    assert!(!text.contains(&SecretHash::of("i-d1").to_string()), "a secret's hash is no detail");
+    assert_eq!(store.verify_audit().await.unwrap().broken, None);
+}
+
+async fn snapshot_knows_the_newest_completed_first(store: &impl Store) {
+    for version in ["1.0.0", "1.1.0"] {
+        store.add_release(by(), release(version, "")).await.unwrap();
+    }
+    let put = |record| Transition { rollouts: vec![record], ..Transition::default() };
+    for (id, version) in [("r1", "1.0.0"), ("r2", "1.1.0")] {
+        transition(store, put(rollout_record(id, version, RolloutState::Running))).await.unwrap();
+    }
+    // The one that was begun first is completed last.
+    for (id, version) in [("r2", "1.1.0"), ("r1", "1.0.0")] {
+        let record = rollout_record(id, version, RolloutState::Completed);
+        transition(store, put(record)).await.unwrap();
+    }
+    let snapshot = store.snapshot(vec![]).await.unwrap();
+    let completed: Vec<&str> = snapshot.completed.iter().map(|c| c.id.as_str()).collect();
+    assert_eq!(completed, ["r1", "r2"]);
+    assert!(snapshot.rollouts.is_empty());
+    let also = store.snapshot(vec!["r2".parse().unwrap()]).await.unwrap();
+    assert_eq!(also.rollouts.len(), 1);
+    transition(store, put(rollout_record("r1", "1.0.0", RolloutState::RolledBack))).await.unwrap();
+    assert_eq!(store.snapshot(vec![]).await.unwrap().completed.len(), 1);
+}
