@@ -2,9 +2,15 @@
 //! signing in, losing the hub, and an empty fleet. Screenshots go to [`driver::pictures`].
 
 mod driver;
+mod fleet;
 mod stage;
 
-use driver::{Browser, DARK, DESKTOP, PHONE, PHONE_DARK, Screen, with_browser};
+use std::time::{Duration, Instant};
+
+use driver::{Browser, DARK, DESKTOP, PATIENCE, PHONE, PHONE_DARK, Screen, with_browser};
+use fleet::{Played, RealHub, damaged};
+use slmops_api::device::{DesiredState, Phase};
+use slmops_api::rollout::{Rollout, RolloutState};
 use stage::{Fleet, Stage, TOKEN};
 
 /// A page: name of its picture, path, and what must be readable on it.
@@ -384,6 +390,112 @@ async fn names_from_outside_stay_text() {
             .await;
         let heard = browser.complaints().await;
         assert!(heard.iter().any(|line| line.contains("Content Security Policy")), "{heard:?}");
+    })
+    .await;
+}
+
+/// Waits until the hub wants this version of a device.
+async fn told(hub: &RealHub, device: &Played, version: &str) -> DesiredState {
+    let started = Instant::now();
+    loop {
+        let desired = hub.desired(device).await;
+        if desired.model.as_ref().is_some_and(|model| model.version.to_string() == version) {
+            return desired;
+        }
+        assert!(started.elapsed() < PATIENCE, "{} is not told to run {version}", device.name);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_hub_is_followed_from_its_first_device_to_a_halt() {
+    with_browser(|browser| async move {
+        let hub = RealHub::start().await;
+        let fixture = Fleet::busy();
+        let page = |path: &str| format!("{}{path}#token={}", hub.url, hub.token);
+        browser.look_as(DESKTOP).await;
+        browser.open(&page("/")).await;
+        browser.wait_for_text(".empty", "slm device invite").await;
+        browser.run("window.unloaded = false").await;
+
+        // Devices appear as they join.
+        let mut devices =
+            [hub.join("alpha", 600_000_000).await, hub.join("beta", 600_000_000).await];
+        browser.wait_for_text(".lead", "2 devices in 1 class").await;
+        browser.wait_for_text("tbody", "joined").await;
+
+        // The first release is confirmed wave by wave.
+        let first = hub.release(&fixture.releases[0]).await;
+        let rollout = hub.roll_out(&first).await;
+        browser.wait_for_text(".banner", "wave 1 of 2").await;
+        browser.click(".banner").await;
+        browser.wait_for_text(".title-row", "running").await;
+        let state = hub.get::<Rollout>(&format!("/v1/rollouts/{}", rollout.id)).await;
+        let canary = devices.iter().position(|it| it.name == state.devices[0].name).unwrap();
+        for index in [canary, 1 - canary] {
+            let desired = told(&hub, &devices[index], "1.0.0").await;
+            hub.report(&mut devices[index], &desired, Phase::Verified).await;
+            hub.report(&mut devices[index], &desired, Phase::Confirmed).await;
+        }
+        browser.wait_for_text(".title-row", "completed").await;
+        browser.wait_for_text(".standing", "2 of 2 devices confirmed").await;
+        assert_eq!(browser.run("return window.unloaded").await, false, "nothing was reloaded");
+
+        // The second one fails on its canary, and the page says why.
+        let second = hub.release(&fixture.releases[1]).await;
+        let rollout = hub.roll_out(&second).await;
+        let path = format!("/rollouts/{}", rollout.id);
+        browser.open(&page(&path)).await;
+        browser.wait_for_text(".title-row", "running").await;
+        let state = hub.get::<Rollout>(&format!("/v1{path}")).await;
+        let canary = devices.iter().position(|it| it.name == state.devices[0].name).unwrap();
+        let desired = told(&hub, &devices[canary], "1.1.0").await;
+        hub.report(&mut devices[canary], &desired, damaged()).await;
+        browser.wait_for_text(".title-row", "halted").await;
+        browser
+            .wait_for_text("main", "3 of 4 probes failed: golden-01, golden-03, golden-04")
+            .await;
+        browser.wait_for_text(".member", "not told yet").await;
+        browser.picture("hub-halted", DESKTOP).await;
+        let state = hub.get::<Rollout>(&format!("/v1{path}")).await;
+        assert_eq!(state.state, RolloutState::Halted);
+        let other = &devices[1 - canary];
+        let spared = hub.desired(other).await.model.map(|model| model.version.to_string());
+        assert_eq!(spared.as_deref(), Some("1.0.0"), "the rest never hears of 1.1.0");
+
+        // An operator takes it back from the page; the canary is told to run what it ran.
+        browser.click(".actions [data-key=rollback]").await;
+        browser.click("dialog button.primary").await;
+        browser.wait_for_text(".title-row", "rolled back").await;
+        told(&hub, &devices[canary], "1.0.0").await;
+
+        // Every page reads what the hub itself writes.
+        let device = format!("/devices/{}", devices[canary].name);
+        for (name, path, wanted) in [
+            ("hub-fleet", "/", "smollm2-135m-instruct 1.0.0"),
+            (
+                "hub-release",
+                "/releases/smollm2-135m-instruct/1.1.0",
+                "Released in spite of its gate",
+            ),
+            ("hub-releases", "/releases", "1.1.0"),
+            ("hub-rollouts", "/rollouts", "rolled back"),
+            ("hub-device", &device, "Rejected here"),
+            ("hub-audit", "/audit", "chain holds"),
+        ] {
+            for screen in [DESKTOP, PHONE] {
+                browser.look_as(screen).await;
+                browser.open(&page(path)).await;
+                browser.wait_for(path, READY).await;
+                browser.wait_for_text("main", wanted).await;
+                assert_eq!(browser.run(OVERFLOW).await, "", "{path}");
+                browser.picture(name, screen).await;
+            }
+        }
+        assert_calm(&browser, "a real hub").await;
+        // A hub that goes away is said to be away.
+        hub.stop().await;
+        browser.wait_for_text(".live", "reconnecting").await;
     })
     .await;
 }
