@@ -2,5 +2,7 @@
 //! with the tiny model of `testdata/`; and what ARCHITECTURE.md says of the workspace's crates.
 
 mod architecture;
+mod fleet;
+mod kills;
 mod snapshots;
 mod whole;
