@@ -43,9 +43,9 @@ const MAX_TOKEN_FILE_BYTES: u64 = 256;
 const GRACE: Duration = Duration::from_secs(3);
 /// Classes of a fleet that has none: name, least memory budget, quantisation, description.
 const DEFAULT_CLASSES: [(&str, u64, &str, &str); 3] = [
-    ("large", 256 << 20, "Q8_0", "devices with room for the best variant"),
-    ("medium", 192 << 20, "Q4_K_M", "devices with room for a good variant"),
-    ("small", 0, "Q2_K", "devices that need the smallest variant"),
+    ("large", 288 << 20, "Q8_0", "devices with room for the best variant"),
+    ("medium", 240 << 20, "Q4_K_M", "devices with room for a good variant"),
+    ("small", 0, "IQ4_NL", "devices that need the smallest variant"),
 ];
 
 /// How the hub is started.

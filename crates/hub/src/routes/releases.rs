@@ -78,15 +78,17 @@ fn check_shape(release: &NewRelease) -> Result<(), ApiError> {
                 "evaluate the very file that is released: `slm evaluate`",
             ));
         }
-        if variant.report.reference != release.original {
+        // The reference is usually the original dequantised: another file, but one for all.
+        let reference = release.variants[0].report.reference;
+        if variant.report.reference != reference {
             return Err(refuse(
                 format!(
-                    "variant {}: its report compares with {}, not with the original {}",
+                    "variant {}: its report compares with {}, the others' with {}",
                     variant.name,
                     variant.report.reference.short(),
-                    release.original.short()
+                    reference.short()
                 ),
-                "evaluate all variants against the same original",
+                "evaluate all variants against the same reference",
             ));
         }
     }
