@@ -144,8 +144,7 @@ pub fn carry_over(before: &[(String, ProbeSet)], quantisation: &str) -> Option<P
 }
 
 async fn spawn(model: &Path, runtime: &RuntimeConfig) -> Result<Worker, WorkerError> {
-    let wanted =
-        RuntimeConfig { context_tokens: CONTEXT_TOKENS, parallel: 1, ..runtime.clone() };
+    let wanted = RuntimeConfig { context_tokens: CONTEXT_TOKENS, parallel: 1, ..runtime.clone() };
     let runtime = runtime::fitting(model, &wanted);
     Worker::spawn(WorkerSpec { model_path: model.to_owned(), runtime }).await
 }

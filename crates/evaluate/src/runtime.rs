@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_artifact::gguf;
 use slmops_inference::llama::Token;
-use slmops_inference::worker::{GenerateRequest, Output, Prompt, Worker, WorkerError, WorkerSpec};
+use slmops_inference::worker::{
+    GenerateRequest, Output, Prompt, ScoreRequest, Worker, WorkerError, WorkerSpec,
+};
 
 /// Tokens of the prompt behind the time to first token.
 pub const FIRST_TOKEN_PROMPT_TOKENS: usize = 128;
@@ -17,6 +19,8 @@ const DECODE_TOKENS: u32 = 48;
 const MAX_ANSWERS: usize = 6;
 /// Bytes of text that prompts are cut from.
 const TEXT_BYTES: usize = 24 << 10;
+/// Bytes of text that are scored before memory is read.
+const SCORED_BYTES: usize = 160;
 /// Steps that progress counts.
 const STEPS: u32 = 5;
 
@@ -101,6 +105,10 @@ pub async fn measure(
         }
     }
     step();
+    // As its probes do on a device: scoring fills the logits buffer, which answers alone do not.
+    let continuation = head(text, SCORED_BYTES).to_owned();
+    let start = prompt(1);
+    worker.score(ScoreRequest { prompt: Prompt::Tokens(start), continuation }).await?;
     let memory = worker.memory();
     worker.drain().await;
     step();

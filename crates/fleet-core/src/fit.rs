@@ -1,8 +1,8 @@
 //! Which variant fits a device: predicted memory against the owner's budget.
 //!
-//! The prediction is the resident memory of the worker process: the model file (mapped, every page
-//! read), the tensors that the engine holds a second time in a faster layout, the key-value cache,
-//! the engine's compute buffers, and what the process itself takes.
+//! The prediction is the resident memory of the worker process: the model file (read, not mapped,
+//! so that no tensor is held twice), the key-value cache, the engine's compute buffers, and what the
+//! process itself takes. It is an upper bound for a full context and otherwise within some percent.
 
 use slmops_api::VariantName;
 use slmops_api::model::{ModelShape, Variant};
@@ -11,20 +11,28 @@ use slmops_artifact::Digest;
 
 use crate::words::bytes;
 
-/// What measurements say about the parts that no formula gives exactly.
+/// What measurements say about the parts that no formula gives exactly: fitted to the worker's peak
+/// memory with SmolLM2-135M in six quantisations, contexts of 512 to 8192 tokens, 1 to 4 sequences,
+/// batches of 128 to 1024 tokens and all cache types (`docs/measurements.md`), llama.cpp 0.1.161's
+/// CPU backend.
 pub mod calibration {
-    /// Resident bytes of a worker process before it loads a model: code, allocator, threads.
-    pub const PROCESS_OVERHEAD_BYTES: u64 = 18 << 20;
+    /// Resident bytes of a worker process without a model: code, allocator, threads.
+    pub const PROCESS_OVERHEAD_BYTES: u64 = 13_300_000;
     /// Intermediate activations that are alive at the same time, as multiples of
     /// `batch_tokens * (embedding + feed_forward)` floats.
-    pub const ACTIVATION_COPIES: f64 = 3.0;
-    /// Share of the logits buffer (`batch_tokens * vocabulary` floats) whose pages are touched:
-    /// logits are computed for the last position of each sequence alone, so nearly none are.
-    pub const LOGITS_TOUCHED: f64 = 0.0;
-    /// Rows of logits kept for each parallel sequence (engine output, sampling copies).
-    pub const LOGIT_ROWS_PER_SEQUENCE: f64 = 3.0;
-    /// Bytes for each vocabulary entry: token text, scores and the lookup tables over them.
-    pub const VOCABULARY_ENTRY_BYTES: u64 = 220;
+    pub const ACTIVATION_COPIES: f64 = 3.6;
+    /// Bytes of the attention mask and its copies for each token of a batch and of the context.
+    pub const MASK_BYTES: f64 = 2.5;
+    /// Copies of one layer's attention scores that are alive without fused attention.
+    pub const SCORE_COPIES: f64 = 1.35;
+    /// Rows of logits for each parallel sequence: the engine's output, and what sampling copies.
+    pub const LOGIT_ROWS_PER_SEQUENCE: f64 = 3.5;
+    /// Rows of logits that a worker keeps beside those, to score given texts.
+    pub const SHARED_LOGIT_ROWS: f64 = 12.0;
+    /// Bytes for each vocabulary entry: token text, merges, scores and the lookup tables over them.
+    pub const VOCABULARY_ENTRY_BYTES: u64 = 323;
+    /// The engine allots context for each sequence in steps of this many tokens.
+    pub const CONTEXT_STEP_TOKENS: f64 = 256.0;
 }
 
 /// Bytes of a float32.
@@ -61,7 +69,8 @@ impl Prediction {
 /// Predicts the resident memory of a worker that runs a model with this shape.
 ///
 /// Key-value cache: `layers * kv_heads * (key_width + value_width) * context * parallel` values;
-/// Q8_0 takes 34 bytes for 32 values (GGML block layout).
+/// Q8_0 takes 34 bytes for 32 values (GGML block layout). `repacked_bytes` are tensors that an
+/// engine holds a second time; ours holds none.
 pub fn predict(
     shape: &ModelShape,
     size_bytes: u64,
@@ -76,26 +85,26 @@ pub fn predict(
     let values_per_token = f64::from(shape.layers)
         * f64::from(shape.kv_heads)
         * (f64::from(shape.key_width) + f64::from(shape.value_width));
-    let cached_tokens = f64::from(runtime.context_tokens) * f64::from(runtime.parallel);
-    let kv_cache = values_per_token * cached_tokens * bytes_per_value;
+    let context = (f64::from(runtime.context_tokens) / calibration::CONTEXT_STEP_TOKENS).ceil()
+        * calibration::CONTEXT_STEP_TOKENS;
+    let kv_cache = values_per_token * context * f64::from(runtime.parallel) * bytes_per_value;
 
     let batch = f64::from(runtime.batch_tokens);
     let width = f64::from(shape.embedding) + f64::from(shape.feed_forward);
     let activations = batch * width * F32_BYTES * calibration::ACTIVATION_COPIES;
-    let vocabulary = f64::from(shape.vocabulary);
-    let logits = vocabulary
-        * F32_BYTES
-        * (batch * calibration::LOGITS_TOUCHED
-            + f64::from(runtime.parallel) * calibration::LOGIT_ROWS_PER_SEQUENCE);
+    let mask = batch * context * calibration::MASK_BYTES;
+    let rows = calibration::SHARED_LOGIT_ROWS
+        + f64::from(runtime.parallel) * calibration::LOGIT_ROWS_PER_SEQUENCE;
+    let logits = f64::from(shape.vocabulary) * F32_BYTES * rows;
     // Without fused attention, one layer's scores of a whole batch exist at once.
     let scores = match runtime.flash_attention {
         true => 0.0,
-        false => f64::from(shape.heads) * batch * cached_tokens * F32_BYTES,
+        false => f64::from(shape.heads) * batch * context * F32_BYTES * calibration::SCORE_COPIES,
     };
 
     let weights_bytes = size_bytes.saturating_add(repacked_bytes);
     let kv_cache_bytes = kv_cache as u64;
-    let compute_bytes = (activations + logits + scores) as u64;
+    let compute_bytes = (activations + mask + logits + scores) as u64;
     let overhead_bytes = calibration::PROCESS_OVERHEAD_BYTES
         + u64::from(shape.vocabulary) * calibration::VOCABULARY_ENTRY_BYTES;
     let total_bytes = weights_bytes
@@ -291,6 +300,75 @@ mod tests {
         let shape = testing::shape();
         let prediction = predict(&shape, 0, 0, &RuntimeConfig::default());
         assert_eq!(prediction.kv_cache_bytes, 94_371_840);
+    }
+
+    /// `(file bytes, context, parallel, batch, cache, fused attention)` and the worker's measured
+    /// peak in bytes, x86-64, SmolLM2-135M.
+    const MEASURED: &[(u64, u32, u32, u32, KvType, bool, u64)] = &[
+        (144_811_072, 2048, 2, 512, KvType::F16, true, 287_207_424),
+        (105_454_144, 2048, 2, 512, KvType::F16, true, 248_524_800),
+        (93_510_208, 2048, 2, 512, KvType::F16, true, 236_355_584),
+        (91_726_912, 2048, 2, 512, KvType::F16, true, 231_989_248),
+        (92_058_688, 2048, 2, 512, KvType::F16, true, 232_554_496),
+        (88_201_792, 2048, 2, 512, KvType::F16, true, 228_945_920),
+        (105_454_144, 512, 1, 512, KvType::F16, true, 165_195_776),
+        (105_454_144, 512, 2, 512, KvType::F16, true, 175_521_792),
+        (105_454_144, 512, 4, 512, KvType::F16, true, 199_516_160),
+        (105_454_144, 2048, 1, 512, KvType::F16, true, 200_282_112),
+        (105_454_144, 2048, 4, 512, KvType::F16, true, 344_289_280),
+        (105_454_144, 8192, 1, 512, KvType::F16, true, 351_641_600),
+        (105_454_144, 8192, 4, 512, KvType::F16, true, 908_357_632),
+        (105_454_144, 2048, 1, 512, KvType::Q8_0, true, 176_914_432),
+        (105_454_144, 2048, 2, 512, KvType::F32, true, 340_688_896),
+        (105_454_144, 2048, 2, 128, KvType::F16, true, 235_106_304),
+        (105_454_144, 2048, 2, 1024, KvType::F16, true, 262_184_960),
+        (105_454_144, 2048, 1, 512, KvType::F16, false, 250_888_192),
+    ];
+
+    #[test]
+    fn predictions_are_near_what_was_measured() {
+        for &(size, context_tokens, parallel, batch_tokens, kv_type, flash_attention, measured) in
+            MEASURED
+        {
+            let runtime = RuntimeConfig {
+                context_tokens,
+                parallel,
+                batch_tokens,
+                kv_type,
+                flash_attention,
+                ..RuntimeConfig::default()
+            };
+            let predicted = predict(&testing::shape(), size, 0, &runtime).total_bytes;
+            let error = predicted as f64 / measured as f64 - 1.0;
+            println!("{context_tokens}x{parallel} {error:+.3}");
+            assert!(error.abs() < 0.05, "{runtime:?}: {predicted} for {measured}, {error:+.3}");
+        }
+    }
+
+    #[test]
+    fn a_tiny_model_is_mostly_its_process() {
+        // GlassLM, F32, 128 tokens, 2 sequences, batch 128: measured 19 095 552.
+        let shape = ModelShape {
+            parameters: 852_608,
+            layers: 4,
+            embedding: 128,
+            feed_forward: 352,
+            heads: 4,
+            kv_heads: 2,
+            key_width: 32,
+            value_width: 32,
+            vocabulary: 1024,
+            trained_context: 128,
+            ..testing::shape()
+        };
+        let runtime = RuntimeConfig {
+            context_tokens: 128,
+            parallel: 2,
+            batch_tokens: 128,
+            ..RuntimeConfig::default()
+        };
+        let predicted = predict(&shape, 3_502_336, 0, &runtime).total_bytes as f64;
+        assert!((predicted / 19_095_552.0 - 1.0).abs() < 0.05, "{predicted}");
     }
 
     #[test]

@@ -17,8 +17,9 @@ use crate::child::print_line;
 use crate::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token, engine_version};
 
 /// Outputs in one batch beside one for each sequence: what scores and embeddings proceed by.
-/// Each costs two rows of the vocabulary in memory.
-const EXTRA_OUTPUTS: u32 = 32;
+/// Each costs two rows of the vocabulary in memory: eight are 3 MB for a vocabulary of 49 152
+/// tokens, 17 MB for one of 262 144.
+const EXTRA_OUTPUTS: u32 = 8;
 /// The most sequences that the engine decodes at the same time.
 const MAX_PARALLEL: u32 = 256;
 
