@@ -24,9 +24,9 @@ pub struct Evaluate {
     /// The file to compare with [default: the model's own 16-bit form]
     #[arg(long, value_name = "FILE")]
     pub reference: Option<PathBuf>,
-    /// The task suite [default: the built-in one]
-    #[arg(long, value_name = "FILE")]
-    pub suite: Option<PathBuf>,
+    /// How it is measured
+    #[command(flatten)]
+    pub measuring: engine::MeasuringArgs,
     /// Ask the gate
     #[arg(long)]
     pub gate: bool,
@@ -45,10 +45,11 @@ impl Evaluate {
                 source::reference(session, &original).await?
             }
         };
-        let suite = engine::suite(self.suite.as_deref())?;
+        let measuring = self.measuring.load()?;
         let base =
-            engine::evaluate(session, "the reference", &reference, &reference, &suite).await?;
-        let measured = engine::evaluate(session, "the model", &model, &reference, &suite).await?;
+            engine::evaluate(session, "the reference", &reference, &reference, &measuring).await?;
+        let measured =
+            engine::evaluate(session, "the model", &model, &reference, &measuring).await?;
         if let Some(out) = &self.out {
             let what = || format!("write `{}`", out.display());
             let json = serde_json::to_vec_pretty(&measured).internal(what)?;

@@ -34,6 +34,9 @@ pub struct Optimize {
     /// Measure each variant
     #[arg(long)]
     pub evaluate: bool,
+    /// How variants are measured
+    #[command(flatten)]
+    pub measuring: engine::MeasuringArgs,
 }
 
 impl Optimize {
@@ -64,13 +67,13 @@ impl Optimize {
                 table(&["type", ">size", "file"], rows)
             });
         }
-        let suite = engine::suite(None)?;
+        let measuring = self.measuring.load()?;
         let mut reports = vec![(
             "reference".to_owned(),
-            engine::evaluate(session, "the reference", &reference, &reference, &suite).await?,
+            engine::evaluate(session, "the reference", &reference, &reference, &measuring).await?,
         )];
         for (name, file) in &made {
-            let report = engine::evaluate(session, name, file, &reference, &suite).await?;
+            let report = engine::evaluate(session, name, file, &reference, &measuring).await?;
             reports.push((name.to_lowercase(), report));
         }
         let all: Vec<_> = reports.iter().map(|(_, report)| report).collect();

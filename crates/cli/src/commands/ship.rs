@@ -9,6 +9,7 @@ use super::Session;
 use super::rollout::PolicyArgs;
 use crate::error::Result;
 use crate::home::DEFAULT_KEY;
+use crate::ship::engine::MeasuringArgs;
 
 /// From a file to a confirmed rollout.
 #[derive(Debug, clap::Args)]
@@ -48,9 +49,9 @@ pub struct Ship {
     /// The publisher key that signs
     #[arg(long, default_value = DEFAULT_KEY)]
     pub key: String,
-    /// The task suite [default: the built-in one]
-    #[arg(long, value_name = "FILE")]
-    pub suite: Option<PathBuf>,
+    /// How variants are measured
+    #[command(flatten)]
+    pub measuring: MeasuringArgs,
     /// Do not ask before the rollout starts (without a terminal nothing is asked)
     #[arg(long, short)]
     pub yes: bool,

@@ -1,6 +1,6 @@
 //! What the pipeline asks of `optimize` and `evaluate`, with progress and a cache of reports.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use semver::Version;
 use slmops_api::probe::ProbeSet;
@@ -11,7 +11,7 @@ use slmops_artifact::lineage::Step;
 use slmops_evaluate::gate::{self, Against, Limits};
 use slmops_evaluate::probes::{self, Golden};
 use slmops_evaluate::suite::Suite;
-use slmops_evaluate::{Evaluation, Progress as Measuring, Stage as Measured};
+use slmops_evaluate::{Evaluation, Stage as Measured};
 
 use super::source::File;
 use crate::commands::Session;
@@ -23,11 +23,34 @@ const ALL_CORES: u32 = 0;
 /// Steps of a progress bar that stands for a share.
 const BAR_STEPS: u64 = 1000;
 
-/// The suite that was asked for, or the built-in one.
-pub fn suite(file: Option<&Path>) -> Result<Suite> {
-    match file {
-        None => Ok(Suite::builtin()),
-        Some(file) => Suite::load(file).user(|| format!("load the suite `{}`", file.display())),
+/// How models are measured.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MeasuringArgs {
+    /// The task suite: a folder with tasks.jsonl and held-out.txt, or a JSONL file [default: the
+    /// built-in one]
+    #[arg(long, value_name = "PATH")]
+    suite: Option<PathBuf>,
+    /// Compute threads for measuring; 0 means one for each core
+    #[arg(long, default_value_t = 0, value_name = "COUNT")]
+    threads: u32,
+}
+
+/// How models are measured, loaded.
+pub struct Measuring {
+    suite: Suite,
+    threads: u32,
+}
+
+impl MeasuringArgs {
+    /// Loads the suite.
+    pub fn load(&self) -> Result<Measuring> {
+        let suite = match &self.suite {
+            None => Suite::builtin(),
+            Some(path) => {
+                Suite::load(path).user(|| format!("load the suite `{}`", path.display()))?
+            }
+        };
+        Ok(Measuring { suite, threads: self.threads })
     }
 }
 
@@ -37,10 +60,11 @@ pub async fn evaluate(
     label: &str,
     file: &File,
     reference: &File,
-    suite: &Suite,
+    measuring: &Measuring,
 ) -> Result<EvaluationReport> {
     let engine = slmops_inference::llama::engine_version();
-    let key = format!("{} {} {} {engine}", file.digest, reference.digest, suite.digest());
+    let Measuring { suite, threads } = measuring;
+    let key = format!("{} {} {} {threads} {engine}", file.digest, reference.digest, suite.digest());
     let name = &Digest::of(key.as_bytes()).hex()[..32];
     let kept = session.home.cache("reports")?.join(format!("{name}.json"));
     let stage = session.progress.stage(format!("measure {label}"));
@@ -50,8 +74,10 @@ pub async fn evaluate(
         stage.done("measured before");
         return Ok(report);
     }
-    let evaluation = Evaluation::new(suite.clone(), session.home.cache("evaluations")?);
-    let on_progress = |Measuring { stage: part, fraction }: Measuring| {
+    let runtime = RuntimeConfig { threads: *threads, ..RuntimeConfig::default() };
+    let cache = session.home.cache("evaluations")?;
+    let evaluation = Evaluation { runtime, ..Evaluation::new(suite.clone(), cache) };
+    let on_progress = |slmops_evaluate::Progress { stage: part, fraction }| {
         stage.note(&part.to_string());
         // The parts take about these shares of the time.
         let (start, share) = match part {

@@ -163,13 +163,15 @@ impl Work<'_> {
             return Ok(false);
         }
 
-        let suite = engine::suite(self.ship.suite.as_deref())?;
+        let measuring = self.ship.measuring.load()?;
         let original_report =
-            engine::evaluate(self.session, "the reference", &reference, &reference, &suite).await?;
+            engine::evaluate(self.session, "the reference", &reference, &reference, &measuring)
+                .await?;
         for candidate in &mut candidates {
             let label = candidate.quantisation.clone();
             let measured =
-                engine::evaluate(self.session, &label, &candidate.file, &reference, &suite).await?;
+                engine::evaluate(self.session, &label, &candidate.file, &reference, &measuring)
+                    .await?;
             let earlier = self.earlier(candidate);
             let gate = engine::gate(&measured, &original_report, &label, earlier)?;
             candidate.report = Some(measured);

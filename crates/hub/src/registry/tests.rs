@@ -15,6 +15,8 @@ use super::*;
 use crate::auth::{HubSecret, LookupError, Operator, Principals, SecretHash};
 use crate::db::DbError;
 
+mod kills;
+
 const IMAGE: &str = "application/vnd.oci.image.manifest.v1+json";
 const ADMIN: &str = "slmt_admin";
 const OPERATOR: &str = "slmt_operator";

@@ -7,7 +7,7 @@ mod stage;
 
 use std::time::{Duration, Instant};
 
-use driver::{Browser, DARK, DESKTOP, PATIENCE, PHONE, PHONE_DARK, Screen, with_browser};
+use driver::{Browser, DARK, DESKTOP, PATIENCE, PHONE, PHONE_DARK, with_browser};
 use fleet::{Played, RealHub, damaged};
 use slmops_api::device::{DesiredState, Phase};
 use slmops_api::rollout::{Rollout, RolloutState};
@@ -122,38 +122,38 @@ async fn assert_calm(browser: &Browser, place: &str) {
     assert_eq!(browser.complaints().await, Vec::<String>::new(), "{place}: complaints");
 }
 
-async fn every_page(screens: &'static [Screen]) {
+async fn look_at(pages: &'static [PageCheck]) {
     with_browser(move |browser| async move {
         let stage = Stage::start(Fleet::busy()).await;
-        for &screen in screens {
-            browser.look_as(screen).await;
-            for (name, path, contents) in PAGES {
-                let place = format!("{name} ({})", screen.name);
-                open(&browser, &stage, path).await;
-                let shown = browser.run("return document.body.textContent").await.to_string();
-                for content in *contents {
-                    assert!(shown.contains(content), "{place}: no `{content}` in:\n{shown}");
-                }
-                assert_eq!(browser.run(OVERFLOW).await, "", "{place}: wider than the screen");
-                assert_eq!(browser.run(NAMELESS).await, "", "{place}: without a name");
-                let address = browser.run("return location.href").await;
-                assert_eq!(address, format!("{}{path}", stage.url), "{place}: the token stays");
-                assert_calm(&browser, &place).await;
+        for (name, path, contents) in pages {
+            browser.look_as(PHONE).await;
+            open(&browser, &stage, path).await;
+            let shown = browser.run("return document.body.textContent").await.to_string();
+            for content in *contents {
+                assert!(shown.contains(content), "{name}: no `{content}` in:\n{shown}");
+            }
+            assert_eq!(browser.run(NAMELESS).await, "", "{name}: without a name");
+            let address = browser.run("return location.href").await;
+            assert_eq!(address, format!("{}{path}", stage.url), "{name}: the token stays");
+            for screen in [PHONE, PHONE_DARK, DARK, DESKTOP] {
+                browser.look_as(screen).await;
+                assert_eq!(browser.run(OVERFLOW).await, "", "{name} is wider than {screen:?}");
                 browser.picture(name, screen).await;
             }
+            assert_calm(&browser, name).await;
         }
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_page_on_a_wide_screen() {
-    every_page(&[DESKTOP, DARK]).await;
+async fn every_page_of_releases_and_rollouts_on_every_screen() {
+    look_at(&PAGES[..PAGES.len() / 2]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_page_on_a_phone() {
-    every_page(&[PHONE, PHONE_DARK]).await;
+async fn every_page_of_devices_and_the_audit_on_every_screen() {
+    look_at(&PAGES[PAGES.len() / 2..]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -219,7 +219,8 @@ impl Model {
         let mut bytes = HashSet::new();
         for token in 0..self.vocabulary().cast_signed() {
             // SAFETY: the token is in the vocabulary; its text lives with the model.
-            let Some(piece) = text(unsafe { sys::llama_vocab_get_text(self.vocab(), token) }) else {
+            let Some(piece) = text(unsafe { sys::llama_vocab_get_text(self.vocab(), token) })
+            else {
                 continue;
             };
             let hex = piece.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
@@ -232,7 +233,8 @@ impl Model {
             }
         }
         (bytes.len() <= usize::from(u8::MAX)).then(|| {
-            characters.extend(bytes.iter().filter(|byte| byte.is_ascii()).map(|&byte| byte as char));
+            characters
+                .extend(bytes.iter().filter(|byte| byte.is_ascii()).map(|&byte| byte as char));
             characters
         })
     }

@@ -5,7 +5,6 @@ use reqwest::{Client, Method};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use slmops_api::DeviceId;
 use slmops_api::device::{
     Challenge, DesiredState, DeviceFacts, DeviceReport, DeviceToken, EnrolResponse, Failure,
     InstalledModel, Invitation, InvitationText, Phase, Rejection, TOKEN_CONTEXT, Telemetry,
@@ -35,7 +34,6 @@ pub struct RealHub {
 /// A device that the test plays.
 pub struct Played {
     pub name: &'static str,
-    id: DeviceId,
     facts: DeviceFacts,
     token: String,
     sequence: u64,
@@ -137,7 +135,7 @@ impl RealHub {
         let signature = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, signature);
         let proof = json!({ "device": id, "challenge": challenge, "signature": signature });
         let DeviceToken { token, .. } = self.post("/v1/device/token", &proof).await;
-        Played { name, id, facts, token, sequence: 0, running: None, rejected: Vec::new() }
+        Played { name, facts, token, sequence: 0, running: None, rejected: Vec::new() }
     }
 
     /// Pushes, signs and registers a release whose one variant looks like that of `like`.
