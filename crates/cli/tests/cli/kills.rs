@@ -28,6 +28,8 @@ enum Victim {
 
 #[test]
 fn the_fleet_converges_after_every_kill() {
+    // Another test of this process may have been first.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let mut fleet = Fleet::start();
     fleet.suit_the_tiny_model();
     for name in DEVICES {

@@ -69,6 +69,8 @@ impl Rig {
         let hub = Hub::start(config).await.unwrap();
         let url = format!("http://{}", hub.http.unwrap());
         let admin = hub.admin_token().unwrap();
+        // Another test of this process may have been first.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
         Self { hub, admin, client, url, publisher: new_key(), _folder: folder }
     }
