@@ -90,7 +90,7 @@ pub enum GateError {
         /// The candidate's model file.
         candidate: Digest,
         /// What it was compared with.
-        against: Against,
+        against: Box<Against>,
         /// The candidate's suite.
         ours: Digest,
         /// The baseline's suite.
@@ -199,7 +199,7 @@ fn check_comparable(
     if candidate.suite != baseline.suite {
         return Err(GateError::Suite {
             candidate: subject,
-            against: against.clone(),
+            against: Box::new(against.clone()),
             ours: candidate.suite,
             theirs: baseline.suite,
         });

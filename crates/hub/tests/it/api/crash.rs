@@ -44,6 +44,8 @@ fn spawn(data: &Path) -> (Child, String) {
             return (child, format!("http://{address}"));
         }
     }
+    child.kill().unwrap();
+    child.wait().unwrap();
     panic!("the hub did not start");
 }
 
