@@ -378,11 +378,13 @@ mod tests {
         shape.kv_heads = u32::MAX;
         shape.key_width = u32::MAX;
         shape.vocabulary = u32::MAX;
-        let mut runtime = RuntimeConfig::default();
-        runtime.context_tokens = u32::MAX;
-        runtime.parallel = u32::MAX;
-        runtime.batch_tokens = u32::MAX;
-        runtime.flash_attention = false;
+        let runtime = RuntimeConfig {
+            context_tokens: u32::MAX,
+            parallel: u32::MAX,
+            batch_tokens: u32::MAX,
+            flash_attention: false,
+            ..RuntimeConfig::default()
+        };
         let prediction = predict(&shape, u64::MAX, u64::MAX, &runtime);
         assert_eq!(prediction.total_bytes, u64::MAX);
     }
