@@ -48,8 +48,10 @@ deny:
 .PHONY: nextest
 nextest:
 	@# The whole-program tests start slm-agent, which belongs to another crate than they do.
-	cargo build --release -p slmops-agent
-	cargo nextest run --release --workspace
+	cargo build --release --workspace --bins
+	@# Signatures are checked against the reference implementation, imports against the real model.
+	@scripts/interop-model-signing.sh --install-only
+	SLMOPS_SMOLLM2="$$(scripts/fetch-model.sh)" cargo nextest run --release --workspace
 
 .PHONY: bench
 bench: build ## Measures the reference model and its variants on this machine
