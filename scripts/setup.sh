@@ -16,13 +16,15 @@ groups=("$@")
 [ ${#groups[@]} -gt 0 ] || groups=(build model test)
 wants() { local group; for group in "${groups[@]}"; do [ "$group" = "$1" ] && return 0; done; return 1; }
 
+# `libclang-cpp.so` is another library, which LLVM's own development files bring.
 have_libclang() {
   [ -n "${LIBCLANG_PATH:-}" ] && return 0
-  compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null && return 0
-  compgen -G '/usr/lib*/libclang*.so*' >/dev/null && return 0
-  compgen -G '/usr/lib/*/libclang*.so*' >/dev/null && return 0
-  compgen -G '/usr/lib/llvm*/lib/libclang*.so*' >/dev/null && return 0
-  compgen -G '/opt/homebrew/opt/llvm/lib/libclang*' >/dev/null && return 0
+  local folder
+  for folder in '/usr/lib/llvm-*/lib' '/usr/lib*' '/usr/lib/*' '/usr/lib/llvm*/lib'; do
+    compgen -G "$folder/libclang.so*" >/dev/null && return 0
+    compgen -G "$folder/libclang-[0-9]*.so*" >/dev/null && return 0
+  done
+  compgen -G '/opt/homebrew/opt/llvm/lib/libclang.dylib' >/dev/null && return 0
   [ -e /Library/Developer/CommandLineTools/usr/lib/libclang.dylib ]
 }
 # `clang` itself brings the header files that bindgen reads (stddef.h and friends).
