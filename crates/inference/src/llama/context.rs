@@ -235,6 +235,13 @@ impl Context {
         unsafe { sys::llama_n_threads(self.raw.as_ptr()) }.max(0).cast_unsigned()
     }
 
+    /// Computes with so many threads from now on.
+    pub fn set_threads(&mut self, threads: u32) {
+        let threads = i32::try_from(threads.max(1)).unwrap_or(i32::MAX);
+        // SAFETY: `raw` is a live context that nothing else uses.
+        unsafe { sys::llama_set_n_threads(self.raw.as_ptr(), threads, threads) }
+    }
+
     /// Whether the engine says it uses fused attention; absent where it says nothing.
     pub fn flash_attention(&self) -> Option<bool> {
         self.reported.flash_attention

@@ -5,12 +5,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::pace::{self, Pace};
 use super::protocol::{
     Embedding, Event, Finish, FinishReason, GenerateRequest, Piece, RequestError, Score,
 };
 use super::sampler::{Sampler, log_sum_exp, logprob, most_probable};
 use super::text::TextAssembler;
-use crate::llama::{Batch, Context, Model, Token};
+use crate::llama::{Batch, Context, EngineError, Model, Token};
 
 /// Prompt tokens in one step beside answers under way.
 const PROMPT_TOKENS_BESIDE_ANSWERS: usize = 64;
@@ -102,14 +103,18 @@ pub(super) struct Scheduler {
     slots: Vec<Slot>,
     queue: VecDeque<Task>,
     batch: Batch,
+    /// Absent where the number of threads is fixed.
+    pace: Option<Pace>,
     emit: fn(&Event),
 }
 
 impl Scheduler {
+    /// `any_threads`: their number is left to the worker.
     pub(super) fn new(
         context: Context,
         context_tokens: u32,
         queue_limit: u32,
+        any_threads: bool,
         emit: fn(&Event),
     ) -> Self {
         let slots = (0..context.sequences()).map(|_| Slot::default()).collect();
@@ -121,6 +126,7 @@ impl Scheduler {
             slots,
             queue: VecDeque::new(),
             batch: Batch::new(),
+            pace: any_threads.then(|| Pace::new(context.threads())),
             context,
             emit,
         }
@@ -221,7 +227,7 @@ impl Scheduler {
         self.admit();
         let (outputs, fed) = self.plan();
         if !self.batch.is_empty() {
-            match self.context.decode(&mut self.batch) {
+            match self.decode() {
                 Ok(()) => {
                     for (slot, count) in fed {
                         self.advance(slot, count);
@@ -239,6 +245,20 @@ impl Scheduler {
         }
         self.step_embeddings();
         self.admit();
+    }
+
+    /// Computes the batch, and learns from it how many threads the cores have room for.
+    fn decode(&mut self) -> Result<(), EngineError> {
+        let before = self.pace.as_ref().and_then(|_| pace::waited_for_a_core());
+        let started = Instant::now();
+        self.context.decode(&mut self.batch)?;
+        if let (Some(pace), Some(before)) = (&mut self.pace, before)
+            && let Some(after) = pace::waited_for_a_core()
+            && let Some(threads) = pace.observe(started.elapsed(), after.saturating_sub(before))
+        {
+            self.context.set_threads(threads);
+        }
+        Ok(())
     }
 
     /// Fills the batch: one token of each answer under way, then prompts in equal parts.
@@ -266,7 +286,10 @@ impl Scheduler {
             }
         }
         let mut room = self.batch_tokens - self.batch.len();
-        if !self.batch.is_empty() {
+        // A prompt comes in pieces beside answers, and where the cores may be busy: a piece is the
+        // least time after which something else can be done.
+        let crowded = self.pace.as_ref().is_some_and(Pace::is_crowded);
+        if !self.batch.is_empty() || crowded {
             room = room.min(PROMPT_TOKENS_BESIDE_ANSWERS);
         }
         let mut waiting: Vec<usize> = (0..self.slots.len())
