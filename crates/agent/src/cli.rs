@@ -246,7 +246,7 @@ async fn join(join: Join) -> Result<ExitCode, AgentError> {
         facts: facts::read(memory_budget_bytes, state.free_bytes(), &Engine::version(), None),
     };
     let response = hub.enrol(&request).await.map_err(|error| error.explain("join", &url))?;
-    identity::trusted_keys(&response.publisher_keys)?;
+    identity::check_keys(&response.publisher_keys)?;
     if let Some(der) = authority.certificate() {
         identity::save_ca(state.root(), der)?;
     }

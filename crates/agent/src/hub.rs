@@ -4,26 +4,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
-use reqwest::header::{ACCEPT, ETAG, HeaderMap, IF_NONE_MATCH, RETRY_AFTER};
+use jiff::Timestamp;
+use reqwest::header::{ACCEPT, DATE, ETAG, HeaderMap, IF_NONE_MATCH, RETRY_AFTER};
 use reqwest::{RequestBuilder, Response, StatusCode};
 use rustls::time_provider::TimeProvider;
 use serde::de::DeserializeOwned;
 use slmops_agent_core::{FetchError, MAX_RETRY_AFTER_MS, Obstacle, Package, Polled};
 use slmops_api::device::{
     Challenge, ChallengeRequest, DesiredModel, DesiredState, DeviceReport, DeviceToken,
-    DeviceTokenRequest, EnrolRequest, EnrolResponse, WaitCause,
+    DeviceTokenRequest, EnrolRequest, EnrolResponse, PublisherKey, WaitCause,
 };
 use slmops_api::probe::PROBES_FILE;
 use slmops_api::problem::Problem;
-use slmops_api::{DeviceId, ModelName};
+use slmops_api::{DeviceId, ModelName, Page};
 use slmops_artifact::Digest;
 use slmops_artifact::package::{self, MANIFEST_MEDIA_TYPE, MAX_MANIFEST_BYTES, MODEL_FILE};
-use slmops_artifact::signing::{BUNDLE_MEDIA_TYPE, MAX_BUNDLE_BYTES, PublicKey};
+use slmops_artifact::signing::{BUNDLE_MEDIA_TYPE, MAX_BUNDLE_BYTES};
 
 use crate::error::AgentError;
 use crate::identity::{DeviceKey, HubUrl};
 use crate::outbox::Outbox;
 use crate::tls::PinnedAuthority;
+use crate::trust::Trust;
 
 /// The longest JSON answer that is read, in bytes.
 const MAX_ANSWER_BYTES: usize = 1 << 20;
@@ -242,15 +244,42 @@ impl DeviceHub {
         Ok(())
     }
 
-    /// Gets a manifest and its signature and checks both.
+    /// Asks for the hub's publisher keys and the time, and takes what `trust` allows.
+    ///
+    /// # Errors
+    /// [`HubError`].
+    pub async fn refresh(&self, trust: &Trust) -> Result<(), HubError> {
+        let url = self.hub.url.join("/v1/keys");
+        self.hub.outbox.sent("GET /v1/keys", &serde_json::Value::Null);
+        let response = self.authorised(|| self.hub.http.get(url.clone()), READ_TIMEOUT_MS).await?;
+        let date = header(response.headers(), DATE.as_str());
+        let date = date.and_then(|date| jiff::fmt::rfc2822::parse(&date).ok());
+        if let Some(date) = date {
+            trust.hear(Timestamp::from(date));
+        }
+        let keys: Page<PublisherKey> = json(response).await?;
+        for key in trust.learn(&keys.items) {
+            let by = key.endorsement.as_ref().map_or("", |endorsement| endorsement.by.as_str());
+            tracing::info!("trusts publisher key {} ({}) on the word of {by}", key.name, key.id);
+        }
+        Ok(())
+    }
+
+    /// Gets a manifest and its signature and checks both, with the keys that count now.
     ///
     /// # Errors
     /// As [`FetchError`] says.
     pub async fn package(
         &self,
         model: &DesiredModel,
-        keys: &[PublicKey],
+        trust: &Trust,
     ) -> Result<Package, FetchError> {
+        // The release may be signed by a key that is newer than this device's list. Without an
+        // answer the keys it has will do.
+        if let Err(error) = self.refresh(trust).await {
+            tracing::debug!("ask for publisher keys: {error}");
+        }
+        let keys = trust.keys();
         let name = &model.model;
         let path = format!("/v2/{name}/manifests/{}", model.manifest);
         let manifest = self.document(&path, model.manifest, MAX_MANIFEST_BYTES).await?;
@@ -266,7 +295,7 @@ impl DeviceHub {
             }
             let path = format!("/v2/{name}/blobs/{}", signature.bundle.digest);
             let bundle = self.document(&path, signature.bundle.digest, MAX_BUNDLE_BYTES).await?;
-            match package::verify(&manifest, &bundle, keys) {
+            match package::verify(&manifest, &bundle, &keys) {
                 Ok(package) => return narrow(model.manifest, &package),
                 Err(error) => refusal = Some(error),
             }
@@ -277,6 +306,9 @@ impl DeviceHub {
                 model.version
             ),
             None => tracing::warn!("{name} {} is not signed", model.version),
+        }
+        for (key, expired_at) in trust.expired() {
+            tracing::warn!("publisher key {key} counts no more: it expired at {expired_at}");
         }
         Err(FetchError::Signature)
     }

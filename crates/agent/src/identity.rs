@@ -198,29 +198,27 @@ impl Identity {
         let bytes = serde_json::to_vec_pretty(self).expect("an identity is always JSON");
         durable::replace(&path, &bytes, Access::Secret).map_err(AgentError::file("write", &path))
     }
-
-    /// The keys whose signatures count.
-    ///
-    /// # Errors
-    /// A key that is none.
-    pub fn trusted_keys(&self) -> Result<Vec<PublicKey>, AgentError> {
-        trusted_keys(&self.publisher_keys)
-    }
 }
 
-/// Reads the hub's list of publisher keys.
+/// Checks the hub's list of publisher keys.
 ///
 /// # Errors
 /// Too many keys, or a key that is none.
-pub fn trusted_keys(keys: &[PublisherKey]) -> Result<Vec<PublicKey>, AgentError> {
-    let refuse = |reason| AgentError::PublisherKeys { reason };
+pub fn check_keys(keys: &[PublisherKey]) -> Result<(), AgentError> {
     if keys.len() > MAX_PUBLISHER_KEYS {
-        return Err(refuse(format!("{} keys, more than {MAX_PUBLISHER_KEYS}", keys.len())));
+        let reason = format!("{} keys, more than {MAX_PUBLISHER_KEYS}", keys.len());
+        return Err(AgentError::PublisherKeys { reason });
     }
-    let parse = |key: &PublisherKey| {
-        PublicKey::from_pem(&key.public_key).map_err(|_| refuse(format!("key {} is none", key.id)))
-    };
-    keys.iter().map(parse).collect()
+    keys.iter().try_for_each(|key| parse_key(key).map(|_| ()))
+}
+
+/// Reads one publisher key.
+///
+/// # Errors
+/// A key that is none.
+pub fn parse_key(key: &PublisherKey) -> Result<PublicKey, AgentError> {
+    PublicKey::from_pem(&key.public_key)
+        .map_err(|_| AgentError::PublisherKeys { reason: format!("key {} is none", key.id) })
 }
 
 /// The hub's CA certificate in `folder`, DER, if the device has met the hub.

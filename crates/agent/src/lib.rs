@@ -16,5 +16,6 @@ pub mod shell;
 pub mod state;
 pub mod status;
 pub mod tls;
+pub mod trust;
 pub mod units;
 pub mod words;

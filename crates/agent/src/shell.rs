@@ -13,7 +13,6 @@ use slmops_agent_core::{
     Config, Core, Effect, EffectId, Event, Ledger, Millis, Obstacle, Snapshot,
 };
 use slmops_api::device::{DeviceFacts, DeviceReport, Phase, Telemetry};
-use slmops_artifact::signing::PublicKey;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -27,6 +26,7 @@ use crate::outbox::Outbox;
 use crate::state::{Sequence, StateFolder, StateLock, wait_cause};
 use crate::status::StatusFile;
 use crate::tls::PinnedAuthority;
+use crate::trust::Trust;
 use crate::{facts, words};
 
 /// Events that wait for the core, at most; who has more waits.
@@ -37,6 +37,11 @@ const PROGRESS_INTERVAL_MS: u64 = 2_000;
 const PROGRESS_EVENT_MS: u64 = 100;
 /// Milliseconds that requests under way get to finish when the agent is told to stop.
 const DRAIN_TIMEOUT_MS: u64 = 10_000;
+/// Seconds between two looks at the hub's publisher keys: a successor must have come everywhere
+/// before the key that vouches for it expires.
+const KEYS_INTERVAL_S: u64 = 12 * 3600;
+/// Seconds until the next look when the hub did not answer.
+const KEYS_RETRY_S: u64 = 300;
 /// Where the bound address of the local endpoint is written.
 const ENDPOINT_FILE: &str = "endpoint";
 
@@ -71,7 +76,8 @@ struct Running {
     _lock: StateLock,
     state: StateFolder,
     identity: Identity,
-    keys: Arc<Vec<PublicKey>>,
+    trust: Arc<Trust>,
+    keys_task: tokio::task::JoinHandle<()>,
     core: Core<ChaCha8Rng>,
     started: Instant,
     hub: Arc<DeviceHub>,
@@ -95,7 +101,7 @@ struct Running {
 impl Running {
     async fn start(agent: Agent, lock: StateLock) -> Result<Self, AgentError> {
         let Agent { state, identity, mut config, clock } = agent;
-        let keys = Arc::new(identity.trusted_keys()?);
+        let trust = Arc::new(Trust::new(state.clone(), identity.clone())?);
         let ledger = state.load_ledger()?;
         let key = DeviceKey::open(state.root())?;
         let stored = identity::load_ca(state.root())?;
@@ -104,6 +110,7 @@ impl Running {
         let outbox = Arc::new(Outbox::open(state.root()));
         let hub = Hub::new(identity.url.clone(), &authority, clock, outbox)?;
         let hub = Arc::new(DeviceHub::new(hub, identity.device.clone(), key));
+        let keys_task = tokio::spawn(keep_trust_fresh(Arc::clone(&hub), Arc::clone(&trust)));
 
         let (events, received) = mpsc::channel(QUEUED_EVENTS);
         let engine = Engine::new(state.clone(), events.clone());
@@ -144,7 +151,8 @@ impl Running {
             saves: save_in_order(state.clone(), events.clone()),
             state,
             identity,
-            keys,
+            trust,
+            keys_task,
             hub,
             authority,
             engine,
@@ -225,9 +233,9 @@ impl Running {
                 });
             }
             Effect::FetchPackage { id, model } => {
-                let (hub, keys) = (Arc::clone(&self.hub), Arc::clone(&self.keys));
+                let (hub, trust) = (Arc::clone(&self.hub), Arc::clone(&self.trust));
                 self.spawn(id, async move {
-                    let result = hub.package(&model, &keys).await;
+                    let result = hub.package(&model, &trust).await;
                     Event::PackageFetched { id, result }
                 });
             }
@@ -362,6 +370,7 @@ impl Running {
 
     async fn stop(self) {
         tracing::info!("stopping: no new requests, letting those under way finish");
+        self.keys_task.abort();
         for task in self.tasks.values() {
             task.abort();
         }
@@ -375,6 +384,20 @@ impl Running {
         }
         self.engine.shut_down().await;
         tracing::info!("stopped");
+    }
+}
+
+/// Looks for new publisher keys now and then, so that none is missed between two releases.
+async fn keep_trust_fresh(hub: Arc<DeviceHub>, trust: Arc<Trust>) {
+    loop {
+        let wait_s = match hub.refresh(&trust).await {
+            Ok(()) => KEYS_INTERVAL_S,
+            Err(error) => {
+                tracing::debug!("ask for publisher keys: {error}");
+                KEYS_RETRY_S
+            }
+        };
+        tokio::time::sleep(Duration::from_secs(wait_s)).await;
     }
 }
 

@@ -6,8 +6,11 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
+use slmops_artifact::signing::{PrivateKey, PublicKey};
 
 use crate::probe::ProbeResult;
 use crate::runtime::{EffectiveConfig, RuntimeConfig};
@@ -68,9 +71,10 @@ pub struct InvitationInfo {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DevicePatch {
-    /// All labels anew. `class` puts the device into a class by name.
+    /// Labels to set, each by itself; `null` takes one away (RFC 7386), others stay as they are.
+    /// `class` puts the device into a class by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub labels: Option<BTreeMap<String, String>>,
+    pub labels: Option<BTreeMap<String, Option<String>>>,
     /// The site; an empty text takes it away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub site: Option<String>,
@@ -115,6 +119,10 @@ pub struct EnrolResponse {
     pub publisher_keys: Vec<PublisherKey>,
 }
 
+/// Text by which a publisher key vouches for its successor is this, a newline, the successor's id,
+/// a newline, when that expires (RFC 3339, or `never`), a newline and the vouching key's id.
+const ENDORSEMENT_CONTEXT: &str = "slmops publisher key v1";
+
 /// A publisher's public key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct PublisherKey {
@@ -124,6 +132,61 @@ pub struct PublisherKey {
     pub name: String,
     /// P-256 public key, SPKI PEM.
     pub public_key: String,
+    /// From when on hub and devices refuse what it signed; never if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub expires_at: Option<jiff::Timestamp>,
+    /// An earlier key's word for this one. A device that has joined already takes a new key only
+    /// on the word of a key it trusts: the hub alone cannot give it one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endorsement: Option<KeyEndorsement>,
+}
+
+/// One publisher key's word for another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct KeyEndorsement {
+    /// The key that vouches.
+    pub by: KeyId,
+    /// ECDSA P-256 SHA-256 in DER, base64.
+    pub signature: String,
+}
+
+impl PublisherKey {
+    /// Whether its time is over at `now`.
+    pub fn is_expired(&self, now: jiff::Timestamp) -> bool {
+        self.expires_at.is_some_and(|expires_at| expires_at <= now)
+    }
+
+    /// Vouches for this key, and for when it expires, with the private key `by`.
+    ///
+    /// # Panics
+    /// Never: the id of a key is a key id.
+    #[must_use]
+    pub fn endorsed(mut self, by: &PrivateKey) -> Self {
+        let by_id: KeyId = by.public().id().parse().expect("16 hex digits are a key id");
+        let signature = STANDARD.encode(by.sign(self.endorsed_text(&by_id).as_bytes()));
+        self.endorsement = Some(KeyEndorsement { by: by_id, signature });
+        self
+    }
+
+    /// Whether `by` really vouches for this key as it is.
+    pub fn is_endorsed_by(&self, by: &Self) -> bool {
+        let Some(endorsement) = &self.endorsement else { return false };
+        let (Ok(key), Ok(signature)) =
+            (PublicKey::from_pem(&by.public_key), STANDARD.decode(&endorsement.signature))
+        else {
+            return false;
+        };
+        endorsement.by == by.id
+            && key.id() == by.id.as_str()
+            && PublicKey::from_pem(&self.public_key).is_ok_and(|own| own.id() == self.id.as_str())
+            && key.accepts(self.endorsed_text(&by.id).as_bytes(), &signature)
+    }
+
+    fn endorsed_text(&self, by: &KeyId) -> String {
+        let expires = self.expires_at.map_or_else(|| "never".to_owned(), |at| at.to_string());
+        format!("{ENDORSEMENT_CONTEXT}\n{}\n{expires}\n{by}", self.id)
+    }
 }
 
 /// What a device is. Facts, never text about its users.

@@ -83,6 +83,17 @@ pub fn lock(world: &Mutex<World>) -> MutexGuard<'_, World> {
     world.lock().unwrap()
 }
 
+/// What a hub knows of a publisher's key that nobody vouches for.
+pub fn public(key: &PrivateKey) -> PublisherKey {
+    PublisherKey {
+        id: key.public().id().parse().unwrap(),
+        name: "publisher".to_owned(),
+        public_key: key.public().to_pem().to_owned(),
+        expires_at: None,
+        endorsement: None,
+    }
+}
+
 pub fn runtime() -> RuntimeConfig {
     RuntimeConfig {
         context_tokens: 128,
@@ -96,11 +107,7 @@ pub fn runtime() -> RuntimeConfig {
 impl FakeHub {
     pub async fn start() -> Self {
         let publisher = PrivateKey::generate();
-        let trusted = vec![PublisherKey {
-            id: publisher.public().id().parse().unwrap(),
-            name: "publisher".to_owned(),
-            public_key: publisher.public().to_pem().to_owned(),
-        }];
+        let trusted = vec![public(&publisher)];
         let world = World {
             desired: DesiredState {
                 generation: 1,
@@ -352,6 +359,7 @@ async fn serve(
     let app = App { world: Arc::clone(world), changed: changed.clone() };
     let router = Router::new()
         .route("/v1/enrol", post(enrol))
+        .route("/v1/keys", get(keys))
         .route("/v1/device/challenge", post(challenge))
         .route("/v1/device/token", post(token))
         .route("/v1/device/desired", get(desired))
@@ -394,6 +402,10 @@ async fn misbehave(
         }
     }
     next.run(request).await
+}
+
+async fn keys(State(app): State<App>) -> Response {
+    Json(serde_json::json!({ "items": lock(&app.world).trusted })).into_response()
 }
 
 async fn enrol(State(app): State<App>, Json(asked): Json<EnrolRequest>) -> Response {

@@ -2,9 +2,10 @@
 
 use slmops_api::device::{DeviceReport, Failure, Phase, WaitCause};
 use slmops_artifact::Digest;
+use slmops_artifact::signing::PrivateKey;
 
 use crate::Device;
-use crate::fake_hub::{FakeHub, Release, runtime};
+use crate::fake_hub::{FakeHub, Release, public, runtime};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_release_is_confirmed_and_serves() {
@@ -296,5 +297,41 @@ async fn a_new_wish_ends_the_work_on_the_old_one() {
     let last = hub.lock().reports.last().unwrap().sequence;
     let report = hub.report("three more reports", |report| report.sequence > last + 3).await;
     assert_eq!((report.generation, report.phase), (generation, Phase::Confirmed));
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publisher_key_is_followed_by_its_successor_and_by_no_other() {
+    let mut hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    hub.confirmed(generation).await;
+
+    // A key that the hub alone hands out is no publisher.
+    let first = std::mem::replace(&mut hub.publisher, PrivateKey::generate());
+    let successor = public(&hub.publisher);
+    hub.lock().trusted.push(successor.clone());
+    let generation = hub.ship(&Release::good("1.1.0"));
+    let refused = Phase::RolledBack { failure: Failure::Signature };
+    assert_eq!(hub.rolled_back(generation).await.phase, refused);
+    assert_eq!(device.ask().await, 200);
+
+    // On the word of the first key it is one, for a device that joined long ago too.
+    hub.lock().trusted.pop();
+    hub.lock().trusted.push(successor.endorsed(&first));
+    let generation = hub.ship(&Release::good("1.2.0"));
+    assert_eq!(hub.confirmed(generation).await.running.unwrap().version.to_string(), "1.2.0");
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_key_signs_no_more() {
+    let hub = FakeHub::start().await;
+    let hour_ago = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(1);
+    hub.lock().trusted[0].expires_at = Some(hour_ago);
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    let refused = Phase::RolledBack { failure: Failure::Signature };
+    assert_eq!(hub.rolled_back(generation).await.phase, refused);
     device.stop().await;
 }

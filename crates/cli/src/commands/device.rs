@@ -1,14 +1,11 @@
 //! `slm device`.
 
-use std::collections::BTreeMap;
-
 use clap::Subcommand;
 use reqwest::Method;
-use serde::Serialize;
 use slmops_api::SiteName;
 use slmops_api::device::{
-    Device as DeviceFacts, DeviceEvent, Failure as DeviceFailure, Invitation, NewInvitation, Phase,
-    WaitCause,
+    Device as DeviceFacts, DeviceEvent, DevicePatch, Failure as DeviceFailure, Invitation,
+    NewInvitation, Phase, WaitCause,
 };
 
 use super::Session;
@@ -84,15 +81,6 @@ fn parse_label(given: &str) -> Result<(String, String), String> {
     Ok((key.to_owned(), value.to_owned()))
 }
 
-/// `PATCH /v1/devices/{id}`.
-#[derive(Serialize)]
-struct Change {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    labels: Option<BTreeMap<String, String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    site: Option<SiteName>,
-}
-
 impl Device {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
         let hub = session.hub()?;
@@ -139,28 +127,11 @@ impl Device {
                 }
                 let what = format!("label the device `{name}`");
                 let path = format!("/v1/devices/{name}");
-                let labels = if labels.is_empty() {
-                    None
-                } else {
-                    let facts: DeviceFacts = hub.get(&path, &what).await?;
-                    let mut all = facts.labels;
-                    // The hub derives these by itself.
-                    for derived in ["site", "name", "id"] {
-                        all.remove(derived);
-                    }
-                    if !labels.iter().any(|(key, _)| key == "class") {
-                        all.remove("class");
-                    }
-                    for (key, value) in labels {
-                        if value.is_empty() {
-                            all.remove(&key);
-                        } else {
-                            all.insert(key, value);
-                        }
-                    }
-                    Some(all)
-                };
-                let body = Change { labels, site };
+                let labels = labels.into_iter();
+                let labels =
+                    labels.map(|(key, value)| (key, Some(value).filter(|v| !v.is_empty())));
+                let site = site.map(|site| site.to_string());
+                let body = DevicePatch { labels: Some(labels.collect()), site };
                 hub.send(hub.request(Method::PATCH, &path).json(&body), &what).await?;
                 session.out.done(&format!("device {name} is changed"))
             }

@@ -1,6 +1,7 @@
 //! `slm key`.
 
 use clap::Subcommand;
+use jiff::Timestamp;
 use reqwest::Method;
 use slmops_api::device::PublisherKey;
 use slmops_artifact::signing::PrivateKey;
@@ -17,14 +18,23 @@ pub enum Key {
     /// Make a publisher key here and register its public half with the hub
     #[command(
         long_about = "Make a P-256 key in SLM_HOME/keys and register its public half with the hub. \
-                      The private half never leaves this machine; devices that join afterwards \
-                      accept releases signed with it.",
-        after_help = "Example:\n  $ slm key create release-2025"
+                      The private half never leaves this machine. Devices that join afterwards \
+                      accept releases signed with it; those that have joined already accept it \
+                      on the word of a key they trust, which must be on this machine \
+                      (`--endorsed-by`): the hub alone cannot give them one.",
+        after_help = "Examples:\n  $ slm key create release-2027 --valid-days 400\n  \
+                      $ slm ship model.gguf --key release-2027"
     )]
     Create {
         /// Its name
         #[arg(default_value = DEFAULT_KEY)]
         name: String,
+        /// Days until devices and hub refuse what it signs; for ever if absent
+        #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(i64).range(1..=36_500))]
+        valid_days: Option<i64>,
+        /// The key on this machine that vouches for it; `default`, if there is one
+        #[arg(long, value_name = "NAME")]
+        endorsed_by: Option<String>,
     },
     /// List the keys that the hub hands to devices
     #[command(after_help = "Example:\n  $ slm key list")]
@@ -35,7 +45,7 @@ impl Key {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
         let hub = session.hub()?;
         match self {
-            Self::Create { name } => {
+            Self::Create { name, valid_days, endorsed_by } => {
                 let good = !name.is_empty()
                     && name.len() <= 64
                     && name
@@ -45,31 +55,79 @@ impl Key {
                     return Err(Failure::user(format!("`{name}` is no name of a key"))
                         .hint("use letters, digits, '-' and '_'"));
                 }
+                let voucher = match endorsed_by {
+                    Some(voucher) => Some(session.home.key(&voucher)?),
+                    None if name != DEFAULT_KEY && session.home.has_key(DEFAULT_KEY) => {
+                        Some(session.home.key(DEFAULT_KEY)?)
+                    }
+                    None => None,
+                };
+                let expires_at = valid_days.map(|days| {
+                    let second = Timestamp::now().as_second() + days * 24 * 3600;
+                    Timestamp::from_second(second).expect("a hundred years are within bounds")
+                });
                 let key = session.home.create_key(&name)?;
-                let public = register(&hub, &name, &key).await?;
-                session.out.show(&public, || format!("key {name} ({}) is registered", public.id))
+                let mut public = record(&name, &key)?;
+                public.expires_at = expires_at;
+                if let Some(voucher) = &voucher {
+                    public = public.endorsed(voucher);
+                }
+                let public = register(&hub, public).await?;
+                let reach = if public.endorsement.is_some() {
+                    "all devices accept it, those that have joined already within a day"
+                } else {
+                    "devices that join from now on accept it"
+                };
+                session
+                    .out
+                    .show(&public, || format!("key {name} ({}) is registered: {reach}", public.id))
             }
             Self::List => {
                 let keys: Vec<PublisherKey> = hub.list("/v1/keys", "list the keys").await?;
                 session.out.show(&keys, || {
-                    let rows = keys.iter().map(|key| vec![key.id.to_string(), key.name.clone()]);
-                    table(&["id", "name"], rows)
+                    table(&["id", "name", "expires", "endorsed by"], keys.iter().map(row))
                 })
             }
         }
     }
 }
 
-/// Registers the public half of `key` with the hub; again is no error.
-pub async fn register(hub: &Hub, name: &str, key: &PrivateKey) -> Result<PublisherKey> {
+fn row(key: &PublisherKey) -> Vec<String> {
+    let expires = match key.expires_at {
+        None => "never".to_owned(),
+        Some(at) if key.is_expired(Timestamp::now()) => format!("expired {}", super::time(at)),
+        Some(at) => super::time(at),
+    };
+    let by = key.endorsement.as_ref().map_or("", |endorsement| endorsement.by.as_str());
+    vec![key.id.to_string(), key.name.clone(), expires, by.to_owned()]
+}
+
+/// What the hub is told of the key on this machine called `name`.
+pub fn record(name: &str, key: &PrivateKey) -> Result<PublisherKey> {
     let public = key.public();
     let id = public.id().parse().internal(|| "name the key".to_owned())?;
-    let body = PublisherKey { id, name: name.to_owned(), public_key: public.to_pem().to_owned() };
+    let public_key = public.to_pem().to_owned();
+    Ok(PublisherKey { id, name: name.to_owned(), public_key, expires_at: None, endorsement: None })
+}
+
+/// Registers a key with the hub, unless the hub knows it; gives the hub's record.
+///
+/// # Errors
+/// A key whose time is over, or what the hub says.
+pub async fn register(hub: &Hub, key: PublisherKey) -> Result<PublisherKey> {
     let known: Vec<PublisherKey> = hub.list("/v1/keys", "list the keys").await?;
-    if known.iter().any(|known| known.id == body.id) {
-        return Ok(body);
+    if let Some(known) = known.into_iter().find(|known| known.id == key.id) {
+        if let Some(at) = known.expires_at.filter(|_| known.is_expired(Timestamp::now())) {
+            return Err(Failure::user(format!(
+                "the publisher key `{}` expired {}",
+                known.name,
+                super::time(at)
+            ))
+            .hint("make its successor: slm key create NAME; then name it with --key NAME"));
+        }
+        return Ok(known);
     }
-    let what = format!("register the key `{name}`");
-    hub.send(hub.request(Method::POST, "/v1/keys").json(&body), &what).await?;
-    Ok(body)
+    let what = format!("register the key `{}`", key.name);
+    hub.send(hub.request(Method::POST, "/v1/keys").json(&key), &what).await?;
+    Ok(key)
 }

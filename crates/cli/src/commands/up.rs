@@ -155,7 +155,7 @@ impl Up {
         } else {
             home.create_key(DEFAULT_KEY)?
         };
-        key::register(&client, DEFAULT_KEY, &signer).await.map(|_| ())
+        key::register(&client, key::record(DEFAULT_KEY, &signer)?).await.map(|_| ())
     }
 }
 

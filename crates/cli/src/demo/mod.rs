@@ -56,6 +56,8 @@ struct Demo<'a> {
     processes: Vec<Process>,
     steps: Vec<(String, Duration)>,
     step_started: Instant,
+    /// Questions answered during the bad rollout, by device.
+    answered: Vec<(String, u64)>,
 }
 
 /// Runs the demo and cleans up, however it ends.
@@ -117,6 +119,7 @@ impl<'a> Demo<'a> {
             processes: Vec::new(),
             steps: Vec::new(),
             step_started: Instant::now(),
+            answered: Vec::new(),
         })
     }
 
@@ -460,7 +463,8 @@ impl<'a> Demo<'a> {
                 )));
             }
         }
-        let total: u64 = counts.iter().map(|(_, answered, ..)| answered).sum();
+        self.answered = counts.into_iter().map(|(name, answered, ..)| (name, answered)).collect();
+        let total: u64 = self.answered.iter().map(|(_, answered)| answered).sum();
         self.say(format!(
             "   During all of it {total} questions were asked; {total} were answered, 0 failed."
         ));
@@ -560,6 +564,9 @@ impl<'a> Demo<'a> {
         rows.push(vec!["all".to_owned(), units::duration(total)]);
         let table = crate::output::table(&["step", ">took"], rows);
         crate::output::print(&table)?;
+        let answered = |name: &str| {
+            self.answered.iter().find(|(device, _)| device == name).map_or(0, |(_, count)| *count)
+        };
         let rows = self.devices(hub).await?.into_iter().map(|device| {
             let report = device.report.as_ref();
             let running = report.and_then(|report| report.running.as_ref());
@@ -570,13 +577,12 @@ impl<'a> Demo<'a> {
                     |m| format!("{} {}", m.version, m.variant),
                 ),
                 units::bytes(report.map_or(0, |report| report.telemetry.downloaded_bytes)),
-                report.map_or(0, |report| report.telemetry.requests).to_string(),
-                report.map_or(0, |report| report.telemetry.errors).to_string(),
+                answered(&device.name).to_string(),
             ]
         });
         let rows: Vec<Vec<String>> = rows.collect();
-        let table =
-            crate::output::table(&["device", "runs", ">downloaded", ">requests", ">failed"], rows);
+        let columns = ["device", "runs", ">downloaded", ">answered during 1.1.0"];
+        let table = crate::output::table(&columns, rows);
         crate::output::print(&format!("\n{table}"))?;
         self.say("\n   What to try next:");
         self.say("     make demo KEEP=1                              look around while it runs");

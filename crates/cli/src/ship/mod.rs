@@ -10,12 +10,14 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use reqwest::Method;
 use semver::Version;
+use slmops_api::device::PublisherKey;
 use slmops_api::model::{DeviceClass, GateOverride, NewRelease, Release, Variant};
 use slmops_api::probe::{PROBES_FILE, ProbeSet};
 use slmops_api::report::{EvaluationReport, GateDecision, Verdict};
 use slmops_api::{ClassName, ModelName, VariantName};
 use slmops_artifact::lineage::Lineage;
 use slmops_artifact::package::{ModelConfig, Package};
+use slmops_artifact::signing::PrivateKey;
 
 use crate::client::Hub;
 use crate::commands::ship::{Ship, Until};
@@ -130,6 +132,10 @@ struct Work<'a> {
 impl Work<'_> {
     /// Everything up to the registered release; `false` if it was told to stop before.
     async fn release(&self, original: &Original) -> Result<bool> {
+        if self.ship.until >= Until::Release {
+            // A key that cannot sign is better known before the work than after it.
+            self.publisher(&self.session.home.key(&self.ship.key)?).await?;
+        }
         let classes: Vec<DeviceClass> = self.hub.list("/v1/classes", "list the classes").await?;
         let classes = choose_classes(classes, self.ship)?;
         let reference = source::reference(self.session, original).await?;
@@ -283,6 +289,11 @@ impl Work<'_> {
             .hint("mend the model; or ship it all the same with --override-gate REASON"))
     }
 
+    /// The key that signs, as the hub knows it.
+    async fn publisher(&self, signer: &PrivateKey) -> Result<PublisherKey> {
+        key::register(self.hub, key::record(&self.ship.key, signer)?).await
+    }
+
     async fn publish(
         &self,
         original: &Original,
@@ -291,7 +302,7 @@ impl Work<'_> {
     ) -> Result<()> {
         let (session, hub) = (self.session, self.hub);
         let signer = session.home.key(&self.ship.key)?;
-        let publisher = key::register(hub, &self.ship.key, &signer).await?;
+        let publisher = self.publisher(&signer).await?;
         let repository = Repository::new(hub, self.name);
         let earlier = self.earlier_probes(&repository).await?;
         let mut golden = engine::Probes::new(session, reference);

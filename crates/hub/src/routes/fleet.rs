@@ -1,6 +1,6 @@
 //! Invitations, devices, classes, blueprints and change notices.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -20,7 +20,9 @@ use slmops_api::{ClassName, InvitationId, Page};
 use slmops_fleet_core::{blueprint, fit};
 use tokio_stream::wrappers::BroadcastStream;
 
-use super::input::{Body, PageQuery, Path, Query, Text, check_labels, parse_name};
+use super::input::{
+    Body, PageQuery, Path, Query, Text, check_label_count, check_labels, parse_name,
+};
 use super::{ApiError, AppState, by, new_id};
 use crate::auth::{self, AsAdmin, AsOperator, AsViewer};
 use crate::engine::layers_of;
@@ -140,16 +142,23 @@ pub async fn change_device(
     Path(id): Path<String>,
     Body(wanted): Body<DevicePatch>,
 ) -> Result<Json<Device>, ApiError> {
-    if let Some(labels) = &wanted.labels {
-        check_labels(labels)?;
-    }
+    let labels = wanted.labels.unwrap_or_default();
+    let set = labels.iter().filter_map(|(key, value)| Some((key.clone(), value.clone()?)));
+    check_labels(&set.collect())?;
     let site = match wanted.site.as_deref() {
         None => None,
         Some("") => Some(None),
         Some(site) => Some(Some(parse_name(site)?)),
     };
-    let id = state.store.device(id).await?.id;
-    let change = DeviceChange { labels: wanted.labels, site };
+    let device = state.store.device(id).await?;
+    let removed = |key: &String| matches!(labels.get(key), Some(None));
+    let kept = device.labels.keys().filter(|key| !removed(key));
+    let all: BTreeSet<&String> = kept
+        .chain(labels.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| key))
+        .collect();
+    check_label_count(all.len())?;
+    let change = DeviceChange { labels, site };
+    let id = device.id;
     let device = state.store.change_device(by(&operator), id, change).await?;
     state.events.announce("device", &device.id);
     state.engine.wake();

@@ -111,12 +111,18 @@ impl From<PageQuery> for PageRequest {
     }
 }
 
-/// Checks labels: few, and short enough to be named by a selector.
-pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
-    if labels.len() > MAX_LABELS {
-        let detail = format!("{} labels are more than {MAX_LABELS}", labels.len());
+/// Whether a device may have so many labels.
+pub fn check_label_count(count: usize) -> Result<(), ApiError> {
+    if count > MAX_LABELS {
+        let detail = format!("{count} labels are more than {MAX_LABELS}");
         return Err(ApiError::bad_request(detail, "use fewer labels"));
     }
+    Ok(())
+}
+
+/// Checks labels: few, and short enough to be named by a selector.
+pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    check_label_count(labels.len())?;
     for (key, value) in labels {
         let reserved = ["id", "name", "site"].contains(&key.as_str());
         if reserved {

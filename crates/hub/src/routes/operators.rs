@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use slmops_api::audit::{AuditEntry, AuditVerdict, CreatedToken, Identity, NewToken, Token};
 use slmops_api::device::PublisherKey;
 use slmops_api::problem::Problem;
@@ -151,6 +151,22 @@ pub async fn add_key(
             detail,
             "the id is the first 16 hex digits of the SHA-256 of the SPKI DER",
         ));
+    }
+    if wanted.is_expired(Timestamp::now()) {
+        return Err(ApiError::bad_request(
+            format!("key {} has expired already", wanted.name),
+            "choose a later end, or none: `slm key create NAME --valid-days 365`",
+        ));
+    }
+    if let Some(endorsement) = &wanted.endorsement {
+        let keys = state.store.keys().await?;
+        let by = keys.iter().find(|key| key.id == endorsement.by);
+        if !by.is_some_and(|by| wanted.is_endorsed_by(by) && !by.is_expired(Timestamp::now())) {
+            return Err(ApiError::bad_request(
+                format!("key {} does not vouch for key {} as it is", endorsement.by, wanted.id),
+                "the vouching key must be registered and in its time: `slm key list`",
+            ));
+        }
     }
     let stored = PublisherKey { public_key: key.to_pem().to_owned(), ..wanted };
     state.store.add_key(by(&operator), stored.clone()).await?;

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use jiff::Timestamp;
 use slmops_api::model::{NewRelease, Release, Variant};
 use slmops_api::problem::Problem;
 use slmops_api::report::Verdict;
@@ -138,12 +139,28 @@ fn check_gate(release: &NewRelease) -> Result<(), ApiError> {
     Ok(())
 }
 
-async fn publisher_key(state: &AppState, release: &NewRelease) -> Result<PublicKey, ApiError> {
+/// The key of a release, if what it signed counts now.
+pub(super) async fn publisher_key(
+    state: &AppState,
+    release: &NewRelease,
+) -> Result<PublicKey, ApiError> {
     let keys = state.store.keys().await?;
     let key = keys.iter().find(|key| key.id == release.key).ok_or_else(|| {
         let detail = format!("publisher key {} is not registered", release.key);
-        refuse(detail, "an admin registers it: `slm key add`")
+        refuse(detail, "an admin registers it: `slm key create`")
     })?;
+    if let Some(expires_at) = key.expires_at.filter(|_| key.is_expired(Timestamp::now())) {
+        let detail = format!(
+            "{} {} is signed by publisher key {} ({}), which expired at {expires_at}: no device \
+             accepts it",
+            release.model, release.version, key.name, key.id
+        );
+        return Err(refuse(
+            detail,
+            "ship it as a new version with another key: `slm key create NAME`, then \
+             `slm ship … --key NAME`",
+        ));
+    }
     PublicKey::from_pem(&key.public_key)
         .map_err(|error| refuse(error.to_string(), "register the key again"))
 }

@@ -9,6 +9,7 @@ use slmops_api::{Page, RolloutId};
 use slmops_fleet_core::rollout::Command;
 
 use super::input::{Body, PageQuery, Path, Query};
+use super::releases::publisher_key;
 use super::{ApiError, AppState, by, new_id};
 use crate::auth::{AsOperator, AsViewer, Operator};
 
@@ -22,6 +23,10 @@ pub async fn create(
     AsOperator(operator): AsOperator,
     Body(asked): Body<NewRollout>,
 ) -> Result<(StatusCode, Json<Rollout>), ApiError> {
+    // A release that is not there is the engine's to refuse.
+    if let Ok(release) = state.store.release(asked.model.clone(), asked.version.clone()).await {
+        publisher_key(&state, &release.release).await?;
+    }
     let (rollout, new) = state.engine.create_rollout(by(&operator), new_id("r"), asked).await?;
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(rollout)))

@@ -497,14 +497,24 @@ async fn audit_names_every_change(store: &impl Store) {
     store.put_blueprint(by(), blueprint.clone()).await.unwrap();
     assert_eq!(store.blueprints().await.unwrap(), [blueprint]);
     store.delete_blueprint(by(), place).await.unwrap();
-    let labels = Some(BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+    let label = |key: &str, value: Option<&str>| (key.to_owned(), value.map(str::to_owned));
+    let labels = BTreeMap::from([label("a", Some("b")), label("c", Some("d"))]);
     let change = DeviceChange { labels, site: Some(None) };
     let changed = store.change_device(by(), id.clone(), change).await.unwrap();
-    assert_eq!((changed.site, changed.labels.len()), (None, 1));
+    let before = changed.labels.clone();
+    assert_eq!((changed.site, &before["a"], &before["c"]), (None, &"b".into(), &"d".into()));
+    // Each label by itself: what is not named stays.
+    let labels = BTreeMap::from([label("c", None), label("e", Some("f"))]);
+    let change = DeviceChange { labels, site: None };
+    let changed = store.change_device(by(), id.clone(), change).await.unwrap();
+    assert_eq!(changed.labels.len(), before.len());
+    assert!(changed.labels.contains_key("a") && !changed.labels.contains_key("c"));
     let key = PublisherKey {
         id: "0123456789abcdef".parse().unwrap(),
         name: "ci".to_owned(),
         public_key: "pem".to_owned(),
+        expires_at: None,
+        endorsement: None,
     };
     store.add_key(by(), key.clone()).await.unwrap();
     store.add_key(by(), key.clone()).await.unwrap();

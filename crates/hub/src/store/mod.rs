@@ -224,8 +224,8 @@ pub struct NewInvitationRow {
 /// Changes to a device by an operator; absent fields stay.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceChange {
-    /// All labels anew.
-    pub labels: Option<BTreeMap<String, String>>,
+    /// Labels to set; `None` takes one away.
+    pub labels: BTreeMap<String, Option<String>>,
     /// The site; `Some(None)` takes it away.
     pub site: Option<Option<SiteName>>,
 }

@@ -813,8 +813,11 @@ impl Store for SqliteStore {
     ) -> StoreFuture<'_, StoredDevice> {
         self.write(move |tx| {
             let mut device = find_device(tx, id.as_str())?;
-            if let Some(labels) = change.labels {
-                device.labels = labels;
+            for (key, value) in change.labels {
+                match value {
+                    Some(value) => device.labels.insert(key, value),
+                    None => device.labels.remove(&key),
+                };
             }
             if let Some(site) = change.site {
                 device.site = site;

@@ -5,6 +5,7 @@ mod rig;
 
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use reqwest::{Method, StatusCode};
 use rig::{Pushed, Rig};
 use serde_json::{Value, json};
@@ -238,6 +239,43 @@ async fn release_is_checked_before_it_is_taken_in() {
     let problem = rig.send(Method::POST, "/v1/releases", other, StatusCode::CONFLICT).await;
     let detail = problem["detail"].as_str().unwrap();
     assert!(detail.contains("two releases of the same version"), "{problem}");
+}
+
+#[tokio::test]
+async fn publisher_keys_vouch_for_their_successors_and_expire() {
+    let rig = Rig::start().await;
+    let key = rig::new_key();
+    let soon = Timestamp::now() + SignedDuration::from_secs(3);
+    let good = rig.endorsed(&key, soon);
+    let post = |body: Value, expected| rig.send(Method::POST, "/v1/keys", body, expected);
+    let refused = StatusCode::BAD_REQUEST;
+    // Nobody knows the key that vouches yet.
+    let problem = post(good.clone(), refused).await;
+    assert!(problem["detail"].as_str().unwrap().contains("does not vouch"), "{problem}");
+    rig.add_publisher_key().await;
+    // Its word is for this key and this end alone.
+    let mut longer = good.clone();
+    longer["expires_at"] = json!("2999-01-01T00:00:00Z");
+    post(longer, refused).await;
+    let hour_ago = Timestamp::now() - SignedDuration::from_hours(1);
+    let problem = post(rig.endorsed(&key, hour_ago), refused).await;
+    assert!(problem["detail"].as_str().unwrap().contains("expired already"), "{problem}");
+    post(good, StatusCode::CREATED).await;
+
+    let mut release = rig.push_signed("1.0.0", Some(&key)).await.release;
+    release["key"] = json!(key.public().id());
+    rig.send(Method::POST, "/v1/releases", release, StatusCode::CREATED).await;
+    let mut late = rig.push_signed("1.1.0", Some(&key)).await.release;
+    late["key"] = json!(key.public().id());
+    tokio::time::sleep(soon.duration_since(Timestamp::now()).unsigned_abs()).await;
+    // What it signed is neither registered nor rolled out any more.
+    let problem =
+        rig.send(Method::POST, "/v1/releases", late, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert!(problem["detail"].as_str().unwrap().contains("expired at"), "{problem}");
+    let body = json!({ "model": "m", "version": "1.0.0", "policy": rig::policy() });
+    let problem =
+        rig.send(Method::POST, "/v1/rollouts", body, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert!(problem["hint"].as_str().unwrap().contains("slm key create"), "{problem}");
 }
 
 #[tokio::test]

@@ -127,13 +127,8 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
     };
     emit(&Event::Loaded { effective, info: Box::new(info) });
     let any_threads = runtime.threads == 0;
-    let scheduler = Scheduler::new(
-        context,
-        runtime.context_tokens,
-        runtime.queue_limit,
-        any_threads,
-        emit,
-    );
+    let scheduler =
+        Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, any_threads, emit);
     Ok((scheduler, model))
 }
 

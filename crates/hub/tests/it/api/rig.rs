@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use jiff::Timestamp;
 use reqwest::{Client, Method, Response, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
 use slmops_api::device::{
-    DesiredState, DeviceFacts, DeviceReport, InstalledModel, Phase, Rejection, TOKEN_CONTEXT,
-    Telemetry,
+    DesiredState, DeviceFacts, DeviceReport, InstalledModel, Phase, PublisherKey, Rejection,
+    TOKEN_CONTEXT, Telemetry,
 };
 use slmops_artifact::Digest;
 use slmops_artifact::package::{
@@ -144,6 +145,19 @@ impl Rig {
         let key = self.publisher.public();
         let body = json!({ "id": key.id(), "name": "test", "public_key": key.to_pem() });
         self.post("/v1/keys", body).await;
+    }
+
+    /// A publisher key that the rig's own vouches for.
+    pub fn endorsed(&self, key: &PrivateKey, expires_at: Timestamp) -> Value {
+        let key = key.public();
+        let key = PublisherKey {
+            id: key.id().parse().unwrap(),
+            name: "next".to_owned(),
+            public_key: key.to_pem().to_owned(),
+            expires_at: Some(expires_at),
+            endorsement: None,
+        };
+        serde_json::to_value(key.endorsed(&self.publisher)).unwrap()
     }
 
     pub async fn try_enrol(
