@@ -11,19 +11,23 @@ pub const MAX_NAME_BYTES: usize = 128;
 /// Why a string is not a name of the wanted kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{given}` is not a {kind}: use 1 to {MAX_NAME_BYTES} of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+    "`{given}` is not a {kind}: use 1 to {MAX_NAME_BYTES} of a-z and 0-9, with '.', '_', '__' or '-' between them"
 )]
 pub struct ParseNameError {
     kind: &'static str,
     given: String,
 }
 
+/// The form of a path component of an OCI repository's name (distribution-spec 1.1, "Pulling
+/// manifests"), since a model's name is one.
 fn check(kind: &'static str, given: &str) -> Result<(), ParseNameError> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let plain = |char: char| char.is_ascii_lowercase() || char.is_ascii_digit();
+    let separates =
+        |text: &str| matches!(text, "." | "_" | "__") || text.bytes().all(|byte| byte == b'-');
     let good = (1..=MAX_NAME_BYTES).contains(&given.len())
-        && given.bytes().next().is_some_and(plain)
-        && given.bytes().all(|byte| plain(byte) || b"._-".contains(&byte))
-        && !given.contains("..");
+        && given.starts_with(plain)
+        && given.ends_with(plain)
+        && given.split(plain).all(separates);
     if good {
         return Ok(());
     }
@@ -107,3 +111,21 @@ name!(
     /// A site: devices behind one link, such as `berlin-3`.
     SiteName, "site name"
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_oci_repositories() {
+        for good in ["a", "7", "smollm2-135m-instruct", "q4_k_m", "a--b", "a__b", "v1.0"] {
+            assert_eq!(good.parse::<ModelName>().map(|name| name.to_string()), Ok(good.to_owned()));
+        }
+        let long = "a".repeat(MAX_NAME_BYTES + 1);
+        for bad in ["", "-a", "a-", "a--", "a..b", "a_.b", "a___b", "A", "a/b", "ä", "a b", &long]
+        {
+            let error = bad.parse::<ModelName>().unwrap_err().to_string();
+            assert!(error.contains("is not a model name: use 1 to 128"), "{error}");
+        }
+    }
+}

@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 use slmops_api::report::TaskResult;
 use slmops_artifact::{Digest, digest::Hasher};
+use slmops_inference::chat::{ChatMessage, ChatTemplate};
 use slmops_inference::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token};
 
 use crate::distributions::{self, Reader, Writer};
@@ -133,6 +134,7 @@ struct Text {
 struct Scorer<'a> {
     context: Context,
     model: Arc<Model>,
+    template: ChatTemplate,
     progress: Progress,
     on_progress: &'a mut dyn FnMut(serde_json::Value),
 }
@@ -167,7 +169,8 @@ impl<'a> Scorer<'a> {
         let tasks: usize = items().map(|item| item.prompt.len() / 4 + answer(item) + 1).sum();
         let text: usize = chunks.iter().map(Vec::len).sum();
         let progress = Progress { done: 0, total: (text + tasks) as u64 };
-        Ok(Self { context, model: Arc::clone(model), progress, on_progress })
+        let template = ChatTemplate::of_model(model);
+        Ok(Self { context, model: Arc::clone(model), template, progress, on_progress })
     }
 
     fn advance(&mut self, tokens: usize) {
@@ -259,12 +262,14 @@ impl<'a> Scorer<'a> {
     }
 
     fn item(&mut self, item: &Item) -> anyhow::Result<bool> {
-        let prompt = if item.chat {
-            bail!("chat prompts are not supported yet");
-        } else {
-            item.prompt.clone()
+        let prompt = match item.chat {
+            true => {
+                let message = ChatMessage::user(item.prompt.clone());
+                Prompt { text: self.template.render(&[message])?, chat: true }
+            }
+            false => Prompt { text: item.prompt.clone(), chat: false },
         };
-        self.advance(prompt.len() / 4 + 1);
+        self.advance(item.prompt.len() / 4 + 1);
         match &item.check {
             Check::Choice { choices, answer } => {
                 let scores = self.rank(&prompt, choices)?;
@@ -283,13 +288,10 @@ impl<'a> Scorer<'a> {
     ///
     /// Prompt and choice are tokenised as one text, since a tokenizer may join them; what all
     /// choices share is computed once.
-    fn rank(&mut self, prompt: &str, choices: &[String]) -> anyhow::Result<Vec<f64>> {
-        let texts = choices.iter().map(|choice| {
-            let tokens = self.model.tokenise(&format!("{prompt}{choice}"), true, false)?;
-            Ok(tokens)
-        });
+    fn rank(&mut self, prompt: &Prompt, choices: &[String]) -> anyhow::Result<Vec<f64>> {
+        let texts = choices.iter().map(|choice| prompt.followed_by(choice).tokens(&self.model));
         let texts = texts.collect::<anyhow::Result<Vec<_>>>()?;
-        let prompt_tokens = self.model.tokenise(prompt, true, false)?;
+        let prompt_tokens = prompt.tokens(&self.model)?;
         let common = |a: &[Token], b: &[Token]| a.iter().zip(b).take_while(|(x, y)| x == y).count();
         let shared = texts.iter().map(|text| common(text, &prompt_tokens)).min().unwrap_or(0);
         let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
@@ -346,8 +348,8 @@ impl<'a> Scorer<'a> {
         Ok(sum)
     }
 
-    fn generate(&mut self, prompt: &str, max_tokens: u32) -> anyhow::Result<String> {
-        let tokens = self.model.tokenise(prompt, true, true)?;
+    fn generate(&mut self, prompt: &Prompt, max_tokens: u32) -> anyhow::Result<String> {
+        let tokens = prompt.tokens(&self.model)?;
         if tokens.is_empty() || tokens.len() > MAX_PROMPT_TOKENS {
             bail!("the prompt has {} tokens, 1 to {MAX_PROMPT_TOKENS} fit", tokens.len());
         }
@@ -365,6 +367,27 @@ impl<'a> Scorer<'a> {
             logits = self.logits(0)?.to_vec();
         }
         Ok(String::from_utf8_lossy(&self.model.detokenise(&answer, false)).into_owned())
+    }
+}
+
+/// What a model is given to continue.
+struct Prompt {
+    text: String,
+    /// Whether a chat template made it, so that control tokens in it count as such.
+    chat: bool,
+}
+
+impl Prompt {
+    fn followed_by(&self, choice: &str) -> Self {
+        Self { text: format!("{}{choice}", self.text), chat: self.chat }
+    }
+
+    fn tokens(&self, model: &Model) -> anyhow::Result<Vec<Token>> {
+        let tokens = match self.chat {
+            true => model.tokenise_chat(&self.text)?,
+            false => model.tokenise(&self.text, true, false)?,
+        };
+        Ok(tokens)
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use slmops_api::report::Verdict;
 use slmops_api::runtime::RuntimeConfig;
+use slmops_artifact::gguf;
 use slmops_evaluate::gate::{self, Against, Limits};
 use slmops_evaluate::suite::{Suite, SuiteSource, TextPlan};
 use slmops_evaluate::{Evaluation, Progress, Stage, probes};
@@ -104,6 +105,43 @@ async fn variants_are_measured_against_their_reference() {
 }
 
 #[tokio::test]
+async fn chat_items_go_through_the_models_template() {
+    let model = start();
+    let folder = tempfile::tempdir().unwrap();
+    // The template decides: it asks for another text than the item's, or refuses it.
+    let templates = [
+        ("right", "{{ messages[0].content }} Alice was beginning", Ok(())),
+        ("refusing", "{{ raise_exception('not ' ~ messages[0].content) }}", Err("not Alice")),
+    ];
+    for (name, template, expected) in templates {
+        let path = folder.path().join(format!("{name}.gguf"));
+        copy(&model, &path, |writer| {
+            writer.set("tokenizer.chat_template", template);
+        });
+        let mut evaluation = evaluation(&folder.path().join(name));
+        let items = [true, false].map(|chat| {
+            format!(
+                r#"{{"task":"t","kind":"choice","prompt":"Alice","choices":["xq"," to"],"answer":1,"chat":{chat}}}"#
+            )
+        });
+        evaluation.suite = Suite::parse(SuiteSource {
+            tasks: items.join("\n"),
+            text: suite().text().to_owned(),
+            plan: TextPlan { chunk_tokens: 64, chunks: 1 },
+        })
+        .unwrap();
+        match (evaluation.run(&path, &path, |_| ()).await, expected) {
+            (Ok(report), Ok(())) => assert!(report.tasks[0].items[0], "{report:#?}"),
+            (Err(error), Err(words)) => {
+                let error = format!("{:#}", anyhow::Error::from(error));
+                assert!(error.contains(words), "{error}");
+            }
+            (outcome, _) => panic!("{name}: {outcome:?}"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_damaged_cache_is_told_and_a_missing_model_too() {
     let model = start();
     let folder = tempfile::tempdir().unwrap();
@@ -185,23 +223,45 @@ async fn a_damaged_successor_fails_the_golden_probes_of_the_line() {
 
 /// Reverses the rows of every feed-forward output matrix.
 fn scramble(input: &Path, output: &Path) {
-    use slmops_artifact::gguf;
+    rewrite(
+        input,
+        output,
+        |_| (),
+        |tensor, data, out| {
+            let rows = (tensor.elements() / tensor.row_elements()) as usize;
+            if tensor.name.ends_with("ffn_down.weight") {
+                data.chunks(data.len() / rows).rev().try_for_each(|row| out.write(row))
+            } else {
+                out.write(data)
+            }
+        },
+    );
+}
+
+/// Copies a model with other metadata.
+fn copy(input: &Path, output: &Path, change: impl Fn(&mut gguf::Writer)) {
+    rewrite(input, output, change, |_, data, out| out.write(data));
+}
+
+fn rewrite(
+    input: &Path,
+    output: &Path,
+    change: impl Fn(&mut gguf::Writer),
+    write: impl Fn(
+        &gguf::TensorInfo,
+        &[u8],
+        &mut gguf::TensorWriter<std::io::BufWriter<&fs::File>>,
+    ) -> Result<(), gguf::GgufError>,
+) {
     let file = gguf::open(input).unwrap();
     let mut writer = gguf::Writer::with_metadata_of(file.header());
+    change(&mut writer);
     for tensor in file.header().tensors() {
         writer.tensor(&tensor.name, &tensor.dimensions, tensor.tensor_type);
     }
-    let write = writer.create(output, |out| {
-        for tensor in file.header().tensors() {
-            let data = file.data(tensor);
-            let rows = (tensor.elements() / tensor.row_elements()) as usize;
-            if tensor.name.ends_with("ffn_down.weight") {
-                data.chunks(data.len() / rows).rev().try_for_each(|row| out.write(row))?;
-            } else {
-                out.write(data)?;
-            }
-        }
-        Ok(())
+    let tensors = file.header().tensors();
+    let written = writer.create(output, |out| {
+        tensors.iter().try_for_each(|tensor| write(tensor, file.data(tensor), out))
     });
-    write.unwrap();
+    written.unwrap();
 }

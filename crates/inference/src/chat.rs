@@ -9,6 +9,7 @@ use std::sync::Arc;
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
+use crate::llama::Model;
 use crate::worker::ModelInfo;
 
 /// The most steps of a template: a hostile one cannot compute for ever.
@@ -68,19 +69,30 @@ enum Kind {
 const REFUSAL: &str = "slmops-refusal:";
 
 impl ChatTemplate {
-    /// The template of a model.
+    /// The template of a model that a worker loaded.
     pub fn of(info: &ModelInfo) -> Self {
-        let kind = match &info.chat_template {
+        let template = info.chat_template.clone();
+        Self::new(template, info.beginning_text.clone(), info.end_text.clone())
+    }
+
+    /// The template of a model in this process.
+    pub fn of_model(model: &Model) -> Self {
+        let (beginning, end) = (model.text_of(model.beginning()), model.text_of(model.end()));
+        Self::new(model.chat_template(None), beginning, end)
+    }
+
+    fn new(source: Option<String>, beginning_text: String, end_text: String) -> Self {
+        let kind = match source {
             None => Kind::Plain,
             Some(source) if source.len() > MAX_TEMPLATE_BYTES => {
                 Kind::Broken(format!("it is longer than {MAX_TEMPLATE_BYTES} bytes"))
             }
-            Some(source) => match compile(source.clone()) {
+            Some(source) => match compile(source) {
                 Ok(environment) => Kind::Own(Arc::new(environment)),
                 Err(error) => Kind::Broken(describe(&error)),
             },
         };
-        Self { kind, beginning_text: info.beginning_text.clone(), end_text: info.end_text.clone() }
+        Self { kind, beginning_text, end_text }
     }
 
     /// Whether the model brought its own template.

@@ -55,17 +55,17 @@ impl Original {
     /// A name for the model line, from the model's own name or else the file's.
     pub fn model_name(&self) -> Result<ModelName> {
         let from = self.title.as_deref().unwrap_or(&self.stem);
-        let mut name = String::new();
-        for letter in from.to_lowercase().chars() {
-            match letter {
-                'a'..='z' | '0'..='9' | '.' | '_' => name.push(letter),
-                _ if !name.is_empty() && !name.ends_with('-') => name.push('-'),
-                _ => {}
-            }
-        }
-        name.trim_matches(['-', '.', '_']).parse().map_err(|_| {
-            Failure::user(format!("no name can be made of `{from}`")).hint("give one with --name")
-        })
+        let from_words = |between: fn(char) -> bool| {
+            let lower = from.to_lowercase();
+            let words = lower.split(between).filter(|word| !word.is_empty());
+            words.collect::<Vec<_>>().join("-").trim_matches(['.', '_']).parse()
+        };
+        from_words(|letter| !(letter.is_ascii_alphanumeric() || "._".contains(letter)))
+            .or_else(|_| from_words(|letter| !letter.is_ascii_alphanumeric()))
+            .map_err(|_| {
+                Failure::user(format!("no name can be made of `{from}`"))
+                    .hint("give one with --name")
+            })
     }
 }
 

@@ -638,17 +638,15 @@ fn free_name(tx: &Transaction<'_>, enrolment: &Enrolment) -> Result<String, Stor
     Err(conflict(format!("every name from `{base}` on is taken"), "choose a name with --name"))
 }
 
-/// A host name as a device name: lower case, with anything else as `-`.
+/// A host name as a device name: lower case, and with `-` between its words if it is none so.
 fn plain_name(hostname: &str) -> String {
-    let plain: String = hostname
-        .chars()
-        .take(60)
-        .map(|c| c.to_ascii_lowercase())
-        .map(|c| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' })
-        .collect();
-    let plain = plain.replace("..", "-");
-    let plain = plain.trim_start_matches(['.', '_', '-']);
-    if plain.is_empty() { "device".to_owned() } else { plain.to_owned() }
+    let name: String = hostname.chars().take(60).map(|c| c.to_ascii_lowercase()).collect();
+    if name.parse::<slmops_api::SiteName>().is_ok() {
+        return name;
+    }
+    let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    let name = words.collect::<Vec<_>>().join("-");
+    if name.is_empty() { "device".to_owned() } else { name }
 }
 
 impl Store for SqliteStore {

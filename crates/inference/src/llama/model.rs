@@ -296,6 +296,23 @@ impl Model {
         }
     }
 
+    /// The text of a control token as it is written; empty where there is none.
+    pub fn text_of(&self, token: Option<Token>) -> String {
+        let bytes = token.map(|token| self.piece(token, true)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The tokens of a prompt that a chat template made: control tokens in it count as such.
+    ///
+    /// # Errors
+    /// As [`Model::tokenise`].
+    pub fn tokenise_chat(&self, prompt: &str) -> Result<Vec<Token>, EngineError> {
+        let tokens = self.tokenise(prompt, false, true)?;
+        // Many templates write the beginning token themselves, some leave it to the tokenizer.
+        let begins = self.beginning().is_none_or(|token| tokens.first() == Some(&token));
+        if begins { Ok(tokens) } else { self.tokenise(prompt, true, true) }
+    }
+
     /// The bytes of one token; a character may be spread over several tokens. Control tokens are
     /// empty unless `special`.
     pub fn piece(&self, token: Token, special: bool) -> Vec<u8> {

@@ -111,17 +111,13 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
     let mut context = Context::new(&model, &options).map_err(|e| failed(e.to_string()))?;
     let effective = read_back(&context, runtime)?;
     warm_up(&mut context).map_err(failed)?;
-    let text = |token: Option<Token>| {
-        let bytes = token.map(|token| model.piece(token, true)).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
-    };
     let info = ModelInfo {
         shape: model.shape(),
         file_type: model.file_type(),
         tensor_bytes: model.tensor_bytes(),
         chat_template: model.chat_template(None),
-        beginning_text: text(model.beginning()),
-        end_text: text(model.end()),
+        beginning_text: model.text_of(model.beginning()),
+        end_text: model.text_of(model.end()),
         adds_beginning: model.adds_beginning(),
         load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
     };
@@ -280,13 +276,20 @@ fn tokenise(
     parse_special: bool,
     model: &Model,
 ) -> Result<Vec<Token>, RequestError> {
+    check_length(text)?;
+    model.tokenise(text, add_special, parse_special).map_err(engine_error)
+}
+
+fn check_length(text: &str) -> Result<(), RequestError> {
     if text.len() > MAX_PROMPT_BYTES {
         let message = format!("{} bytes are more than {MAX_PROMPT_BYTES}", text.len());
         return Err(invalid("prompt", message));
     }
-    model
-        .tokenise(text, add_special, parse_special)
-        .map_err(|error| RequestError::Engine { message: error.to_string() })
+    Ok(())
+}
+
+fn engine_error(error: crate::llama::EngineError) -> RequestError {
+    RequestError::Engine { message: error.to_string() }
 }
 
 /// A prompt's tokens; at least one.
@@ -298,10 +301,8 @@ fn prompt_tokens(prompt: &Prompt, model: &Model) -> Result<Vec<Token>, RequestEr
         }
         Prompt::Text(text) => tokenise(text, true, false, model)?,
         Prompt::Template(text) => {
-            let tokens = tokenise(text, false, true, model)?;
-            // Many templates write the beginning token themselves, some leave it to the tokenizer.
-            let begins = model.beginning().is_none_or(|token| tokens.first() == Some(&token));
-            if begins { tokens } else { tokenise(text, true, true, model)? }
+            check_length(text)?;
+            model.tokenise_chat(text).map_err(engine_error)?
         }
     };
     // An empty prompt of a model without a beginning token: what ends a text also parts texts.
