@@ -36,6 +36,8 @@ const GOOD: Version = Version::new(1, 0, 0);
 const BAD: Version = Version::new(1, 1, 0);
 const QUESTION: &str = "What is the capital of France?";
 const ANSWER_TOKENS: u32 = 48;
+/// How far a worker's memory may be from the prediction.
+const MEMORY_TOLERANCE: f64 = 0.1;
 /// How long a process of the demo may take to be ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(200);
@@ -172,7 +174,7 @@ impl<'a> Demo<'a> {
             Ok(Ok(Some(line))) => line,
             _ => {
                 tokio::time::sleep(POLL).await;
-                process.check()?;
+                process.tend()?;
                 return Err(Failure::internal(format!(
                     "the hub is not ready; see {}",
                     log.display()
@@ -196,9 +198,8 @@ impl<'a> Demo<'a> {
              each device class gets a variant of its own, and every variant is measured against
              the reference: what was lost, how fast it is, how much memory it takes.",
         );
-        self.ship(&self.arguments.model, &GOOD, &["--until", "gate"], &[Exit::User])
-            .await
-            .map(|_| ())
+        let model = self.arguments.model.clone();
+        self.ship(&model, &GOOD, &["--until", "gate"], &[Exit::User]).await.map(|_| ())
     }
 
     async fn release(&mut self) -> Result<()> {
@@ -214,7 +215,7 @@ impl<'a> Demo<'a> {
 
     /// Runs `slm ship` as a person would; its words go straight to the terminal.
     async fn ship(
-        &self,
+        &mut self,
         model: &Path,
         version: &Version,
         more: &[&str],
@@ -241,12 +242,27 @@ impl<'a> Demo<'a> {
             .kill_on_drop(true)
             .spawn()
             .internal(|| "start `slm ship`".to_owned())?;
-        let status = child.wait().await.internal(|| "wait for `slm ship`".to_owned())?;
+        let status = loop {
+            match tokio::time::timeout(POLL, child.wait()).await {
+                Ok(status) => break status.internal(|| "wait for `slm ship`".to_owned())?,
+                Err(_) => self.tend()?,
+            }
+        };
         let code = status.code().unwrap_or(Exit::Internal as i32);
         if code == 0 || tolerated.iter().any(|exit| *exit as i32 == code) {
             return Ok(code);
         }
         Err(Failure::internal(format!("`slm ship` ended with {status}")))
+    }
+
+    /// Starts devices again that somebody killed.
+    fn tend(&mut self) -> Result<()> {
+        for process in &mut self.processes {
+            if let Some(what) = process.tend()? {
+                self.session.progress.say(format!("   ! {what}"));
+            }
+        }
+        Ok(())
     }
 
     fn slm_command(&self) -> Command {
@@ -333,7 +349,12 @@ impl<'a> Demo<'a> {
         let mut command = Command::new(&self.agent);
         command.args(&arguments);
         let process = Process::start(&format!("the device {name}"), &mut command, &log, false)?;
-        self.processes.push(process);
+        let (agent, state) = (self.agent.clone(), folder.join("state"));
+        self.processes.push(process.restarting(move || {
+            let mut command = Command::new(&agent);
+            command.arg("run").arg("--state").arg(&state);
+            command
+        }));
         Ok(())
     }
 
@@ -357,9 +378,7 @@ impl<'a> Demo<'a> {
             if holds(&devices) {
                 return Ok(devices);
             }
-            for process in &mut self.processes {
-                process.check()?;
-            }
+            self.tend()?;
             if Instant::now() > deadline {
                 return Err(Failure::internal(format!(
                     "waited {} for {what}",
@@ -392,6 +411,7 @@ impl<'a> Demo<'a> {
         for device in &rollout.devices {
             self.say(format!("   {}: {}", device.name, device.fit));
         }
+        self.check_memory(&devices)?;
         let gateway = devices.last().ok_or_else(|| Failure::internal("there is no device"))?;
         let endpoint = endpoint(gateway)?;
         self.say(format!("   A question to {}'s own OpenAI-compatible endpoint:", gateway.name));
@@ -408,6 +428,31 @@ impl<'a> Demo<'a> {
             answer.pieces,
             units::duration(answer.first)
         ));
+        Ok(())
+    }
+
+    /// What each worker took is what the fit said, or near enough.
+    fn check_memory(&self, devices: &[Device]) -> Result<()> {
+        let mut lines = Vec::new();
+        for device in devices {
+            let predicted = device.desired.model.as_ref().map_or(0, |m| m.predicted_memory_bytes);
+            let measured =
+                device.report.as_ref().map_or(0, |report| report.telemetry.worker_memory_bytes);
+            if measured == 0 {
+                continue;
+            }
+            let off = measured.abs_diff(predicted) as f64 / measured as f64;
+            if off > MEMORY_TOLERANCE {
+                return Err(Failure::internal(format!(
+                    "{} was predicted to take {}, and takes {}",
+                    device.name,
+                    units::bytes(predicted),
+                    units::bytes(measured)
+                )));
+            }
+            lines.push(format!("{} {}", device.name, units::bytes(measured)));
+        }
+        self.say(format!("   Measured on the devices: {}.", lines.join(", ")));
         Ok(())
     }
 
@@ -454,8 +499,11 @@ impl<'a> Demo<'a> {
             })
             .await?;
         self.check_bytes(&rollout, &before, &after)?;
+        let restarts: u32 = self.processes.iter().map(Process::restarts).sum();
         for (name, answered, failed, first) in &counts {
-            if *failed > 0 {
+            if *failed > 0 && restarts > 0 {
+                self.say(format!("   {name} failed {failed} questions while it was killed."));
+            } else if *failed > 0 {
                 return Err(Failure::internal(format!(
                     "{name} failed {failed} of {} questions during the rollout, the first with: {}",
                     answered + failed,
@@ -463,10 +511,12 @@ impl<'a> Demo<'a> {
                 )));
             }
         }
+        let failed: u64 = counts.iter().map(|(_, _, failed, _)| failed).sum();
         self.answered = counts.into_iter().map(|(name, answered, ..)| (name, answered)).collect();
         let total: u64 = self.answered.iter().map(|(_, answered)| answered).sum();
         self.say(format!(
-            "   During all of it {total} questions were asked; {total} were answered, 0 failed."
+            "   During all of it {} questions were asked; {total} were answered, {failed} failed.",
+            total + failed
         ));
         self.say("   The evidence:");
         self.show_command(&["slm"], &["rollout".to_owned(), "why".to_owned()]);

@@ -1,6 +1,7 @@
 //! The demo's child processes: each in a process group of its own, none of which outlives the demo.
 
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -15,6 +16,8 @@ use crate::error::{Context, Failure, Result};
 const GRACE: Duration = Duration::from_secs(5);
 /// Lines of a log that an error shows.
 const LOG_TAIL_LINES: usize = 15;
+/// Times that one process is started again, at most.
+const MAX_RESTARTS: u32 = 20;
 /// A process that finds this variable set ends when its parent does.
 pub const DIE_WITH_PARENT: &str = "SLM_DIE_WITH_PARENT";
 
@@ -25,13 +28,31 @@ pub struct Process {
     child: Child,
     group: Pid,
     log: PathBuf,
+    /// How to start it again when it was killed.
+    again: Option<Box<dyn Fn() -> Command + Send>>,
+    /// How often it was.
+    restarts: u32,
 }
 
 impl Process {
     /// Starts `program`; its stderr goes to a log file, its stdout too unless `piped`.
     pub fn start(name: &str, command: &mut Command, log: &Path, piped: bool) -> Result<Self> {
+        let create = File::options().create(true).append(true).open(log);
+        let file = create.user(|| format!("create `{}`", log.display()))?;
+        let (child, group) = Self::spawn(name, command, file, piped)?;
+        let log = log.to_owned();
+        Ok(Self { name: name.to_owned(), child, group, log, again: None, restarts: 0 })
+    }
+
+    /// Has it started again with `command` whenever somebody kills it, as a service manager would.
+    #[must_use]
+    pub fn restarting(mut self, command: impl Fn() -> Command + Send + 'static) -> Self {
+        self.again = Some(Box::new(command));
+        self
+    }
+
+    fn spawn(name: &str, command: &mut Command, file: File, piped: bool) -> Result<(Child, Pid)> {
         let what = || format!("start {name}");
-        let file = File::create(log).user(|| format!("create `{}`", log.display()))?;
         let stdout =
             if piped { Stdio::piped() } else { Stdio::from(file.try_clone().internal(what)?) };
         let child = command
@@ -46,7 +67,7 @@ impl Process {
             .internal(what)?;
         let id = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
         let group = id.ok_or_else(|| Failure::internal(what()))?;
-        Ok(Self { name: name.to_owned(), child, group, log: log.to_owned() })
+        Ok((child, group))
     }
 
     /// The process id.
@@ -59,11 +80,31 @@ impl Process {
         self.child.stdout.take().map(|stdout| BufReader::new(stdout).lines())
     }
 
-    /// Fails if it has ended.
-    pub fn check(&mut self) -> Result<()> {
+    /// How often it was started again.
+    pub fn restarts(&self) -> u32 {
+        self.restarts
+    }
+
+    /// Starts it again if it was killed, and says so; fails if it has ended otherwise.
+    pub fn tend(&mut self) -> Result<Option<String>> {
         match self.child.try_wait() {
-            Ok(None) => Ok(()),
-            Ok(Some(status)) => Err(self.ended(status)),
+            Ok(None) => Ok(None),
+            Ok(Some(status)) => match (&self.again, status.signal()) {
+                (Some(again), Some(signal)) if self.restarts < MAX_RESTARTS => {
+                    // What it left behind of its group is gone before the next one begins.
+                    let _ = kill_process_group(self.group, Signal::KILL);
+                    let create = File::options().create(true).append(true).open(&self.log);
+                    let file = create.user(|| format!("open `{}`", self.log.display()))?;
+                    (self.child, self.group) = Self::spawn(&self.name, &mut again(), file, false)?;
+                    self.restarts += 1;
+                    Ok(Some(format!(
+                        "{} was killed (signal {signal}); it is started again as process {}",
+                        self.name,
+                        self.id()
+                    )))
+                }
+                _ => Err(self.ended(status)),
+            },
             Err(error) => Err(Failure::internal(format!("look after {}", self.name)).source(error)),
         }
     }

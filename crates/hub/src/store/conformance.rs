@@ -533,11 +533,12 @@ async fn audit_names_every_change(store: &impl Store) {
             "blueprint.put",
             "blueprint.delete",
             "device.update",
+            "device.update",
             "key.add",
             "device.revoke",
         ]
     );
-    assert_eq!(entries[0].sequence, 9);
+    assert_eq!(entries[0].sequence, 10);
     assert_eq!(entries[0].actor, "token test");
     let text = serde_json::to_string(&entries).unwrap();
     assert!(!text.contains(&SecretHash::of("i-d1").to_string()), "a secret's hash is no detail");

@@ -9,9 +9,9 @@
 use std::time::Duration;
 
 /// Computing time after which a judgement is made.
-const WINDOW: Duration = Duration::from_millis(40);
+const WINDOW: Duration = Duration::from_millis(100);
 /// Share of the computing time spent waiting for a core from which threads are given up.
-const TOO_LONG: f64 = 0.15;
+const TOO_LONG: f64 = 0.08;
 /// Computing time without much waiting until one more thread is tried.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The same after many failed tries.

@@ -47,6 +47,19 @@ async fn the_engine_gives_the_reference_tokens() {
 }
 
 #[tokio::test]
+async fn an_imported_folder_gives_the_reference_tokens() {
+    set_up();
+    let folder = tempfile::tempdir().expect("a folder");
+    let imported = folder.path().join("imported.gguf");
+    let source = glass().with_file_name("hf");
+    slmops_artifact::huggingface::import(&source, &imported).expect("it is a Llama model");
+    let input = json!({ "model": imported, "prompt": PROMPT });
+    let result = call("greedy", input, |_| {}).await.expect("it runs");
+    assert_eq!(result["prompt"], json!(PROMPT_TOKENS));
+    assert_eq!(result["tokens"], json!(GREEDY));
+}
+
+#[tokio::test]
 async fn quantising_makes_a_smaller_model_that_runs() {
     set_up();
     let folder = tempfile::tempdir().expect("a folder");
