@@ -45,7 +45,7 @@ const GRACE: Duration = Duration::from_secs(3);
 const DEFAULT_CLASSES: [(&str, u64, &str, &str); 3] = [
     ("large", 288 << 20, "Q8_0", "devices with room for the best variant"),
     ("medium", 240 << 20, "Q4_K_M", "devices with room for a good variant"),
-    ("small", 0, "IQ4_NL", "devices that need the smallest variant"),
+    ("small", 0, "Q3_K_M", "devices that need the smallest variant"),
 ];
 
 /// How the hub is started.

@@ -27,7 +27,7 @@ use process::Process;
 
 /// The devices: name, memory that models may use, and what such a thing might be.
 const DEVICES: [(&str, &str, &str); 3] = [
-    ("till", "240MB", "a cash desk"),
+    ("till", "245MB", "a cash desk"),
     ("kiosk", "270MB", "a ticket machine"),
     ("gateway", "600MB", "a shop's server"),
 ];
