@@ -1,6 +1,7 @@
 //! What the core asks of its shell, and what the shell tells it. Both are closed.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use slmops_api::device::{DesiredModel, DesiredState, WaitCause};
 use slmops_api::probe::ProbeResult;
@@ -86,7 +87,7 @@ pub enum Effect {
         /// Answered by [`Event::Reported`].
         id: EffectId,
         /// What; the shell adds telemetry, facts and the sequence number.
-        snapshot: Box<Snapshot>,
+        snapshot: Arc<Snapshot>,
     },
     /// Delete every file that is not one of these. Has no answer.
     Collect {

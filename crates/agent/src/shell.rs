@@ -291,7 +291,7 @@ impl Running {
                 let _ = self.saves.send((id, ledger));
             }
             Effect::Report { id, snapshot } => {
-                let report = self.report(*snapshot);
+                let report = self.report(Arc::unwrap_or_clone(snapshot));
                 let (hub, complaints) = (Arc::clone(&self.hub), Arc::clone(&self.complaints));
                 self.spawn(id, async move {
                     let result = hub.report(&report).await;

@@ -1,9 +1,11 @@
-//! Identifiers and names, each a type of its own, checked once at the boundary.
+//! Identifiers and names, each a type of its own, checked once at the boundary. Clones share their
+//! text: the same few names stand in every device of a fleet.
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The longest identifier or name, in bytes.
 pub const MAX_NAME_BYTES: usize = 128;
@@ -37,9 +39,9 @@ fn check(kind: &'static str, given: &str) -> Result<(), ParseNameError> {
 macro_rules! name {
     ($(#[$doc:meta])* $type:ident, $kind:literal) => {
         $(#[$doc])*
-        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, utoipa::ToSchema)]
+        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, utoipa::ToSchema)]
         #[schema(value_type = String)]
-        pub struct $type(String);
+        pub struct $type(Arc<str>);
 
         impl $type {
             /// The name as text.
@@ -51,7 +53,13 @@ macro_rules! name {
         impl FromStr for $type {
             type Err = ParseNameError;
             fn from_str(given: &str) -> Result<Self, Self::Err> {
-                check($kind, given).map(|()| Self(given.to_owned()))
+                check($kind, given).map(|()| Self(given.into()))
+            }
+        }
+
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(&self.0)
             }
         }
 

@@ -159,9 +159,16 @@ pub fn no_fit(smallest_bytes: u64, budget_bytes: u64) -> String {
     )
 }
 
-/// Chooses the variant of the best quality (lowest KL divergence from the reference; then the
-/// smaller one) whose predicted memory is within `budget_bytes`.
-pub fn choose(variants: &[Variant], budget_bytes: u64, runtime: &RuntimeConfig) -> Fit {
+/// The variant of the best quality (lowest KL divergence from the reference; then the smaller one)
+/// whose predicted memory is within `budget_bytes`, by its place in the list.
+///
+/// # Errors
+/// The smallest prediction in bytes when none is.
+pub fn best(
+    variants: &[Variant],
+    budget_bytes: u64,
+    runtime: &RuntimeConfig,
+) -> Result<(usize, Prediction), u64> {
     let mut best: Option<(usize, Prediction)> = None;
     let mut smallest_bytes = u64::MAX;
     for (index, variant) in variants.iter().enumerate() {
@@ -174,13 +181,20 @@ pub fn choose(variants: &[Variant], budget_bytes: u64, runtime: &RuntimeConfig) 
             best = Some((index, prediction));
         }
     }
-    let Some((index, prediction)) = best else {
-        let smallest_bytes = if variants.is_empty() { 0 } else { smallest_bytes };
-        let why = match variants.is_empty() {
-            true => "no variant fits: the release has none".to_owned(),
-            false => no_fit(smallest_bytes, budget_bytes),
-        };
-        return Fit::NoFit { smallest_bytes, budget_bytes, why };
+    best.ok_or(if variants.is_empty() { 0 } else { smallest_bytes })
+}
+
+/// [`best`], with the reasons in words.
+pub fn choose(variants: &[Variant], budget_bytes: u64, runtime: &RuntimeConfig) -> Fit {
+    let (index, prediction) = match best(variants, budget_bytes, runtime) {
+        Ok(found) => found,
+        Err(smallest_bytes) => {
+            let why = match variants.is_empty() {
+                true => "no variant fits: the release has none".to_owned(),
+                false => no_fit(smallest_bytes, budget_bytes),
+            };
+            return Fit::NoFit { smallest_bytes, budget_bytes, why };
+        }
     };
     let chosen = &variants[index];
     let better_but_larger: Vec<String> = variants

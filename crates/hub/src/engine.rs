@@ -311,6 +311,8 @@ fn fleet_devices(snapshot: &Snapshot, board: &Board) -> Vec<FleetDevice> {
             revoked: device.revoked,
         });
     }
+    // Decisions find a device by its id.
+    devices.sort_by(|a, b| a.id.cmp(&b.id));
     devices
 }
 

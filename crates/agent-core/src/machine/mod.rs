@@ -10,11 +10,14 @@ mod step;
 mod trial;
 mod work;
 
+use std::sync::Arc;
+
 use rand::Rng;
 use slmops_api::device::{DesiredState, Failure, WaitCause};
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
 
+use snapshot::News;
 pub use snapshot::{Snapshot, Status};
 use step::Step;
 
@@ -35,7 +38,7 @@ pub struct Core<R> {
     saved_revision: u64,
     save: Call<Save>,
     poll: Call<()>,
-    report: Call<Box<Snapshot>>,
+    report: Call<Sent>,
     /// What the hub said, in this process.
     desired: Option<DesiredState>,
     hub_answers: Option<bool>,
@@ -45,6 +48,8 @@ pub struct Core<R> {
     restore_backoff: Backoff,
     /// Whether the first round through what the ledger names has begun.
     booted: bool,
+    /// The rest in which there was nothing to aim at.
+    idle: Option<Rest>,
     /// When loading what the ledger names is tried again; set while it is not what serves.
     restore_at: Option<Millis>,
     /// Why the current model does not come up, while nothing serves.
@@ -54,7 +59,7 @@ pub struct Core<R> {
     /// The revision up to which files were collected.
     collected: Option<u64>,
     report_wanted: bool,
-    last_sent: Option<Box<Snapshot>>,
+    last_sent: Option<Sent>,
     last_sent_at: Millis,
 }
 
@@ -75,6 +80,23 @@ struct Flying<T> {
 struct Save {
     ledger: Box<Ledger>,
     revision: u64,
+}
+
+/// A report, and the rest that it speaks of.
+struct Sent {
+    snapshot: Arc<Snapshot>,
+    rest: Option<Rest>,
+}
+
+/// A core with nothing under way, by all that its next step and its report depend on. While this
+/// stays the same, neither needs to be worked out anew.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Rest {
+    revision: u64,
+    desired: Option<u64>,
+    worker: Option<EffectId>,
+    up: bool,
+    damaged: bool,
 }
 
 impl<T> Call<T> {
@@ -136,6 +158,7 @@ impl<R: Rng> Core<R> {
             work_backoff: Backoff::default(),
             restore_backoff: Backoff::default(),
             booted: false,
+            idle: None,
             restore_at: Some(Millis(0)),
             restore_failure: None,
             damaged: false,
@@ -174,26 +197,23 @@ impl<R: Rng> Core<R> {
 
     /// When [`Event::Tick`] is wanted, if nothing else happens before.
     pub fn deadline(&self) -> Option<Millis> {
-        let mut timers =
-            [self.save.timer(), self.poll.timer(), self.report.timer(), self.step.timer()]
-                .into_iter()
-                .flatten()
-                .collect::<Vec<_>>();
-        if self.dirty() && self.save.flying.is_none() {
-            timers.push(self.save.not_before);
-        }
-        if self.poll.flying.is_none() {
-            timers.push(self.poll.not_before);
-        }
-        if self.report.flying.is_none()
-            && let Some(at) = self.report_due()
-        {
-            timers.push(at.max(self.report.not_before));
-        }
-        if matches!(self.step, Step::Settled) {
-            timers.extend(self.restore_at);
-        }
-        timers.into_iter().min()
+        let unsaved = self.dirty() && self.save.flying.is_none();
+        let settled = matches!(self.step, Step::Settled);
+        let report = match self.report.flying {
+            Some(_) => None,
+            None => self.report_due().map(|at| at.max(self.report.not_before)),
+        };
+        let timers = [
+            self.save.timer(),
+            self.poll.timer(),
+            self.report.timer(),
+            self.step.timer(),
+            unsaved.then_some(self.save.not_before),
+            self.poll.flying.is_none().then_some(self.poll.not_before),
+            report,
+            self.restore_at.filter(|_| settled),
+        ];
+        timers.into_iter().flatten().min()
     }
 
     /// The ledger as it is durable.
@@ -348,12 +368,50 @@ impl<R: Rng> Core<R> {
 
     /// When a report is due: at once for news, a little later for mere progress.
     fn report_due(&self) -> Option<Millis> {
-        let snapshot = self.snapshot()?;
+        if self.rests_as_sent() {
+            return self.report_wanted.then_some(Millis(0));
+        }
+        let view = self.view()?;
         let Some(last) = &self.last_sent else { return Some(Millis(0)) };
-        if self.report_wanted || snapshot.differs_in_substance(last) {
+        if self.report_wanted {
             return Some(Millis(0));
         }
-        (snapshot != **last).then(|| self.last_sent_at + self.config.progress_interval_ms)
+        match view.news(&last.snapshot) {
+            News::None => None,
+            News::Progress => Some(self.last_sent_at + self.config.progress_interval_ms),
+            News::Substance => Some(Millis(0)),
+        }
+    }
+
+    /// The state as it is; shared with the report before where that said the same.
+    fn snapshot_to_send(&self) -> Option<Arc<Snapshot>> {
+        let last = self.last_sent.as_ref().map(|last| &last.snapshot);
+        if self.rests_as_sent() {
+            return last.cloned();
+        }
+        let view = self.view()?;
+        let known = last.filter(|last| view.news(last) == News::None);
+        Some(known.map_or_else(|| Arc::new(view.to_snapshot()), Arc::clone))
+    }
+
+    fn rests_as_sent(&self) -> bool {
+        let sent = self.last_sent.as_ref().and_then(|last| last.rest);
+        sent.is_some() && sent == self.rest()
+    }
+
+    /// None while something is under way.
+    fn rest(&self) -> Option<Rest> {
+        let settled = matches!(self.step, Step::Settled) && self.booted && !self.dirty();
+        let unhindered = self.save.failed.is_none()
+            && self.restore_failure.is_none()
+            && self.restore_at.is_none();
+        (settled && unhindered).then(|| Rest {
+            revision: self.revision,
+            desired: self.desired.as_ref().map(|desired| desired.generation),
+            worker: self.serving.as_ref().map(|serving| serving.worker),
+            up: self.serving.as_ref().is_some_and(|serving| serving.up),
+            damaged: self.damaged,
+        })
     }
 
     fn report_if_due(&mut self, now: Millis, effects: &mut Vec<Effect>) {
@@ -363,11 +421,12 @@ impl<R: Rng> Core<R> {
         if self.report_due().is_none_or(|at| now < at) {
             return;
         }
-        let Some(snapshot) = self.snapshot().map(Box::new) else { return };
+        let Some(snapshot) = self.snapshot_to_send() else { return };
+        let rest = self.rest();
         let id = self.id();
-        effects.push(Effect::Report { id, snapshot: snapshot.clone() });
+        effects.push(Effect::Report { id, snapshot: Arc::clone(&snapshot) });
         let until = now + self.config.answer_timeout_ms;
-        self.report.flying = Some(Flying { id, until, what: snapshot });
+        self.report.flying = Some(Flying { id, until, what: Sent { snapshot, rest } });
         self.report_wanted = false;
         self.last_sent_at = now;
     }

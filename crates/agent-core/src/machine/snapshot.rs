@@ -5,9 +5,9 @@ use slmops_api::device::{DesiredModel, InstalledModel, Phase, Rejection, WaitCau
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
 
-use super::Core;
 use super::step::{Resume, Step};
-use crate::{Deployment, Millis, Outcome, Scope};
+use super::{Core, Serving};
+use crate::{Deployment, Ledger, Millis, Outcome, Scope};
 
 /// The core's part of a [`slmops_api::device::DeviceReport`].
 #[derive(Clone, Debug, PartialEq)]
@@ -28,13 +28,55 @@ pub struct Snapshot {
     pub effective: Option<EffectiveConfig>,
 }
 
-impl Snapshot {
-    /// Whether more than the progress of a download differs.
-    pub(super) fn differs_in_substance(&self, other: &Self) -> bool {
+/// A [`Snapshot`] that is only looked at: most of them say what the one before said.
+pub(super) struct View<'a> {
+    generation: u64,
+    phase: Phase,
+    saved: &'a Ledger,
+    up: Option<&'a Serving>,
+}
+
+/// How one snapshot differs from another.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum News {
+    None,
+    /// In the progress of a download alone.
+    Progress,
+    Substance,
+}
+
+impl View<'_> {
+    fn rejected(&self) -> impl Iterator<Item = &Rejection> {
+        let rejected = self.saved.rejected.iter();
+        rejected.filter(|rejected| rejected.scope == Scope::Manifest).map(|r| &r.rejection)
+    }
+
+    pub(super) fn news(&self, last: &Snapshot) -> News {
         let downloading = |phase: &Phase| matches!(phase, Phase::Downloading { .. });
-        let same_phase =
-            self.phase == other.phase || (downloading(&self.phase) && downloading(&other.phase));
-        !same_phase || Self { phase: other.phase.clone(), ..self.clone() } != *other
+        let same = self.generation == last.generation
+            && (self.phase == last.phase || (downloading(&self.phase) && downloading(&last.phase)))
+            && self.up.map(|up| &up.deployment.model) == last.running.as_ref()
+            && self.saved.previous.as_ref().map(|it| &it.model) == last.previous.as_ref()
+            && self.rejected().eq(&last.rejected)
+            && self.up.map(|up| up.probes.as_slice()).unwrap_or_default() == last.probes
+            && self.up.map(|up| &up.effective) == last.effective.as_ref();
+        match same {
+            true if self.phase == last.phase => News::None,
+            true => News::Progress,
+            false => News::Substance,
+        }
+    }
+
+    pub(super) fn to_snapshot(&self) -> Snapshot {
+        Snapshot {
+            generation: self.generation,
+            phase: self.phase.clone(),
+            running: self.up.map(|up| up.deployment.model.clone()),
+            previous: self.saved.previous.as_ref().map(|previous| previous.model.clone()),
+            rejected: self.rejected().cloned().collect(),
+            probes: self.up.map(|up| up.probes.clone()).unwrap_or_default(),
+            effective: self.up.map(|up| up.effective.clone()),
+        }
     }
 }
 
@@ -75,20 +117,17 @@ impl<R: Rng> Core<R> {
     }
 
     /// None while it is not yet known what serves.
-    pub(super) fn snapshot(&self) -> Option<Snapshot> {
-        let phase = self.phase()?;
-        let up = self.serving.as_ref().filter(|serving| serving.up);
-        let rejected =
-            self.saved.rejected.iter().filter(|rejected| rejected.scope == Scope::Manifest);
-        Some(Snapshot {
+    pub(super) fn view(&self) -> Option<View<'_>> {
+        Some(View {
             generation: self.saved.generation,
-            phase,
-            running: up.map(|serving| serving.deployment.model.clone()),
-            previous: self.saved.previous.as_ref().map(|previous| previous.model.clone()),
-            rejected: rejected.map(|rejected| rejected.rejection.clone()).collect(),
-            probes: up.map(|serving| serving.probes.clone()).unwrap_or_default(),
-            effective: up.map(|serving| serving.effective.clone()),
+            phase: self.phase()?,
+            saved: &self.saved,
+            up: self.serving.as_ref().filter(|serving| serving.up),
         })
+    }
+
+    fn snapshot(&self) -> Option<Snapshot> {
+        self.view().map(|view| view.to_snapshot())
     }
 
     fn phase(&self) -> Option<Phase> {

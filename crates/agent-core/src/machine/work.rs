@@ -32,8 +32,16 @@ impl<R: Rng> Core<R> {
             self.restore(now, effects);
             return true;
         }
+        let rest = self.rest();
+        if rest.is_some() && rest == self.idle {
+            return false;
+        }
         match std::mem::replace(&mut self.step, Step::Settled) {
-            Step::Settled => self.aim(now, effects),
+            Step::Settled => {
+                let aimed = self.aim(now, effects);
+                self.idle = if aimed { None } else { rest };
+                aimed
+            }
             Step::Pause { target, until, resume, .. } if until <= now => {
                 match resume {
                     Resume::Fetch => self.fetch(now, target, effects),
@@ -72,15 +80,18 @@ impl<R: Rng> Core<R> {
         let current = self.ledger.current.as_ref();
         let serves_current = self.serving.as_ref().map(|serving| &serving.deployment) == current;
         let restore_due = self.restore_at.is_some_and(|at| at <= now);
-        let Some(target) = self.desired.as_ref().and_then(Target::of) else {
+        let desired = self.desired.as_ref();
+        let wanted = desired.and_then(|desired| Some((desired.model.as_ref()?, &desired.runtime)));
+        let Some((model, runtime)) = wanted else {
             return self.mend(now, restore_due, effects);
         };
-        if current.is_some_and(|current| current.is(&target.model, &target.runtime)) {
+        if current.is_some_and(|current| current.is(model, runtime)) {
             if serves_current {
                 return self.note_outcome(Outcome::Confirmed);
             }
             return self.mend(now, restore_due, effects);
         }
+        let Some(target) = desired.and_then(Target::of) else { return false };
         // What the ledger names comes before what is new.
         if restore_due {
             return self.restore(now, effects);

@@ -1,11 +1,15 @@
 //! What each device should be: by its rollout, or by the release that it already has.
 
+use std::collections::BTreeSet;
+
+use slmops_api::DeviceId;
 use slmops_api::device::{DesiredModel, DesiredState};
 use slmops_api::model::{NewRelease, Variant};
 use slmops_api::rollout::RolloutState;
 use slmops_api::runtime::RuntimeConfig;
+use slmops_artifact::Digest;
 
-use super::{Assignment, RolloutRecord, Target, TargetState, Targets};
+use super::{Assignment, Look, RolloutRecord, Target, TargetState, Targets};
 use crate::fit::{self, Fit};
 use crate::world::{CompletedRollout, FleetDevice, World};
 
@@ -46,10 +50,43 @@ pub(crate) fn same(
     told.model.as_ref().map(|m| m.manifest) == model.map(|m| m.manifest) && told.runtime == *runtime
 }
 
+/// What a device goes back to from `left` (or will, when it is told something new now): what it was
+/// told before, unless that failed on this very device, or is quarantined and never ran here; then
+/// what it says that it runs, or ran before that.
+pub(super) fn way_back(
+    world: &World<'_>,
+    device: &FleetDevice,
+    told: Option<DesiredModel>,
+    left: Option<&Digest>,
+) -> Option<DesiredModel> {
+    let report = device.report.as_ref();
+    let installed = report.map(|report| [report.running.as_ref(), report.previous.as_ref()]);
+    let installed: Vec<_> = installed.into_iter().flatten().flatten().collect();
+    let unfit = told.as_ref().is_some_and(|told| {
+        let ran = installed.iter().any(|installed| installed.manifest == told.manifest);
+        device.rejected(&told.manifest) || (!ran && world.quarantined(device, &told.manifest))
+    });
+    if !unfit {
+        return told;
+    }
+    let found = installed.into_iter().find_map(|installed| {
+        if device.rejected(&installed.manifest) || Some(&installed.manifest) == left {
+            return None;
+        }
+        let release = world.release(&installed.model, &installed.version)?;
+        let mut variants = release.variants.iter();
+        let variant = variants.find(|variant| variant.manifest == installed.manifest)?;
+        Some(desired_model(release, variant, &runtime_for(device, release)))
+    });
+    // Asked again when it comes to going back: the device may have reported by then.
+    found.or(told.filter(|_| left.is_none()))
+}
+
 pub(super) fn assign(
     world: &World<'_>,
     records: &[RolloutRecord],
     targets: &Targets,
+    look: Look<'_>,
 ) -> Vec<Assignment> {
     // A rollout that was just taken back is no longer a source for devices that join later.
     let still_completed = |rollout: &&CompletedRollout| {
@@ -60,10 +97,18 @@ pub(super) fn assign(
     };
     let completed: Vec<&CompletedRollout> =
         world.completed.iter().filter(still_completed).collect();
+    let devices: Vec<&FleetDevice> = match look {
+        Look::Everything => world.devices.iter().collect(),
+        Look::At(changed) => {
+            let ids: BTreeSet<&DeviceId> = changed.iter().chain(targets.keys()).collect();
+            ids.into_iter().filter_map(|id| world.device(id)).collect()
+        }
+    };
     let mut assignments = Vec::new();
-    for device in world.devices.iter().filter(|device| !device.revoked) {
+    for device in devices.into_iter().filter(|device| !device.revoked) {
         let wanted = match targets.get(&device.id).map(|TargetState(target)| target) {
             Some(target) => targeted(world, device, target),
+            None if has_what_fits(world, device) => continue,
             None => sticky(world, device, &completed),
         };
         let changed =
@@ -78,6 +123,20 @@ pub(super) fn assign(
         assignments.push(Assignment { device: device.id.clone(), desired });
     }
     assignments
+}
+
+/// Whether [`sticky`] has nothing new to say, found out without its words: nearly always.
+fn has_what_fits(world: &World<'_>, device: &FleetDevice) -> bool {
+    let Some(told) = &device.desired.model else { return false };
+    let other_line = device.config.model.as_ref().is_some_and(|asked| *asked != told.model);
+    if device.is_ahead() || (other_line && !device.config.frozen) {
+        return false;
+    }
+    let Some(release) = world.release(&told.model, &told.version) else { return false };
+    let runtime = runtime_for(device, release);
+    let best = fit::best(&release.variants, device.budget_bytes, &runtime);
+    runtime == device.desired.runtime
+        && best.is_ok_and(|(index, _)| release.variants[index].manifest == told.manifest)
 }
 
 fn targeted(world: &World<'_>, device: &FleetDevice, target: &Target) -> Option<DesiredState> {

@@ -60,7 +60,7 @@ pub fn create(
     }
     let superseded = supersede(&id, &chosen, active, world.now)?;
 
-    chosen.sort_by_key(|device| canary_rank(device, world.now));
+    chosen.sort_by_cached_key(|device| canary_rank(device, world.now));
     let mut devices: Vec<RolloutDevice> = Vec::with_capacity(chosen.len());
     for device in &chosen {
         devices.push(entry(device, release, world));
@@ -163,8 +163,13 @@ pub(super) fn selected<'w>(
     world: &World<'w>,
     asked: &NewRollout,
 ) -> impl Iterator<Item = &'w FleetDevice> {
-    let selector = asked.policy.selector.clone();
-    world.devices.iter().filter(move |device| !device.revoked && selector.matches(&device.labels))
+    let asked = asked.clone();
+    world.devices.iter().filter(move |device| is_selected(device, &asked))
+}
+
+/// Whether the selector means this device.
+pub(super) fn is_selected(device: &FleetDevice, asked: &NewRollout) -> bool {
+    !device.revoked && asked.policy.selector.matches(&device.labels)
 }
 
 /// Why a selected device takes no part, if it does not.

@@ -154,33 +154,100 @@ pub fn state_name(state: RolloutState) -> &'static str {
 /// Moves every rollout in `records` as far as the evidence allows, and says what each device should
 /// be. `records` are those that are not final and those that [`create`] or [`command`] just made;
 /// `targets` comes from [`command`].
-pub fn plan(world: &World<'_>, records: &[RolloutRecord], mut targets: Targets) -> Plan {
-    let mut plan = Plan::default();
-    let mut stepped = Vec::with_capacity(records.len());
+pub fn plan(world: &World<'_>, records: &[RolloutRecord], targets: Targets) -> Plan {
+    let mut after = records.to_vec();
+    let moved = advance(world, &mut after, targets, Look::Everything);
+    let mut rollouts = Vec::new();
+    for (index, (mut record, before)) in after.into_iter().zip(records).enumerate() {
+        record.rollout.updated_at = before.rollout.updated_at;
+        if record != *before {
+            debug_assert!(moved.changed.contains(&index), "a change went unnoticed");
+            record.rollout.updated_at = world.now;
+            rollouts.push(record);
+        }
+    }
+    Plan {
+        rollouts,
+        assignments: moved.assignments,
+        quarantined: moved.quarantined,
+        deadline: moved.deadline,
+    }
+}
+
+/// What [`replan`] decided; the rollouts themselves were changed where they are.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Moved {
+    /// Indexes of the rollouts that changed.
+    pub changed: Vec<usize>,
+    /// Devices that are told something new.
+    pub assignments: Vec<Assignment>,
+    /// Manifests that are no longer offered to a class.
+    pub quarantined: Vec<(Digest, ClassName)>,
+    /// When to look again even if nothing is heard before.
+    pub deadline: Option<Timestamp>,
+}
+
+/// [`plan`] for a large fleet of which little has changed: it looks at the devices in `changed`
+/// alone, and changes `records` in place instead of copying them.
+///
+/// The records must be as an earlier plan left them, and since then nothing else may have changed
+/// than the reports, facts and labels of the devices in `changed` (new and removed ones included)
+/// and the time. After anything else (a new release, class or blueprint, a quarantine, a rollout
+/// that ended) [`plan`] is needed once.
+pub fn replan(
+    world: &World<'_>,
+    records: &mut [RolloutRecord],
+    changed: &BTreeSet<DeviceId>,
+) -> Moved {
+    advance(world, records, Targets::new(), Look::At(changed))
+}
+
+/// Which devices may have changed since the plan before.
+#[derive(Clone, Copy)]
+pub(crate) enum Look<'a> {
+    Everything,
+    At(&'a BTreeSet<DeviceId>),
+}
+
+impl Look<'_> {
+    fn is_at(self, device: &DeviceId) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::At(devices) => devices.contains(device),
+        }
+    }
+}
+
+fn advance(
+    world: &World<'_>,
+    records: &mut [RolloutRecord],
+    mut targets: Targets,
+    look: Look<'_>,
+) -> Moved {
+    let mut moved = Moved::default();
+    // Which rollout each device is in; of the devices that are looked at.
     let mut members: BTreeMap<DeviceId, RolloutId> = BTreeMap::new();
     for record in records.iter().filter(|record| !record.rollout.state.is_final()) {
-        for device in &record.rollout.devices {
-            members.entry(device.device.clone()).or_insert_with(|| record.rollout.id.clone());
+        for part in record.rollout.devices.iter().filter(|part| look.is_at(&part.device)) {
+            members.entry(part.device.clone()).or_insert_with(|| record.rollout.id.clone());
         }
     }
-    for before in records {
-        let mut record = before.clone();
-        let outcome = step::step(&mut record, world, &mut members);
+    for (index, record) in records.iter_mut().enumerate() {
+        let outcome = step::step(record, world, look, &mut members);
         targets.extend(outcome.targets.into_iter().map(|(id, target)| (id, TargetState(target))));
         for pair in outcome.quarantined {
-            if !plan.quarantined.contains(&pair) {
-                plan.quarantined.push(pair);
+            if !moved.quarantined.contains(&pair) {
+                moved.quarantined.push(pair);
             }
         }
-        plan.deadline = earlier(plan.deadline, outcome.deadline);
-        if record != *before {
+        moved.deadline = earlier(moved.deadline, outcome.deadline);
+        if outcome.changed {
             record.rollout.updated_at = world.now;
-            plan.rollouts.push(record.clone());
+            moved.changed.push(index);
         }
-        stepped.push(record);
     }
-    plan.assignments = assign::assign(world, &stepped, &targets);
-    plan
+    moved.assignments = assign::assign(world, records, &targets, look);
+    moved
 }
 
 fn earlier(a: Option<Timestamp>, b: Option<Timestamp>) -> Option<Timestamp> {

@@ -112,7 +112,10 @@ fn take_back(record: &RolloutRecord, world: &World<'_>) -> Targets {
             continue;
         }
         let before = match record.before.get(&device.id) {
-            Some(before) => before.clone(),
+            Some(before) => {
+                let left = told.map(|told| &told.manifest);
+                super::assign::way_back(world, device, before.clone(), left)
+            }
             None if asked.policy.selector.matches(&device.labels)
                 && !record.rollout.devices.iter().any(|d| d.device == device.id) =>
             {

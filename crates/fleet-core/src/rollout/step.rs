@@ -8,9 +8,9 @@ use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
-use super::create::{entry, late_wave, leave_out, selected};
+use super::create::{entry, is_selected, late_wave, leave_out, selected};
 use super::words::{failure_evidence, failure_words, phase_words};
-use super::{RolloutRecord, Target, assign, decide, earlier};
+use super::{Look, RolloutRecord, Target, assign, decide, earlier};
 use crate::fit::Fit;
 use crate::words::{count, list, seconds};
 use crate::world::{FleetDevice, World};
@@ -23,23 +23,32 @@ pub(super) struct StepOutcome {
     pub targets: BTreeMap<DeviceId, Target>,
     pub quarantined: Vec<(Digest, ClassName)>,
     pub deadline: Option<Timestamp>,
+    /// Whether the record is not what it was.
+    pub changed: bool,
 }
 
 /// Moves `record` as far as the evidence allows. `members` says which rollout each device is in.
 pub(super) fn step(
     record: &mut RolloutRecord,
     world: &World<'_>,
+    look: Look<'_>,
     members: &mut BTreeMap<DeviceId, RolloutId>,
 ) -> StepOutcome {
     let mut outcome = StepOutcome::default();
     if record.rollout.state.is_final() {
         return outcome;
     }
-    drop_revoked(record, world);
-    observe(record, world, &mut outcome);
+    // Each other change of a record is noted where it is made, or comes with a decision.
+    let before = (
+        record.rollout.decisions.len(),
+        record.rollout.current_wave,
+        record.rollout.waiting_for.clone(),
+    );
+    drop_revoked(record, world, look);
+    observe(record, world, look, &mut outcome);
     match record.rollout.state {
         RolloutState::Running => {
-            admit(record, world, members);
+            admit(record, world, look, members);
             if !halt(record, world, &mut outcome) {
                 advance(record, world, &mut outcome);
             }
@@ -51,11 +60,11 @@ pub(super) fn step(
         RolloutState::Halted => record.rollout.waiting_for = halted_waits(&record.rollout.id),
         RolloutState::Completed | RolloutState::Aborted | RolloutState::RolledBack => {}
     }
-    for device in &record.rollout.devices {
-        if device.outcome == Outcome::Updating {
-            outcome.deadline = earlier(outcome.deadline, straggles_at(record, device));
-        }
-    }
+    let updating = record.rollout.devices.iter().filter(|part| part.outcome == Outcome::Updating);
+    outcome.deadline = earlier(outcome.deadline, first_straggles_at(record, updating));
+    let rollout = &record.rollout;
+    outcome.changed |= (rollout.decisions.len(), rollout.current_wave) != (before.0, before.1)
+        || rollout.waiting_for != before.2;
     outcome
 }
 
@@ -63,16 +72,25 @@ fn halted_waits(id: &RolloutId) -> String {
     format!("an operator: `slm rollout rollback {id}`, or ship a better version")
 }
 
-fn straggles_at(record: &RolloutRecord, device: &RolloutDevice) -> Option<Timestamp> {
+/// When the first of these devices has had its time to confirm.
+fn first_straggles_at<'p>(
+    record: &RolloutRecord,
+    parts: impl Iterator<Item = &'p RolloutDevice>,
+) -> Option<Timestamp> {
     let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
-    let started_at = device.started_at?;
+    let started_at = parts.filter_map(|part| part.started_at).min()?;
     started_at.checked_add(SignedDuration::from_secs(i64::from(timeout_s))).ok()
 }
 
 /// A device that was shut out or removed is no part of the rollout any more.
-fn drop_revoked(record: &mut RolloutRecord, world: &World<'_>) {
-    let gone =
-        |device: &RolloutDevice| world.device(&device.device).is_none_or(|device| device.revoked);
+fn drop_revoked(record: &mut RolloutRecord, world: &World<'_>, look: Look<'_>) {
+    let shut_out = |id: &DeviceId| world.device(id).is_none_or(|device| device.revoked);
+    if let Look::At(devices) = look
+        && !devices.iter().any(shut_out)
+    {
+        return;
+    }
+    let gone = |part: &RolloutDevice| look.is_at(&part.device) && shut_out(&part.device);
     let names: Vec<String> = record
         .rollout
         .devices
@@ -93,12 +111,21 @@ fn drop_revoked(record: &mut RolloutRecord, world: &World<'_>) {
 fn admit(
     record: &mut RolloutRecord,
     world: &World<'_>,
+    look: Look<'_>,
     members: &mut BTreeMap<DeviceId, RolloutId>,
 ) {
     let asked = record.rollout.asked.clone();
     let Some(release) = world.release(&asked.model, &asked.version) else { return };
     let mut joined = Vec::new();
-    for device in selected(world, &asked) {
+    let candidates: Vec<&FleetDevice> = match look {
+        Look::Everything => selected(world, &asked).collect(),
+        Look::At(devices) => devices
+            .iter()
+            .filter_map(|id| world.device(id))
+            .filter(|device| is_selected(device, &asked))
+            .collect(),
+    };
+    for device in candidates {
         if members.contains_key(&device.id) || leave_out(device, &asked).is_some() {
             continue;
         }
@@ -121,44 +148,54 @@ fn admit(
 }
 
 /// Reads the latest reports into outcomes.
-fn observe(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
+fn observe(
+    record: &mut RolloutRecord,
+    world: &World<'_>,
+    look: Look<'_>,
+    outcome: &mut StepOutcome,
+) {
     let now = world.now;
+    let timeout_s = i64::from(record.rollout.asked.policy.confirm_timeout_s);
+    // Whoever was told then or earlier has had its time; nobody, where time does not reach back.
+    let told_by = now.checked_sub(SignedDuration::from_secs(timeout_s)).ok();
     let mut failed = Vec::new();
-    for index in 0..record.rollout.devices.len() {
-        let deadline = straggles_at(record, &record.rollout.devices[index]);
-        let part = &mut record.rollout.devices[index];
-        if !matches!(part.outcome, Outcome::Updating | Outcome::Confirmed) {
+    for (index, part) in record.rollout.devices.iter_mut().enumerate() {
+        let updating = part.outcome == Outcome::Updating;
+        if !updating && part.outcome != Outcome::Confirmed {
+            continue;
+        }
+        let late = updating && part.started_at.is_some_and(|at| told_by.is_some_and(|by| at <= by));
+        if !late && !look.is_at(&part.device) {
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
-        follow_refit(part, device, now);
-        match verdict(part, device) {
-            Evidence::Failed(failure) => {
-                part.outcome = Outcome::Failed { failure };
-                part.finished_at = Some(now);
-            }
+        outcome.changed |= follow_refit(part, device, now);
+        let failure = match verdict(part, device) {
+            Evidence::Failed(failure) => failure,
             Evidence::Confirmed => {
                 if part.outcome != Outcome::Confirmed {
                     part.outcome = Outcome::Confirmed;
                     part.finished_at = Some(now);
+                    outcome.changed = true;
                 }
                 continue;
             }
-            Evidence::None => {
-                let late = deadline.is_some_and(|deadline| deadline <= now);
-                if part.outcome != Outcome::Updating || !late {
-                    continue;
-                }
-                part.outcome = Outcome::Failed { failure: Failure::Timeout };
-                part.finished_at = Some(now);
-            }
-        }
+            Evidence::None if late && part.outcome == Outcome::Updating => Failure::Timeout,
+            Evidence::None => continue,
+        };
+        part.outcome = Outcome::Failed { failure };
+        part.finished_at = Some(now);
+        outcome.changed = true;
         failed.push(index);
     }
     for index in failed {
         let part = &record.rollout.devices[index];
         // Told nothing new by this rollout (it ran this before): there is nothing to go back to.
         let Some(before) = record.before.get(&part.device).cloned() else { continue };
+        let before = match world.device(&part.device) {
+            Some(device) => assign::way_back(world, device, before, part.manifest.as_ref()),
+            None => before,
+        };
         let back_to = words_of(before.as_ref());
         let Outcome::Failed { failure } = &part.outcome else { continue };
         let reason = format!(
@@ -181,10 +218,13 @@ fn words_of(model: Option<&DesiredModel>) -> String {
 }
 
 /// A device whose variant changed under way (its budget or blueprint did) is measured by the new one.
-fn follow_refit(part: &mut RolloutDevice, device: &FleetDevice, now: Timestamp) {
-    let Some(told) = &device.desired.model else { return };
+///
+/// Whether that was the case.
+fn follow_refit(part: &mut RolloutDevice, device: &FleetDevice, now: Timestamp) -> bool {
+    let Some(told) = &device.desired.model else { return false };
     let told_newer = part.generation.is_some_and(|ours| device.desired.generation > ours);
-    if told_newer && part.manifest != Some(told.manifest) {
+    let refitted = told_newer && part.manifest != Some(told.manifest);
+    if refitted {
         part.manifest = Some(told.manifest);
         part.variant = Some(told.variant.clone());
         part.generation = Some(device.desired.generation);
@@ -193,6 +233,7 @@ fn follow_refit(part: &mut RolloutDevice, device: &FleetDevice, now: Timestamp) 
         part.outcome = Outcome::Updating;
         part.fit = device.desired.reason.clone();
     }
+    refitted
 }
 
 enum Evidence {
@@ -237,7 +278,12 @@ fn halt(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome
     let counted = |part: &&RolloutDevice| {
         matches!(part.outcome, Outcome::Failed { .. }) && !record.forgiven.contains(&part.device)
     };
-    for wave in 0..record.rollout.waves {
+    let mut failures = vec![0_usize; record.rollout.waves as usize];
+    for part in record.rollout.devices.iter().filter(counted) {
+        failures[part.wave as usize] += 1;
+    }
+    if let Some(wave) = failures.iter().position(|number| *number > allowed) {
+        let wave = wave as u32;
         let failed: Vec<RolloutDevice> = record
             .rollout
             .devices
@@ -246,9 +292,6 @@ fn halt(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome
             .filter(counted)
             .cloned()
             .collect();
-        if failed.len() <= allowed {
-            continue;
-        }
         let mut because = vec![format!(
             "wave {} has {} failed, {allowed} allowed (max_failures)",
             wave + 1,
@@ -341,6 +384,7 @@ fn waits_for_devices(
 ) -> String {
     let names: Vec<String> = updating
         .iter()
+        .take(NAMES_SHOWN)
         .map(|part| {
             let phase = world.device(&part.device).map_or("unknown", |device| {
                 match (&device.report, part.generation) {
@@ -353,13 +397,15 @@ fn waits_for_devices(
             format!("{} ({phase})", part.name)
         })
         .collect();
-    let latest = updating.iter().filter_map(|part| straggles_at(record, part)).min();
-    let limit = latest.map(|at| format!("; fails at {}", clock(at))).unwrap_or_default();
+    let first = first_straggles_at(record, updating.iter().copied());
+    let limit = first.map(|at| format!("; fails at {}", clock(at))).unwrap_or_default();
+    let more = updating.len() - names.len();
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
     format!(
-        "wave {} of {}: {} to confirm{limit}",
+        "wave {} of {}: {}{more} to confirm{limit}",
         record.rollout.current_wave + 1,
         record.rollout.waves,
-        list(&names, NAMES_SHOWN)
+        names.join(", ")
     )
 }
 
@@ -378,6 +424,7 @@ fn start(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcom
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
+        outcome.changed = true;
         // Its budget or blueprint may have changed since the rollout was made.
         let fresh = entry(device, release, world);
         part.variant = fresh.variant;
@@ -398,7 +445,7 @@ fn start(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcom
             part.generation = Some(device.desired.generation);
         } else {
             part.generation = Some(device.next_generation());
-            let before = device.desired.model.clone();
+            let before = assign::way_back(world, device, device.desired.model.clone(), None);
             if before.as_ref().is_none_or(|before| before.manifest != model.manifest) {
                 record.before.insert(device.id.clone(), before);
             }

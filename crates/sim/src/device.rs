@@ -1,0 +1,460 @@
+//! One device: the shipping state machine, and a shell whose disk, engine and clock are simulated.
+
+use std::sync::Arc;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use slmops_agent_core::{
+    Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded, Millis,
+    Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
+};
+use slmops_api::device::WaitCause;
+use slmops_api::probe::ProbeResult;
+use slmops_api::runtime::EffectiveConfig;
+use slmops_artifact::Digest;
+
+use crate::catalog::{Catalog, mix};
+use crate::operation::{EffectKind, Moment};
+use crate::run::Sabotage;
+use crate::spec::Ailment;
+use crate::time::{SECOND, Time};
+
+/// Bytes of a file that are hashed or loaded in a second.
+const DISK_BYTES_PER_S: u64 = 200_000_000;
+/// Milliseconds that a worker takes to start, beside reading its file.
+const START_MS: u64 = 2 * SECOND;
+/// Milliseconds that the golden probes take.
+const PROBE_MS: u64 = 5 * SECOND;
+/// Milliseconds that one write of the ledger takes.
+const SAVE_MS: u64 = 5;
+/// Milliseconds that turning the traffic takes.
+const SWITCH_MS: u64 = 10;
+
+/// Something that will happen to a device.
+pub(crate) struct Pending {
+    pub at: Time,
+    pub id: EffectId,
+    pub work: Work,
+}
+
+/// A piece of a download.
+pub(crate) struct Piece {
+    pub package: Package,
+    pub bytes: u64,
+}
+
+pub(crate) enum Work {
+    /// An effect on the device itself takes place.
+    Local(Box<Effect>),
+    /// The hub holds a poll; then it says that nothing has changed.
+    Held,
+    /// Something is heard.
+    Hear(Box<Event>),
+    /// A report gets to the hub.
+    Arrives { snapshot: Arc<Snapshot>, sequence: u64, reply: bool },
+    /// The hub's thanks for a report get to the device; in which life of the hub it was stored.
+    Thanks { sequence: u64, epoch: u64 },
+    /// A piece of a download.
+    Piece(Box<Piece>),
+    /// The worker that died is started again.
+    Restart,
+    /// The worker dies by itself.
+    Fault,
+}
+
+/// What is to happen at the next such moment.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Armed {
+    Crash(Moment, EffectKind),
+    LoseRequest,
+    LoseReply,
+    TearLedger,
+}
+
+/// A file on the device's disk.
+pub(crate) struct File {
+    pub digest: Digest,
+    pub have_bytes: u64,
+    pub size_bytes: u64,
+    pub intact: bool,
+}
+
+pub(crate) struct Worker {
+    pub id: EffectId,
+    pub deployment: Deployment,
+    /// Whether the bytes that it loaded are those that the signed manifest names.
+    pub genuine: bool,
+    pub probed: bool,
+    /// Whether it answers.
+    pub up: bool,
+}
+
+/// What the ledger on disk says, for checks.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Durable {
+    pub generation: u64,
+    pub confirmed: bool,
+    pub current: Option<Digest>,
+    pub previous: Option<Digest>,
+    /// The candidate, and whether it passed its probes.
+    pub candidate: Option<(Digest, bool)>,
+}
+
+impl Durable {
+    pub(crate) fn of(ledger: &Ledger) -> Self {
+        let manifest = |it: &Deployment| it.package.manifest;
+        Self {
+            generation: ledger.generation,
+            confirmed: ledger.outcome == Some(Outcome::Confirmed),
+            current: ledger.current.as_ref().map(manifest),
+            previous: ledger.previous.as_ref().map(manifest),
+            candidate: ledger.candidate.as_ref().map(|c| (manifest(&c.deployment), c.probed)),
+        }
+    }
+}
+
+/// The device's own clock: how far it is, and how fast it goes.
+#[derive(Clone, Copy)]
+struct Clock {
+    real: u64,
+    local: u64,
+    ppm: i64,
+}
+
+impl Clock {
+    const MILLION: i128 = 1_000_000;
+
+    fn local(self, now: Time) -> u64 {
+        let passed = now.0 - self.real;
+        if self.ppm == 0 {
+            return self.local + passed;
+        }
+        let rate = Self::MILLION + i128::from(self.ppm);
+        self.local + (i128::from(passed) * rate / Self::MILLION) as u64
+    }
+
+    /// When it shows `local`, at the earliest.
+    fn real(self, local: u64) -> Time {
+        let ahead = local.saturating_sub(self.local);
+        if self.ppm == 0 {
+            return Time(self.real.saturating_add(ahead));
+        }
+        let rate = Self::MILLION + i128::from(self.ppm);
+        let passed = (i128::from(ahead) * Self::MILLION + rate - 1) / rate;
+        Time(self.real.saturating_add(u64::try_from(passed).unwrap_or(u64::MAX)))
+    }
+}
+
+/// One device.
+pub(crate) struct Device {
+    /// Absent while it is without power.
+    pub core: Option<Core<ChaCha8Rng>>,
+    pub pending: Vec<Pending>,
+    /// When it is next looked at, and by which entry of the schedule.
+    pub scheduled: (Time, u64),
+    clock: Clock,
+    pub number: u32,
+    pub group: usize,
+    seed: u64,
+    boots: u64,
+    pub budget_bytes: u64,
+    /// What the agent finds when it starts for the first time: `ledger`, read already.
+    pub first: Option<Ledger>,
+    // --- what survives a power cut
+    pub ledger: Vec<u8>,
+    pub durable: Durable,
+    pub files: Vec<File>,
+    pub sequence: u64,
+    /// Manifests whose signature was good.
+    pub signed: Vec<Digest>,
+    // --- what does not
+    pub workers: Vec<Worker>,
+    pub live: Option<EffectId>,
+    // --- what is wrong with it
+    pub armed: Vec<Armed>,
+    pub cut_until: Time,
+    pub full_until: Time,
+    pub broken_until: Time,
+    /// When the power comes back.
+    pub power_at: Time,
+}
+
+impl Device {
+    pub(crate) fn new(number: u32, group: usize, seed: u64, budget_bytes: u64) -> Self {
+        Self {
+            core: None,
+            pending: Vec::new(),
+            scheduled: (Time(u64::MAX), 0),
+            clock: Clock { real: 0, local: 0, ppm: 0 },
+            number,
+            group,
+            seed: mix(seed ^ u64::from(number)),
+            boots: 0,
+            budget_bytes,
+            first: None,
+            ledger: Ledger::default().to_bytes(),
+            durable: Durable::default(),
+            files: Vec::new(),
+            sequence: 0,
+            signed: Vec::new(),
+            workers: Vec::new(),
+            live: None,
+            armed: Vec::new(),
+            cut_until: Time(0),
+            full_until: Time(0),
+            broken_until: Time(0),
+            power_at: Time(0),
+        }
+    }
+
+    /// Starts the agent with what is on the disk.
+    pub(crate) fn boot(&mut self, now: Time) {
+        let first = self.first.take();
+        let ledger = first.or_else(|| Ledger::parse(&self.ledger).ok()).unwrap_or_default();
+        let config = Config { memory_budget_bytes: self.budget_bytes, ..Config::default() };
+        self.boots += 1;
+        let rng = ChaCha8Rng::seed_from_u64(mix(self.seed ^ (self.boots << 40)));
+        self.clock = Clock { real: now.0, local: 0, ppm: self.clock.ppm };
+        self.core = Some(Core::new(ledger, config, rng));
+    }
+
+    pub(crate) fn power_off(&mut self, until: Time) {
+        self.core = None;
+        self.pending.clear();
+        self.workers.clear();
+        self.live = None;
+        self.power_at = until;
+    }
+
+    pub(crate) fn now(&self, now: Time) -> Millis {
+        Millis(self.clock.local(now))
+    }
+
+    pub(crate) fn jump(&mut self, now: Time, by: Time) {
+        self.clock = Clock { real: now.0, local: self.clock.local(now) + by.0, ..self.clock };
+    }
+
+    pub(crate) fn drift(&mut self, now: Time, ppm: i32) {
+        let local = if self.core.is_some() { self.clock.local(now) } else { 0 };
+        self.clock = Clock { real: now.0, local, ppm: i64::from(ppm) };
+    }
+
+    /// When it must next be looked at.
+    pub(crate) fn next(&self) -> Time {
+        let Some(core) = &self.core else { return self.power_at };
+        let pending = self.pending.iter().map(|pending| pending.at).min();
+        let deadline = core.deadline().map(|at| self.clock.real(at.0));
+        [pending, deadline].into_iter().flatten().min().unwrap_or(Time(u64::MAX))
+    }
+
+    /// The earliest thing that is due.
+    pub(crate) fn take_due(&mut self, now: Time) -> Option<Pending> {
+        let (index, _) = self
+            .pending
+            .iter()
+            .enumerate()
+            .filter(|(_, pending)| pending.at <= now)
+            .min_by_key(|(_, pending)| pending.at)?;
+        Some(self.pending.swap_remove(index))
+    }
+
+    pub(crate) fn take_armed(&mut self, wanted: Armed) -> bool {
+        let found = self.armed.iter().position(|armed| *armed == wanted);
+        found.map(|index| self.armed.remove(index)).is_some()
+    }
+
+    pub(crate) fn worker(&self, id: EffectId) -> Option<&Worker> {
+        self.workers.iter().find(|worker| worker.id == id)
+    }
+
+    pub(crate) fn live_worker(&self) -> Option<&Worker> {
+        self.worker(self.live?)
+    }
+
+    pub(crate) fn file(&mut self, digest: Digest, size_bytes: u64) -> &mut File {
+        let found = self.files.iter().position(|file| file.digest == digest);
+        let index = found.unwrap_or_else(|| {
+            self.files.push(File { digest, have_bytes: 0, size_bytes, intact: true });
+            self.files.len() - 1
+        });
+        &mut self.files[index]
+    }
+
+    /// Bytes of a package that are still to be pulled.
+    pub(crate) fn missing_bytes(&self, package: &Package) -> u64 {
+        let have = |digest: Digest| {
+            self.files.iter().find(|file| file.digest == digest).map_or(0, |file| file.have_bytes)
+        };
+        package.blobs().iter().map(|blob| blob.size_bytes - have(blob.digest)).sum()
+    }
+
+    /// Adds bytes of a package, small files first.
+    pub(crate) fn receive(&mut self, package: &Package, mut bytes: u64) {
+        for blob in package.blobs() {
+            let file = self.file(blob.digest, blob.size_bytes);
+            let taken = bytes.min(file.size_bytes - file.have_bytes);
+            file.have_bytes += taken;
+            bytes -= taken;
+        }
+    }
+
+    fn is_whole(&self, package: &Package) -> bool {
+        package.blobs().iter().all(|blob| {
+            let file = self.files.iter().find(|file| file.digest == blob.digest);
+            file.is_some_and(|file| file.have_bytes == file.size_bytes && file.intact)
+        })
+    }
+
+    /// Hashes a package's files; damaged ones are deleted.
+    fn verify(&mut self, package: &Package, sabotage: Option<Sabotage>) -> Result<(), VerifyError> {
+        if sabotage == Some(Sabotage::NeverHashes) || self.is_whole(package) {
+            return Ok(());
+        }
+        let named = package.blobs().map(|blob| blob.digest);
+        self.files.retain(|file| {
+            let whole = file.have_bytes == file.size_bytes && file.intact;
+            whole || !named.contains(&file.digest)
+        });
+        Err(VerifyError::Damaged)
+    }
+
+    /// How long an effect on the device itself takes.
+    pub(crate) fn duration_ms(effect: &Effect) -> u64 {
+        let read = |package: &Package| package.total_bytes() * SECOND / DISK_BYTES_PER_S;
+        match effect {
+            Effect::Verify { package, .. } => read(package),
+            Effect::Stage { deployment, .. } => START_MS + 2 * read(&deployment.package),
+            Effect::Probe { .. } => PROBE_MS,
+            Effect::Activate { .. } => SWITCH_MS,
+            _ => SAVE_MS,
+        }
+    }
+
+    /// Lets an effect on the device itself take place, and says what the core hears of it.
+    pub(crate) fn perform(
+        &mut self,
+        now: Time,
+        effect: Effect,
+        catalog: &Catalog,
+        sabotage: Option<Sabotage>,
+    ) -> Option<Event> {
+        Some(match effect {
+            Effect::Verify { id, package } => {
+                Event::FilesVerified { id, result: self.verify(&package, sabotage) }
+            }
+            Effect::Stage { id, deployment } => {
+                let result = self.stage(now, &deployment, catalog, sabotage);
+                if result.is_ok() {
+                    let genuine = self.is_whole(&deployment.package);
+                    self.workers.push(Worker { id, deployment, genuine, probed: false, up: true });
+                }
+                Event::Staged { id, result }
+            }
+            Effect::Probe { id, worker, live, .. } => {
+                Event::Probed { id, result: self.probe(worker, live, catalog, sabotage) }
+            }
+            Effect::Activate { id, worker } => {
+                let result = match self.worker(worker) {
+                    Some(_) => {
+                        let old = self.live.replace(worker).filter(|old| *old != worker);
+                        self.workers.retain(|worker| Some(worker.id) != old);
+                        Ok(())
+                    }
+                    None => Err(StageError::Died(Death::Killed)),
+                };
+                Event::Activated { id, result }
+            }
+            Effect::SaveLedger { id, ledger } => {
+                let result = match now < self.full_until {
+                    true => Err(Obstacle::new(WaitCause::DiskFull)),
+                    false => {
+                        self.durable = Durable::of(&ledger);
+                        self.ledger = ledger.to_bytes();
+                        Ok(())
+                    }
+                };
+                Event::LedgerSaved { id, result }
+            }
+            _ => return None,
+        })
+    }
+
+    fn stage(
+        &mut self,
+        now: Time,
+        deployment: &Deployment,
+        catalog: &Catalog,
+        sabotage: Option<Sabotage>,
+    ) -> Result<Loaded, StageError> {
+        self.verify(&deployment.package, sabotage).map_err(|error| match error {
+            VerifyError::Damaged => StageError::Damaged,
+            VerifyError::Obstacle(obstacle) => StageError::Obstacle(obstacle),
+        })?;
+        if now < self.broken_until {
+            return Err(StageError::Died(Death::Fault));
+        }
+        let asked = &deployment.runtime;
+        let mut effective = EffectiveConfig {
+            context_tokens: asked.context_tokens,
+            parallel: asked.parallel,
+            threads: asked.threads.max(1),
+            batch_tokens: asked.batch_tokens,
+            kv_type: asked.kv_type,
+            flash_attention: asked.flash_attention,
+            queue_limit: asked.queue_limit,
+            engine: String::new(),
+        };
+        let mut memory_bytes = deployment.package.weights.size_bytes;
+        match catalog.ailment(&deployment.package.manifest, self.number) {
+            Some(Ailment::DoesNotLoad) => return Err(StageError::Load),
+            Some(Ailment::CrashesOnLoad) => return Err(StageError::Died(Death::Fault)),
+            Some(Ailment::IgnoresConfiguration) => effective.context_tokens /= 2,
+            Some(Ailment::TooLarge) => memory_bytes = self.budget_bytes.saturating_add(1),
+            _ => {}
+        }
+        Ok(Loaded { effective, memory_bytes })
+    }
+
+    fn probe(
+        &mut self,
+        id: EffectId,
+        live: bool,
+        catalog: &Catalog,
+        sabotage: Option<Sabotage>,
+    ) -> Result<Probed, ProbeError> {
+        let number = self.number;
+        let worker = self.workers.iter_mut().find(|worker| worker.id == id && worker.up);
+        let worker = worker.ok_or(ProbeError::Died(Death::Killed))?;
+        let ailment = catalog.ailment(&worker.deployment.package.manifest, number);
+        let passed = match ailment {
+            Some(Ailment::FailsProbes) => sabotage == Some(Sabotage::PassesEveryProbe),
+            Some(Ailment::FailsLiveProbe) => !live,
+            _ => true,
+        };
+        worker.probed |= passed;
+        let result = ProbeResult {
+            name: "golden-01".to_owned(),
+            passed,
+            value: Some(if passed { -1.0 } else { -9.0 }),
+            floor: -2.0,
+            duration_ms: PROBE_MS,
+        };
+        let memory_bytes = worker.deployment.package.weights.size_bytes;
+        Ok(Probed { results: vec![result], memory_bytes })
+    }
+
+    /// The source's answer to a request for a manifest.
+    pub(crate) fn fetch(
+        &mut self,
+        manifest: Digest,
+        catalog: &Catalog,
+    ) -> Result<Package, FetchError> {
+        if catalog.ailment(&manifest, self.number) == Some(Ailment::BadSignature) {
+            return Err(FetchError::Signature);
+        }
+        if !self.signed.contains(&manifest) {
+            self.signed.push(manifest);
+        }
+        Ok(catalog.known(&manifest).package)
+    }
+}

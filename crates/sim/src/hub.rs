@@ -1,0 +1,536 @@
+//! The hub: the shipping planner over a store of transactions, and what it forgets when it crashes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use slmops_agent_core::Snapshot;
+use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport, Phase, Telemetry};
+use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
+use slmops_api::runtime::RuntimeConfig;
+use slmops_api::selector::Selector;
+use slmops_api::{ClassName, DeviceId, RolloutId};
+use slmops_artifact::Digest;
+use slmops_fleet_core::blueprint::resolve;
+use slmops_fleet_core::rollout::{self, Command, Moved, RolloutRecord, Targets};
+use slmops_fleet_core::world::{CompletedRollout, FleetDevice, World};
+
+use crate::catalog::Catalog;
+use crate::operation::{HubWork, Moment};
+use crate::run::Sabotage;
+use crate::spec::{FleetSpec, SpecError};
+use crate::time::{SECOND, Time};
+use crate::watch::Watch;
+
+/// The hub decides this long after it heard news, so that much news is one decision.
+const DECIDE_AFTER_MS: u64 = SECOND;
+/// Decisions in a row; more would mean that they do not settle.
+const MAX_ROUNDS: u32 = 16;
+/// Who asks for rollouts.
+const OPERATOR: &str = "operator";
+
+/// The hub.
+pub(crate) struct Hub {
+    // --- what is stored
+    /// In the order of their ids, which is that of their numbers.
+    pub devices: Vec<FleetDevice>,
+    /// The newest report's number of each device.
+    pub sequences: Vec<u64>,
+    pub active: Vec<RolloutRecord>,
+    pub ended: Vec<RolloutRecord>,
+    quarantine: BTreeSet<(Digest, ClassName)>,
+    completed: Vec<CompletedRollout>,
+    // --- what a crash takes
+    snapshots: Vec<Option<Arc<Snapshot>>>,
+    changed: BTreeSet<DeviceId>,
+    everything: bool,
+    decide_at: Option<Time>,
+    deadline: Option<Time>,
+    unstored: Vec<(usize, Arc<Snapshot>, u64)>,
+    // --- what is wrong with it
+    pub is_up: bool,
+    pub up_at: Time,
+    /// Counts its lives.
+    pub epoch: u64,
+    pub armed: Vec<(Moment, HubWork, Time)>,
+    pub decisions: u64,
+    compare_plans: bool,
+    sabotage: Option<Sabotage>,
+}
+
+/// What became of something that the hub did.
+pub(crate) enum Done {
+    /// These devices are told something new.
+    Told(Vec<usize>),
+    /// It crashed for this long.
+    Crashed(Time),
+}
+
+/// The number of a device with this id.
+pub(crate) fn number_of(id: &DeviceId) -> usize {
+    id.as_str()[1..].parse().expect("the simulation gives every id")
+}
+
+pub(crate) fn rollout_id(rollout: usize) -> RolloutId {
+    format!("r{rollout}").parse().expect("a letter and a number are an id")
+}
+
+impl Hub {
+    pub(crate) fn new(
+        spec: &FleetSpec,
+        compare_plans: bool,
+        sabotage: Option<Sabotage>,
+    ) -> Result<Self, SpecError> {
+        let config = Arc::new(resolve(&[]).map_err(|error| SpecError(error.to_string()))?);
+        let mut devices = Vec::new();
+        for group in &spec.groups {
+            for _ in 0..group.devices {
+                let number = devices.len();
+                let id: DeviceId =
+                    format!("d{number:07}").parse().expect("a letter and a number are an id");
+                let name = format!("device-{number}");
+                let mut labels = BTreeMap::from([
+                    ("id".to_owned(), id.to_string()),
+                    ("name".to_owned(), name.clone()),
+                    ("class".to_owned(), group.class.to_string()),
+                ]);
+                if let Some(site) = &group.site {
+                    labels.insert("site".to_owned(), site.to_string());
+                }
+                devices.push(FleetDevice {
+                    id,
+                    name,
+                    class: group.class.clone(),
+                    labels,
+                    budget_bytes: group.memory_budget_bytes,
+                    config: Arc::clone(&config),
+                    last_seen: Time(0).timestamp(),
+                    desired: DesiredState {
+                        generation: 0,
+                        model: None,
+                        runtime: RuntimeConfig::default(),
+                        confirm_timeout_s: config.confirm_timeout_s,
+                        reason: String::new(),
+                    },
+                    report: None,
+                    revoked: false,
+                });
+            }
+        }
+        let count = devices.len();
+        let before = CompletedRollout {
+            id: "before".parse().expect("a constant id is an id"),
+            model: spec.model.clone(),
+            version: semver::Version::new(1, 0, 0),
+            selector: Selector::all(),
+        };
+        Ok(Self {
+            devices,
+            sequences: vec![0; count],
+            active: Vec::new(),
+            ended: Vec::new(),
+            quarantine: BTreeSet::new(),
+            completed: vec![before],
+            snapshots: vec![None; count],
+            changed: BTreeSet::new(),
+            everything: true,
+            decide_at: None,
+            deadline: None,
+            unstored: Vec::new(),
+            is_up: true,
+            up_at: Time(0),
+            epoch: 0,
+            armed: Vec::new(),
+            decisions: 0,
+            compare_plans,
+            sabotage,
+        })
+    }
+
+    fn world<'a>(&'a self, now: Time, catalog: &'a Catalog) -> World<'a> {
+        World {
+            now: now.timestamp(),
+            devices: &self.devices,
+            releases: &catalog.releases,
+            quarantine: &self.quarantine,
+            completed: &self.completed,
+        }
+    }
+
+    /// When it must next be looked at.
+    pub(crate) fn next(&self) -> Time {
+        let due = [self.decide_at, self.deadline].into_iter().flatten().min();
+        match self.is_up {
+            true => due.unwrap_or(Time(u64::MAX)),
+            false => self.up_at,
+        }
+    }
+
+    fn wake(&mut self, now: Time) {
+        self.decide_at.get_or_insert(Time((now.0 / DECIDE_AFTER_MS + 1) * DECIDE_AFTER_MS));
+    }
+
+    fn take_armed(&mut self, moment: Moment, work: HubWork) -> Option<Time> {
+        let found = self.armed.iter().position(|armed| (armed.0, armed.1) == (moment, work))?;
+        Some(self.armed.remove(found).2)
+    }
+
+    // --- crashing
+
+    pub(crate) fn crash(&mut self, until: Time) {
+        self.is_up = false;
+        self.up_at = until.max(self.up_at);
+        self.epoch += 1;
+        self.snapshots.fill(None);
+        self.changed.clear();
+        self.unstored.clear();
+        (self.decide_at, self.deadline) = (None, None);
+    }
+
+    pub(crate) fn start(&mut self, now: Time) {
+        self.is_up = true;
+        self.everything = true;
+        self.wake(now);
+    }
+
+    // --- reports
+
+    /// Whether a report says what is known, so that storing it is of no interest to anyone.
+    pub(crate) fn knows(&self, device: usize, snapshot: &Arc<Snapshot>) -> bool {
+        let known = self.snapshots[device].as_ref();
+        self.armed.is_empty()
+            && self.sabotage.is_none()
+            && known.is_some_and(|known| Arc::ptr_eq(known, snapshot) || known == snapshot)
+    }
+
+    /// A report that says what is known: its number and its time are noted.
+    pub(crate) fn touch(&mut self, now: Time, device: usize, sequence: u64) {
+        self.sequences[device] = self.sequences[device].max(sequence);
+        self.devices[device].last_seen = now.timestamp();
+    }
+
+    /// Whether it has thanked for reports that it has yet to store, as it never should.
+    pub(crate) fn is_waiting_to_store(&self) -> bool {
+        !self.unstored.is_empty()
+    }
+
+    pub(crate) fn seen(&mut self, now: Time, device: usize) {
+        self.devices[device].last_seen = now.timestamp();
+    }
+
+    /// Takes in a report. True: it is stored, or was before. Otherwise the hub crashed for so long,
+    /// having stored it or not.
+    pub(crate) fn record(
+        &mut self,
+        now: Time,
+        device: usize,
+        snapshot: Arc<Snapshot>,
+        sequence: u64,
+    ) -> Result<(), Time> {
+        if let Some(lasts) = self.take_armed(Moment::Before, HubWork::Report) {
+            return Err(lasts);
+        }
+        if self.sabotage == Some(Sabotage::ThanksBeforeStoring) {
+            self.unstored.push((device, snapshot, sequence));
+            self.wake(now);
+            return Ok(());
+        }
+        self.store(now, device, snapshot, sequence);
+        match self.take_armed(Moment::After, HubWork::Report) {
+            Some(lasts) => Err(lasts),
+            None => Ok(()),
+        }
+    }
+
+    fn store(&mut self, now: Time, device: usize, snapshot: Arc<Snapshot>, sequence: u64) {
+        let place = &mut self.devices[device];
+        place.last_seen = now.timestamp();
+        if sequence <= self.sequences[device] {
+            return;
+        }
+        self.sequences[device] = sequence;
+        let downloading = |phase: &Phase| matches!(phase, Phase::Downloading { .. });
+        let news = place.report.as_ref().is_none_or(|before| {
+            before.generation != snapshot.generation
+                || (before.phase != snapshot.phase
+                    && !(downloading(&before.phase) && downloading(&snapshot.phase)))
+                || before.running != snapshot.running
+                || before.previous != snapshot.previous
+                || before.rejected != snapshot.rejected
+                || before.effective != snapshot.effective
+        });
+        let report = place.report.get_or_insert_with(|| DeviceReport {
+            sequence: 0,
+            generation: 0,
+            phase: Phase::Idle,
+            running: None,
+            previous: None,
+            rejected: vec![],
+            probes: vec![],
+            effective: None,
+            telemetry: Telemetry::default(),
+            facts: facts(place.budget_bytes),
+        });
+        report.sequence = sequence;
+        report.phase.clone_from(&snapshot.phase);
+        if news {
+            report.generation = snapshot.generation;
+            report.running.clone_from(&snapshot.running);
+            report.previous.clone_from(&snapshot.previous);
+            report.rejected.clone_from(&snapshot.rejected);
+            report.probes.clone_from(&snapshot.probes);
+            report.effective.clone_from(&snapshot.effective);
+            self.changed.insert(place.id.clone());
+            self.wake(now);
+        }
+        self.snapshots[device] = Some(snapshot);
+    }
+
+    // --- deciding
+
+    /// Decides until nothing changes any more, each time in one transaction.
+    pub(crate) fn decide(&mut self, now: Time, catalog: &Catalog, watch: &mut Watch) -> Done {
+        self.decide_at = None;
+        for (device, snapshot, sequence) in std::mem::take(&mut self.unstored) {
+            self.store(now, device, snapshot, sequence);
+        }
+        let mut told = Vec::new();
+        for _ in 0..MAX_ROUNDS {
+            self.decisions += 1;
+            let guarded = self
+                .armed
+                .iter()
+                .any(|armed| (armed.0, armed.1) == (Moment::Before, HubWork::Decision));
+            let before = guarded.then(|| self.active.clone());
+            let changed = std::mem::take(&mut self.changed);
+            let moved = self.plan(now, catalog, &changed, watch);
+            let quiet = moved.changed.is_empty()
+                && moved.assignments.is_empty()
+                && moved.quarantined.is_empty();
+            self.deadline = moved.deadline.map(Time::at);
+            if quiet {
+                return Done::Told(told);
+            }
+            if let Some(before) = before {
+                self.active = before;
+                let lasts = self.take_armed(Moment::Before, HubWork::Decision);
+                return Done::Crashed(lasts.unwrap_or_default());
+            }
+            self.commit(now, moved, catalog, watch, &mut told);
+            if let Some(lasts) = self.take_armed(Moment::After, HubWork::Decision) {
+                return Done::Crashed(lasts);
+            }
+        }
+        watch.violation(now, "the hub's decisions do not settle".to_owned());
+        Done::Told(told)
+    }
+
+    fn plan(
+        &mut self,
+        now: Time,
+        catalog: &Catalog,
+        changed: &BTreeSet<DeviceId>,
+        watch: &mut Watch,
+    ) -> Moved {
+        let mut active = std::mem::take(&mut self.active);
+        let world = self.world(now, catalog);
+        let full = (self.everything || self.compare_plans)
+            .then(|| rollout::plan(&world, &active, Targets::new()));
+        let moved = if let (Some(full), true) = (&full, self.everything) {
+            let mut indexes = Vec::new();
+            for record in &full.rollouts {
+                let index = active.iter().position(|known| known.rollout.id == record.rollout.id);
+                let index = index.expect("a plan is about the rollouts it was given");
+                active[index] = record.clone();
+                indexes.push(index);
+            }
+            Moved {
+                changed: indexes,
+                assignments: full.assignments.clone(),
+                quarantined: full.quarantined.clone(),
+                deadline: full.deadline,
+            }
+        } else {
+            let moved = rollout::replan(&world, &mut active, changed);
+            if let Some(full) = full {
+                let same = moved.assignments == full.assignments
+                    && moved.quarantined == full.quarantined
+                    && moved.deadline == full.deadline
+                    && moved.changed.iter().map(|index| &active[*index]).eq(&full.rollouts);
+                if !same {
+                    let what = "a plan of what has changed differs from a plan of everything";
+                    watch.violation(now, what.to_owned());
+                }
+            }
+            moved
+        };
+        self.everything = false;
+        self.active = active;
+        moved
+    }
+
+    fn commit(
+        &mut self,
+        now: Time,
+        moved: Moved,
+        catalog: &Catalog,
+        watch: &mut Watch,
+        told: &mut Vec<usize>,
+    ) {
+        for index in moved.changed {
+            let record = &self.active[index];
+            watch.rollout(now, &record.rollout);
+            if record.rollout.state != RolloutState::Running {
+                // It may be where newcomers find their model from now on, or no longer hold others.
+                self.everything = true;
+            }
+        }
+        for pair in moved.quarantined {
+            self.everything |= self.quarantine.insert(pair);
+        }
+        let (ended, active) = std::mem::take(&mut self.active)
+            .into_iter()
+            .partition(|record| record.rollout.state.is_final());
+        self.active = active;
+        for record in ended {
+            self.end(record);
+        }
+        let mut assignments = moved.assignments;
+        if self.sabotage == Some(Sabotage::TellsEveryone)
+            && let Some(first) = assignments.first().cloned()
+            && let Some(other) = self.devices.last()
+        {
+            let generation = other.next_generation();
+            let desired = DesiredState { generation, ..first.desired };
+            assignments.push(rollout::Assignment { device: other.id.clone(), desired });
+        }
+        for mut assignment in assignments {
+            if self.sabotage == Some(Sabotage::RepeatsGenerations) {
+                assignment.desired.generation -= 1;
+            }
+            let number = number_of(&assignment.device);
+            watch.assignment(now, number, &assignment, self, catalog);
+            self.devices[number].desired = assignment.desired;
+            self.changed.insert(assignment.device);
+            told.push(number);
+        }
+    }
+
+    fn end(&mut self, record: RolloutRecord) {
+        let asked = &record.rollout.asked;
+        let id = record.rollout.id.clone();
+        self.completed.retain(|completed| completed.id != id);
+        if record.rollout.state == RolloutState::Completed {
+            self.completed.insert(
+                0,
+                CompletedRollout {
+                    id,
+                    model: asked.model.clone(),
+                    version: asked.version.clone(),
+                    selector: asked.policy.selector.clone(),
+                },
+            );
+        }
+        self.ended.retain(|known| known.rollout.id != record.rollout.id);
+        self.ended.push(record);
+    }
+
+    pub(crate) fn is_quarantined(&self, device: usize, manifest: &Digest) -> bool {
+        let device = &self.devices[device];
+        device.rejected(manifest) || self.quarantine.contains(&(*manifest, device.class.clone()))
+    }
+
+    /// A rollout by its place in the specification, once it was created.
+    pub(crate) fn rollout(&self, rollout: usize) -> Option<&Rollout> {
+        let id = rollout_id(rollout);
+        let mut all = self.active.iter().chain(&self.ended).map(|record| &record.rollout);
+        all.find(|known| known.id == id)
+    }
+
+    // --- operators
+
+    /// Makes a rollout, or says why not.
+    pub(crate) fn create(
+        &mut self,
+        now: Time,
+        rollout: usize,
+        asked: NewRollout,
+        catalog: &Catalog,
+        watch: &mut Watch,
+    ) -> Result<(), String> {
+        let world = self.world(now, catalog);
+        let created = rollout::create(rollout_id(rollout), asked, OPERATOR, &world, &self.active)
+            .map_err(|error| error.to_string())?;
+        for record in created.superseded {
+            self.active.retain(|known| known.rollout.id != record.rollout.id);
+            self.end(record);
+        }
+        watch.created(rollout, &created.record.rollout, self.devices.len());
+        self.active.push(created.record);
+        self.everything = true;
+        self.wake(now);
+        Ok(())
+    }
+
+    /// Carries out a command on the newest rollout. Says which devices are told something new.
+    pub(crate) fn operate(
+        &mut self,
+        now: Time,
+        command: Command,
+        catalog: &Catalog,
+        watch: &mut Watch,
+    ) -> Vec<usize> {
+        let newest = |record: &&RolloutRecord| record.rollout.created_at;
+        let all = self.active.iter().chain(&self.ended);
+        let Some(record) = all.max_by_key(newest).cloned() else { return Vec::new() };
+        let world = self.world(now, catalog);
+        let Ok((changed, targets)) = rollout::command(&record, command, OPERATOR, &world) else {
+            return Vec::new();
+        };
+        if changed == record {
+            return Vec::new();
+        }
+        if command == Command::Resume {
+            watch.resumed(&changed.rollout.id);
+        }
+        let id = changed.rollout.id.clone();
+        let mut records = self.active.clone();
+        records.retain(|known| known.rollout.id != id);
+        records.push(changed);
+        let plan = rollout::plan(&self.world(now, catalog), &records, targets);
+        for record in plan.rollouts {
+            let place = records.iter().position(|known| known.rollout.id == record.rollout.id);
+            records[place.expect("a plan is about the rollouts it was given")] = record;
+        }
+        self.ended.retain(|known| known.rollout.id != id);
+        let changed = (0..records.len()).collect();
+        self.active = records;
+        let moved = Moved {
+            changed,
+            assignments: plan.assignments,
+            quarantined: plan.quarantined,
+            deadline: plan.deadline,
+        };
+        let mut told = Vec::new();
+        self.commit(now, moved, catalog, watch, &mut told);
+        self.everything = true;
+        self.wake(now);
+        told
+    }
+}
+
+fn facts(memory_budget_bytes: u64) -> DeviceFacts {
+    DeviceFacts {
+        hostname: String::new(),
+        arch: String::new(),
+        kernel: String::new(),
+        cpu: String::new(),
+        cpu_features: vec![],
+        cores: 4,
+        memory_bytes: memory_budget_bytes,
+        memory_budget_bytes,
+        disk_free_bytes: 0,
+        agent_version: String::new(),
+        engine: String::new(),
+        endpoint: None,
+    }
+}

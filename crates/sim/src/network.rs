@@ -1,0 +1,467 @@
+//! What passes between devices and the hub, and what takes place on a device.
+
+use std::sync::Arc;
+
+use rand::Rng as _;
+use slmops_agent_core::{
+    Death, Effect, EffectId, Event, FetchError, Obstacle, Package, Polled, Snapshot,
+};
+use slmops_api::device::{DesiredModel, WaitCause};
+
+use crate::device::{Armed, Device, Pending, Piece, Work};
+use crate::operation::{EffectKind, Moment};
+use crate::run::Simulation;
+use crate::spec::Ailment;
+use crate::time::{MINUTE, SECOND, Time};
+
+/// A device without power gets it back after this time.
+const POWER_BACK_MS: u64 = 20 * SECOND;
+/// A device without a connection notices within this time.
+const UNREACHABLE_MS: u64 = SECOND;
+/// A worker that died is started again after this time.
+const RESTART_MS: u64 = 3 * SECOND;
+/// One that cannot be started is tried again after this time.
+const RESTART_AGAIN_MS: u64 = MINUTE;
+
+/// What becomes of a request.
+enum Fate {
+    /// It fails, and the device knows at this time.
+    Fails(Time),
+    /// Nobody ever hears of it.
+    Lost,
+    /// It gets to the hub; its reply may be lost.
+    Arrives { reply: bool },
+}
+
+fn network() -> Obstacle {
+    Obstacle::new(WaitCause::Network)
+}
+
+fn kind_of(effect: &Effect) -> Option<EffectKind> {
+    Some(match effect {
+        Effect::Poll { .. } => EffectKind::Poll,
+        Effect::FetchPackage { .. } => EffectKind::FetchPackage,
+        Effect::Download { .. } => EffectKind::Download,
+        Effect::Verify { .. } => EffectKind::Verify,
+        Effect::Stage { .. } => EffectKind::Stage,
+        Effect::Probe { .. } => EffectKind::Probe,
+        Effect::Activate { .. } => EffectKind::Activate,
+        Effect::SaveLedger { .. } => EffectKind::SaveLedger,
+        Effect::Report { .. } => EffectKind::Report,
+        Effect::Collect { .. } | Effect::Cancel { .. } | Effect::StopServing => return None,
+    })
+}
+
+impl Simulation<'_> {
+    pub(crate) fn is_connected(&self, number: usize) -> bool {
+        let device = &self.devices[number];
+        self.now >= device.cut_until
+            && self.now >= self.group_cut_until[device.group]
+            && self.links[device.group].is_online(self.now)
+    }
+
+    fn latency_ms(&self, number: usize) -> u64 {
+        self.links[self.devices[number].group].latency_ms
+    }
+
+    fn request(&mut self, number: usize) -> Fate {
+        let latency_ms = self.latency_ms(number);
+        if !self.is_connected(number) {
+            return Fate::Fails(Time(self.now.0 + UNREACHABLE_MS));
+        }
+        let device = &mut self.devices[number];
+        if !device.armed.is_empty() && device.take_armed(Armed::LoseRequest) {
+            return Fate::Lost;
+        }
+        if !self.hub.is_up {
+            return Fate::Fails(Time(self.now.0 + 2 * latency_ms));
+        }
+        let mut reply = device.armed.is_empty() || !device.take_armed(Armed::LoseReply);
+        let loss = self.links[device.group].loss;
+        if loss > 0.0 && self.rng.random_bool(loss) {
+            if self.rng.random_bool(0.5) {
+                return Fate::Lost;
+            }
+            reply = false;
+        }
+        Fate::Arrives { reply }
+    }
+
+    fn later(&mut self, number: usize, at: Time, id: EffectId, work: Work) {
+        self.devices[number].pending.push(Pending { at, id, work });
+    }
+
+    fn hear_at(&mut self, number: usize, at: Time, id: EffectId, event: Event) {
+        self.later(number, at, id, Work::Hear(Box::new(event)));
+    }
+
+    /// A device's core asks for something.
+    pub(crate) fn begin(&mut self, number: usize, effect: Effect) {
+        if !self.devices[number].armed.is_empty()
+            && let Some(kind) = kind_of(&effect)
+        {
+            if self.devices[number].take_armed(Armed::Crash(Moment::Before, kind)) {
+                return self.cut_power(number);
+            }
+            let remote = matches!(
+                kind,
+                EffectKind::Poll
+                    | EffectKind::FetchPackage
+                    | EffectKind::Download
+                    | EffectKind::Report
+            );
+            if remote && self.devices[number].take_armed(Armed::Crash(Moment::After, kind)) {
+                return self.carry_out_and_crash(number, effect);
+            }
+        }
+        match effect {
+            Effect::Poll { id, known, wait_s } => self.poll(number, id, known, wait_s),
+            Effect::FetchPackage { id, model } => self.fetch(number, id, &model),
+            Effect::Download { id, package, .. } => self.download(number, id, package),
+            Effect::Report { id, snapshot } => self.send_report(number, id, snapshot),
+            Effect::Collect { keep } => {
+                self.devices[number].files.retain(|file| keep.contains(&file.digest));
+            }
+            Effect::Cancel { id } => self.cancel(number, id),
+            Effect::StopServing => {
+                let device = &mut self.devices[number];
+                let live = device.live.take();
+                device.workers.retain(|worker| Some(worker.id) != live);
+            }
+            local @ (Effect::Verify { id, .. }
+            | Effect::Stage { id, .. }
+            | Effect::Probe { id, .. }
+            | Effect::Activate { id, .. }
+            | Effect::SaveLedger { id, .. }) => {
+                let at = Time(self.now.0 + Device::duration_ms(&local));
+                self.later(number, at, id, Work::Local(Box::new(local)));
+            }
+        }
+    }
+
+    fn cancel(&mut self, number: usize, id: EffectId) {
+        let device = &mut self.devices[number];
+        let mut ended = 0;
+        device.pending.retain(|pending| {
+            let cancelled = pending.id == id;
+            ended += usize::from(cancelled && matches!(pending.work, Work::Piece(_)));
+            !cancelled
+        });
+        device.workers.retain(|worker| worker.id != id);
+        if device.live == Some(id) {
+            device.live = None;
+        }
+        self.downloads_end(number, ended);
+    }
+
+    // --- polls
+
+    fn poll(&mut self, number: usize, id: EffectId, known: Option<u64>, wait_s: u32) {
+        let latency_ms = self.latency_ms(number);
+        match self.request(number) {
+            Fate::Lost => {}
+            Fate::Fails(at) => {
+                self.hear_at(number, at, id, Event::Polled { id, result: Err(network()) });
+            }
+            Fate::Arrives { reply } => {
+                self.hub.seen(self.now, number);
+                let there_and_back = self.now.0 + 2 * latency_ms;
+                if !reply {
+                    return;
+                }
+                if known == Some(self.hub.devices[number].desired.generation) {
+                    let at = Time(there_and_back + u64::from(wait_s) * SECOND);
+                    return self.later(number, at, id, Work::Held);
+                }
+                self.answer(number, id, Time(there_and_back));
+            }
+        }
+    }
+
+    fn answer(&mut self, number: usize, id: EffectId, at: Time) {
+        let desired = Box::new(self.hub.devices[number].desired.clone());
+        let result = Ok(Polled::Desired(desired));
+        self.hear_at(number, at, id, Event::Polled { id, result });
+    }
+
+    /// The hub answers the polls that it holds for these devices.
+    pub(crate) fn tell(&mut self, devices: Vec<usize>) {
+        for number in devices {
+            let held = self.devices[number].pending.iter();
+            let held = held.enumerate().find(|(_, it)| matches!(it.work, Work::Held));
+            let Some((index, id)) = held.map(|(index, it)| (index, it.id)) else { continue };
+            self.devices[number].pending.remove(index);
+            if self.is_connected(number) {
+                let at = Time(self.now.0 + self.latency_ms(number));
+                self.answer(number, id, at);
+            }
+            self.reschedule(number);
+        }
+    }
+
+    /// The hub goes down, and with it every connection.
+    pub(crate) fn crash_hub(&mut self, lasts: Time) {
+        self.hub.crash(Time(self.now.0 + lasts.0));
+        for number in 0..self.devices.len() {
+            let at = Time(self.now.0 + self.latency_ms(number));
+            for pending in &mut self.devices[number].pending {
+                let id = pending.id;
+                let broken = match &pending.work {
+                    Work::Held => Event::Polled { id, result: Err(network()) },
+                    Work::Thanks { .. } => Event::Reported { id, result: Err(network()) },
+                    _ => continue,
+                };
+                pending.work = Work::Hear(Box::new(broken));
+                pending.at = at;
+            }
+            self.reschedule(number);
+        }
+        self.reschedule_hub();
+    }
+
+    // --- reports
+
+    fn send_report(&mut self, number: usize, id: EffectId, snapshot: Arc<Snapshot>) {
+        self.devices[number].sequence += 1;
+        let sequence = self.devices[number].sequence;
+        let latency_ms = self.latency_ms(number);
+        match self.request(number) {
+            Fate::Lost => {}
+            Fate::Fails(at) => {
+                self.hear_at(number, at, id, Event::Reported { id, result: Err(network()) });
+            }
+            Fate::Arrives { reply: true } if self.hub.knows(number, &snapshot) => {
+                self.hub.touch(self.now, number, sequence);
+                let at = Time(self.now.0 + 2 * latency_ms);
+                let epoch = self.hub.epoch;
+                self.later(number, at, id, Work::Thanks { sequence, epoch });
+            }
+            Fate::Arrives { reply } => {
+                let at = Time(self.now.0 + latency_ms);
+                self.later(number, at, id, Work::Arrives { snapshot, sequence, reply });
+            }
+        }
+    }
+
+    pub(crate) fn report_arrives(
+        &mut self,
+        number: usize,
+        id: EffectId,
+        snapshot: Arc<Snapshot>,
+        sequence: u64,
+        reply: bool,
+    ) {
+        let back = Time(self.now.0 + self.latency_ms(number));
+        if !self.hub.is_up {
+            let event = Event::Reported { id, result: Err(network()) };
+            return self.hear_at(number, back, id, event);
+        }
+        match self.hub.record(self.now, number, snapshot, sequence) {
+            Ok(()) if reply => {
+                let epoch = self.hub.epoch;
+                self.later(number, back, id, Work::Thanks { sequence, epoch });
+            }
+            Ok(()) => {}
+            Err(lasts) => {
+                let event = Event::Reported { id, result: Err(network()) };
+                self.hear_at(number, back, id, event);
+                self.crash_hub(lasts);
+            }
+        }
+        self.reschedule_hub();
+    }
+
+    // --- packages
+
+    fn fetch(&mut self, number: usize, id: EffectId, model: &DesiredModel) {
+        let latency_ms = self.latency_ms(number);
+        let (at, result) = match self.request(number) {
+            Fate::Lost | Fate::Arrives { reply: false } => return,
+            Fate::Fails(at) => (at, Err(FetchError::Obstacle(network()))),
+            Fate::Arrives { reply: true } => {
+                let result = self.devices[number].fetch(model.manifest, &self.catalog);
+                (Time(self.now.0 + 2 * latency_ms), result)
+            }
+        };
+        self.hear_at(number, at, id, Event::PackageFetched { id, result });
+    }
+
+    fn download(&mut self, number: usize, id: EffectId, package: Package) {
+        let latency_ms = self.latency_ms(number);
+        match self.request(number) {
+            Fate::Lost | Fate::Arrives { reply: false } => {}
+            Fate::Fails(at) => {
+                let result = Err(FetchError::Obstacle(network()));
+                self.hear_at(number, at, id, Event::Downloaded { id, result });
+            }
+            Fate::Arrives { reply: true } => {
+                let group = self.devices[number].group;
+                let pipes = self.links[group].site.as_mut().into_iter().chain(&mut self.hub_pipe);
+                pipes.for_each(|pipe| pipe.active += 1);
+                self.next_piece(number, id, package, 2 * latency_ms);
+            }
+        }
+    }
+
+    fn downloads_end(&mut self, number: usize, count: usize) {
+        let group = self.devices[number].group;
+        let pipes = self.links[group].site.as_mut().into_iter().chain(&mut self.hub_pipe);
+        pipes.for_each(|pipe| pipe.active -= count as u64);
+    }
+
+    fn next_piece(&mut self, number: usize, id: EffectId, package: Package, delay_ms: u64) {
+        let left = self.devices[number].missing_bytes(&package);
+        let group = self.devices[number].group;
+        let (bytes, at) = self.links[group].piece(self.hub_pipe.as_mut(), self.now, left);
+        self.later(
+            number,
+            Time(at.0 + delay_ms),
+            id,
+            Work::Piece(Box::new(Piece { package, bytes })),
+        );
+    }
+
+    pub(crate) fn piece_arrives(
+        &mut self,
+        number: usize,
+        id: EffectId,
+        package: Package,
+        bytes: u64,
+    ) {
+        if !self.is_connected(number) {
+            // Silence: the core gives up by itself.
+            return self.downloads_end(number, 1);
+        }
+        let full = self.now < self.devices[number].full_until;
+        let failure = match (self.hub.is_up, full) {
+            (false, _) => Some(WaitCause::Network),
+            (true, true) => Some(WaitCause::DiskFull),
+            (true, false) => None,
+        };
+        if let Some(cause) = failure {
+            self.downloads_end(number, 1);
+            let result = Err(FetchError::Obstacle(Obstacle::new(cause)));
+            return self.hear(number, Event::Downloaded { id, result });
+        }
+        self.devices[number].receive(&package, bytes);
+        self.collected.moved(self.catalog.known(&package.manifest).release, bytes);
+        let left = self.devices[number].missing_bytes(&package);
+        if left == 0 {
+            self.downloads_end(number, 1);
+            let device = &mut self.devices[number];
+            let wrong = self.catalog.ailment(&package.manifest, device.number);
+            let result = match wrong == Some(Ailment::WrongBytes) {
+                true => {
+                    device.files.retain(|file| file.digest != package.weights.digest);
+                    Err(FetchError::Digest)
+                }
+                false => Ok(()),
+            };
+            return self.hear(number, Event::Downloaded { id, result });
+        }
+        self.next_piece(number, id, package, 0);
+        let total_bytes = package.total_bytes();
+        let done_bytes = total_bytes - left;
+        self.hear(number, Event::Progress { id, done_bytes, total_bytes });
+    }
+
+    // --- on the device
+
+    pub(crate) fn perform(&mut self, number: usize, effect: Effect) {
+        let sabotage = self.manner.sabotage;
+        let kind = kind_of(&effect);
+        let device = &mut self.devices[number];
+        if !device.armed.is_empty()
+            && kind == Some(EffectKind::SaveLedger)
+            && device.take_armed(Armed::TearLedger)
+        {
+            // The new file is torn, and was not renamed yet: the old one stays in force.
+            return self.cut_power(number);
+        }
+        if let Effect::Activate { .. } = &effect {
+            self.watch.effect(self.now, device, &effect);
+        }
+        let saves = kind == Some(EffectKind::SaveLedger);
+        let activates = kind == Some(EffectKind::Activate);
+        let before = device.durable;
+        let event = device.perform(self.now, effect, &self.catalog, sabotage);
+        if saves {
+            self.watch.saved(self.now, device);
+            let release = |durable: &crate::device::Durable| {
+                let current = durable.current.filter(|_| durable.confirmed)?;
+                Some(self.catalog.known(&current).release)
+            };
+            self.collected.confirmed(self.now, release(&before), release(&device.durable));
+        }
+        if let Some(kind) = kind
+            && !device.armed.is_empty()
+            && device.take_armed(Armed::Crash(Moment::After, kind))
+        {
+            return self.cut_power(number);
+        }
+        if activates {
+            self.plan_crash(number);
+        }
+        if let Some(event) = event {
+            self.hear(number, event);
+        }
+    }
+
+    /// A request is carried out, and the power goes before its reply is here.
+    fn carry_out_and_crash(&mut self, number: usize, effect: Effect) {
+        let arrives = matches!(self.request(number), Fate::Arrives { .. });
+        match effect {
+            Effect::Report { snapshot, .. } if arrives => {
+                self.devices[number].sequence += 1;
+                let sequence = self.devices[number].sequence;
+                // Should the hub crash of it, its device is no longer there to notice.
+                let crashed = self.hub.record(self.now, number, snapshot, sequence);
+                self.cut_power(number);
+                if let Err(lasts) = crashed {
+                    self.crash_hub(lasts);
+                }
+                return self.reschedule_hub();
+            }
+            Effect::Download { package, .. } if arrives => {
+                let bytes = self.devices[number].missing_bytes(&package);
+                self.devices[number].receive(&package, bytes);
+                self.collected.moved(self.catalog.known(&package.manifest).release, bytes);
+            }
+            _ => {}
+        }
+        self.cut_power(number);
+    }
+
+    pub(crate) fn cut_power(&mut self, number: usize) {
+        let pieces = self.devices[number].pending.iter();
+        let pieces = pieces.filter(|it| matches!(it.work, Work::Piece(_))).count();
+        self.downloads_end(number, pieces);
+        self.devices[number].power_off(Time(self.now.0 + POWER_BACK_MS));
+        self.reschedule(number);
+    }
+
+    pub(crate) fn end_worker(&mut self, number: usize, death: Death) {
+        let device = &mut self.devices[number];
+        let Some(id) = device.live else { return };
+        let Some(worker) = device.workers.iter_mut().find(|worker| worker.id == id) else { return };
+        if !std::mem::replace(&mut worker.up, false) {
+            return;
+        }
+        let at = Time(self.now.0 + RESTART_MS);
+        device.pending.push(Pending { at, id, work: Work::Restart });
+        self.hear(number, Event::WorkerDied { worker: id, death });
+        self.reschedule(number);
+    }
+
+    pub(crate) fn restart_worker(&mut self, number: usize, id: EffectId) {
+        let device = &mut self.devices[number];
+        let Some(worker) = device.workers.iter_mut().find(|worker| worker.id == id) else { return };
+        if self.now < device.broken_until {
+            let at = Time(self.now.0 + RESTART_AGAIN_MS);
+            return device.pending.push(Pending { at, id, work: Work::Restart });
+        }
+        worker.up = true;
+        self.plan_crash(number);
+        self.hear(number, Event::WorkerRestarted { worker: id });
+    }
+}

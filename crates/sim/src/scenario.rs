@@ -1,0 +1,228 @@
+//! A run as a text that can be read, kept and run again.
+
+use std::fmt;
+use std::str::FromStr;
+
+use rand::Rng as _;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use slmops_api::rollout::{RolloutPolicy, WaveSize};
+
+use crate::catalog::mix;
+use crate::faults;
+use crate::operation::{Action, Operation, OperatorCommand, ParseOperationError};
+use crate::report::Report;
+use crate::run::{Manner, run};
+use crate::spec::{
+    Ailment, FaultSpec, FleetSpec, GroupSpec, Health, LinkSpec, RolloutSpec, SpecError,
+};
+use crate::time::{HOUR, MINUTE, Time};
+
+/// Between the specification and the operations.
+const SEPARATOR: &str = "---";
+
+/// A fleet and everything that happens to it, with each fault at its moment.
+///
+/// As text: comments (`# …`), the specification as JSON, a line `---`, then one operation a line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scenario {
+    /// The fleet. Its [`FaultSpec`] has been drawn already and counts no more.
+    pub spec: FleetSpec,
+    /// What happens, in order.
+    pub operations: Vec<Operation>,
+}
+
+/// Why some text is not a [`Scenario`].
+#[derive(Debug, thiserror::Error)]
+pub enum ParseScenarioError {
+    /// There is no line between the specification and the operations.
+    #[error("read scenario: no line `{SEPARATOR}`")]
+    Separator,
+    /// The specification is not one.
+    #[error("read scenario: specification")]
+    Spec(#[source] serde_json::Error),
+    /// An operation is not one.
+    #[error("read scenario: line {line}")]
+    Operation {
+        /// The line's number, from 1.
+        line: usize,
+        /// Why.
+        #[source]
+        source: ParseOperationError,
+    },
+}
+
+impl Scenario {
+    /// The scenario of a specification: its faults are drawn from its seed.
+    ///
+    /// # Errors
+    /// [`SpecError`] when the specification is out of bounds.
+    pub fn of(spec: &FleetSpec) -> Result<Self, SpecError> {
+        spec.check()?;
+        let operations = faults::draw(spec);
+        let spec = FleetSpec { faults: FaultSpec::default(), ..spec.clone() };
+        Ok(Self { spec, operations })
+    }
+
+    /// Runs it.
+    ///
+    /// # Errors
+    /// [`SpecError`] when the specification is out of bounds.
+    pub fn run(&self) -> Result<Report, SpecError> {
+        run(self, Manner::default())
+    }
+
+    /// Runs it with checks that a user does not pay for.
+    ///
+    /// # Errors
+    /// As [`Scenario::run`].
+    #[doc(hidden)]
+    pub fn run_as(&self, manner: Manner) -> Result<Report, SpecError> {
+        run(self, manner)
+    }
+
+    /// A small fleet in which nearly anything may happen; the same one for the same seed.
+    pub fn random(seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(mix(seed));
+        let rng = &mut rng;
+        let hours = rng.random_range(2..=8);
+        let groups = (0..rng.random_range(1..=3)).map(|index| random_group(rng, index)).collect();
+        let rollouts = (1..=rng.random_range(1..=3)).map(|minor| random_rollout(rng, minor, hours));
+        let rollouts = rollouts.collect();
+        let mut rate = || match rng.random_bool(0.5) {
+            true => rng.random_range(0.0..4.0),
+            false => 0.0,
+        };
+        let faults = FaultSpec {
+            power_cuts: rate(),
+            crashes_at_effects: 2.0 * rate(),
+            lost_requests: rate(),
+            lost_replies: rate(),
+            partitions: rate(),
+            torn_writes: rate(),
+            full_disks: rate(),
+            flipped_bits: rate(),
+            broken_engines: rate() / 4.0,
+            killed_workers: rate(),
+            crashed_workers: rate(),
+            skewed_clocks: rate(),
+            hub_crashes: 10.0 * rate(),
+        };
+        let hub_bits_per_s = rng.random_bool(0.3).then(|| rng.random_range(5_000_000..100_000_000));
+        let base = FleetSpec::new(1, hours, seed);
+        let spec = FleetSpec { settle: true, groups, rollouts, hub_bits_per_s, faults, ..base };
+        let mut scenario = Self::of(&spec).expect("a random specification is within bounds");
+        for _ in 0..rng.random_range(0..=3) {
+            use OperatorCommand::{Abort, Pause, Resume, Rollback};
+            let command = [Pause, Resume, Resume, Abort, Rollback][rng.random_range(0..5)];
+            let at = Time(rng.random_range(0..spec.end().0));
+            scenario.operations.push(Operation { at, action: Action::Operate(command) });
+        }
+        if rng.random_bool(0.3) {
+            let lasts = Time(rng.random_range(1..=60) * MINUTE);
+            let at = Time(rng.random_range(0..spec.end().0));
+            scenario
+                .operations
+                .push(Operation { at, action: Action::CutGroup { group: 0, lasts } });
+        }
+        scenario.operations.sort_by_key(|operation| operation.at);
+        scenario
+    }
+}
+
+fn random_group(rng: &mut ChaCha8Rng, index: usize) -> GroupSpec {
+    let base = FleetSpec::new(9, 1, 0);
+    let offline = match rng.random_bool(0.2) {
+        true => vec![crate::spec::OfflineHours {
+            from_hour: f64::from(rng.random_range(0_u32..=3)),
+            to_hour: f64::from(rng.random_range(4_u32..=7)),
+        }],
+        false => vec![],
+    };
+    GroupSpec {
+        devices: rng.random_range(1..=8),
+        // Too little for any variant, enough for one, enough for both.
+        memory_budget_bytes: [50, 260, 260, 1_000][rng.random_range(0..4)] * 1_000_000,
+        link: LinkSpec {
+            bits_per_s: rng.random_range(500_000..50_000_000),
+            site_bits_per_s: rng.random_bool(0.3).then_some(4_000_000),
+            latency_ms: rng.random_range(1..500),
+            loss: if rng.random_bool(0.2) { 0.05 } else { 0.0 },
+            offline,
+        },
+        ..base.groups[index].clone()
+    }
+}
+
+fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
+    let waves = (0..rng.random_range(0..4))
+        .map(|_| match rng.random_range(0..3) {
+            0 => WaveSize::Count(rng.random_range(1..4)),
+            1 => WaveSize::Percent(rng.random_range(1..60)),
+            _ => WaveSize::Rest,
+        })
+        .collect();
+    let selector = match rng.random_range(0..4) {
+        0 => "class=small",
+        1 => "site!=north",
+        _ => "all",
+    };
+    let ailment = Ailment::ALL[rng.random_range(0..Ailment::ALL.len())];
+    RolloutSpec {
+        at: Time(rng.random_range(0..u64::from(hours) * HOUR)),
+        version: semver::Version::new(1, minor, 0),
+        policy: RolloutPolicy {
+            selector: selector.parse().expect("a constant selector is one"),
+            waves,
+            max_failures: rng.random_range(0..2),
+            bake_s: [0, 60, 1_800][rng.random_range(0..3)],
+            confirm_timeout_s: rng.random_range(300..10_000),
+        },
+        health: match rng.random_range(0..4) {
+            0 | 1 => Health::Good,
+            2 => Health::Bad { ailment, share: 1.0 },
+            _ => Health::Bad { ailment, share: f64::from(rng.random_range(0_u32..=100)) / 100.0 },
+        },
+    }
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let spec = serde_json::to_string_pretty(&self.spec).map_err(|_| fmt::Error)?;
+        writeln!(f, "{spec}\n{SEPARATOR}")?;
+        self.operations.iter().try_for_each(|operation| writeln!(f, "{operation}"))
+    }
+}
+
+impl FromStr for Scenario {
+    type Err = ParseScenarioError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut spec = String::new();
+        let mut operations = Vec::new();
+        let mut separated = false;
+        for (index, line) in text.lines().enumerate() {
+            let line = line.trim_end();
+            if line.trim_start().starts_with('#') || (separated && line.is_empty()) {
+                continue;
+            }
+            match separated {
+                false if line == SEPARATOR => separated = true,
+                false => {
+                    spec.push_str(line);
+                    spec.push('\n');
+                }
+                true => {
+                    operations.push(line.parse().map_err(|source| {
+                        ParseScenarioError::Operation { line: index + 1, source }
+                    })?)
+                }
+            }
+        }
+        if !separated {
+            return Err(ParseScenarioError::Separator);
+        }
+        let spec = serde_json::from_str(&spec).map_err(ParseScenarioError::Spec)?;
+        Ok(Self { spec, operations })
+    }
+}

@@ -1,0 +1,327 @@
+//! The invariants, checked after each event in constant time.
+
+use slmops_agent_core::{Effect, Outcome, Snapshot};
+use slmops_api::RolloutId;
+use slmops_api::device::Phase;
+use slmops_api::rollout::{Outcome as PartOutcome, Rollout, WaveSize};
+use slmops_fleet_core::rollout::Assignment;
+
+use crate::catalog::Catalog;
+use crate::device::Device;
+use crate::hub::{Hub, number_of, rollout_id};
+use crate::report::Violation;
+use crate::time::Time;
+
+/// The most violations that are kept.
+const MAX_VIOLATIONS: usize = 20;
+/// Effects that a device may wait for at the same time.
+const MAX_PENDING: usize = 8;
+
+/// What must hold, and what is remembered to see that it does.
+pub(crate) struct Watch {
+    pub violations: Vec<Violation>,
+    waves: Vec<Option<Waves>>,
+    seen: Vec<Seen>,
+}
+
+/// What was seen of one device.
+#[derive(Clone, Copy, Default)]
+struct Seen {
+    /// The newest report that the hub has thanked for.
+    acknowledged: u64,
+    /// The newest generation that it was told.
+    told: u64,
+    /// The newest generation in its ledger.
+    durable: u64,
+    /// The newest generation that it reported.
+    reported: u64,
+}
+
+/// A rollout's waves, as its policy means them.
+struct Waves {
+    id: RolloutId,
+    /// Each device's wave; none for those that are no part.
+    of_device: Vec<Option<u32>>,
+    /// How many devices may have been told once a wave has started.
+    limits: Vec<usize>,
+    told: Vec<bool>,
+    told_count: usize,
+    max_failures: usize,
+    /// Whether an operator went on in spite of failures.
+    resumed: bool,
+}
+
+impl Watch {
+    pub(crate) fn new(devices: usize, rollouts: usize) -> Self {
+        Self {
+            violations: Vec::new(),
+            waves: (0..rollouts).map(|_| None).collect(),
+            seen: vec![Seen::default(); devices],
+        }
+    }
+
+    pub(crate) fn violation(&mut self, at: Time, what: String) {
+        if self.violations.len() < MAX_VIOLATIONS {
+            self.violations.push(Violation { at, what });
+        }
+    }
+
+    // --- the hub
+
+    /// A rollout was made: its waves are counted here anew, from the policy alone.
+    pub(crate) fn created(&mut self, rollout: usize, record: &Rollout, devices: usize) {
+        let mut of_device = vec![None; devices];
+        let mut going = 0;
+        for part in &record.devices {
+            of_device[number_of(&part.device)] = Some(part.wave);
+            going += usize::from(part.outcome == PartOutcome::Pending);
+        }
+        let mut limits = Vec::new();
+        let mut sum = 0;
+        for wave in record.asked.policy.waves.iter().chain([&WaveSize::Rest]) {
+            sum = match wave {
+                WaveSize::Count(number) => sum + *number as usize,
+                WaveSize::Percent(share) => sum + (going * *share as usize).div_ceil(100),
+                WaveSize::Rest => going,
+            }
+            .min(going);
+            limits.push(sum);
+        }
+        self.waves[rollout] = Some(Waves {
+            id: record.id.clone(),
+            of_device,
+            limits,
+            told: vec![false; devices],
+            told_count: 0,
+            max_failures: record.asked.policy.max_failures as usize,
+            resumed: false,
+        });
+    }
+
+    pub(crate) fn resumed(&mut self, id: &RolloutId) {
+        for waves in self.waves.iter_mut().flatten().filter(|waves| waves.id == *id) {
+            waves.resumed = true;
+        }
+    }
+
+    /// A rollout changed: it has ended, or says what it waits for.
+    pub(crate) fn rollout(&mut self, now: Time, rollout: &Rollout) {
+        if !rollout.state.is_final() && rollout.waiting_for.is_empty() {
+            self.violation(now, format!("rollout {} waits and does not say for what", rollout.id));
+        }
+    }
+
+    /// A device is about to be told something.
+    pub(crate) fn assignment(
+        &mut self,
+        now: Time,
+        device: usize,
+        assignment: &Assignment,
+        hub: &Hub,
+        catalog: &Catalog,
+    ) {
+        let before = &hub.devices[device].desired;
+        let desired = &assignment.desired;
+        if desired.generation <= before.generation {
+            let (old, new) = (before.generation, desired.generation);
+            self.violation(now, format!("device {device}: generation {old} is followed by {new}"));
+        }
+        let Some(model) = &desired.model else { return };
+        let manifest = model.manifest;
+        let repeated = before.model.as_ref().is_some_and(|told| told.manifest == manifest);
+        // Going back to what this very device runs or has run is no offer.
+        let report = hub.devices[device].report.as_ref();
+        let installed = report.map(|report| [report.running.as_ref(), report.previous.as_ref()]);
+        let mut installed = installed.into_iter().flatten().flatten();
+        let back = installed.any(|installed| installed.manifest == manifest);
+        let refused = match back {
+            true => hub.devices[device].rejected(&manifest),
+            false => hub.is_quarantined(device, &manifest),
+        };
+        if !repeated && refused {
+            let what =
+                format!("device {device} is offered {}, which is quarantined", model.version);
+            self.violation(now, what);
+        }
+        let Some(rollout) = catalog.known(&manifest).release.checked_sub(1) else { return };
+        let completed = hub.rollout(rollout).map(|r| (r.current_wave, r.state));
+        let Some(waves) = &mut self.waves[rollout] else {
+            return self
+                .violation(now, format!("device {device} is told a release nobody asked for"));
+        };
+        if std::mem::replace(&mut waves.told[device], true) {
+            return;
+        }
+        waves.told_count += 1;
+        let Some((current, state)) = completed else { return };
+        if state == slmops_api::rollout::RolloutState::Completed {
+            return;
+        }
+        let limit = waves.limits.get(current as usize).copied().unwrap_or(usize::MAX);
+        let (told, wave) = (waves.told_count, waves.of_device[device]);
+        let guarded = waves.limits[0] > waves.max_failures && !waves.resumed;
+        let id = &waves.id;
+        let problem = match wave {
+            None => {
+                Some(format!("device {device} is told of rollout {id}, of which it is no part"))
+            }
+            Some(wave) if wave > current => Some(format!(
+                "device {device} of wave {} is told in wave {} of rollout {id}",
+                wave + 1,
+                current + 1
+            )),
+            Some(_) if told > limit => Some(format!(
+                "{told} devices are told in wave {} of rollout {id}, which may have {limit}",
+                current + 1
+            )),
+            Some(wave) if wave > 0 && guarded && catalog.is_bad_everywhere(&manifest) => {
+                Some(format!("rollout {id} of a bad release is past its first wave"))
+            }
+            Some(_) => None,
+        };
+        if let Some(problem) = problem {
+            self.violation(now, problem);
+        }
+    }
+
+    /// The hub thanks for a report.
+    pub(crate) fn thanked(&mut self, now: Time, device: usize, sequence: u64, hub: &Hub) {
+        let seen = &mut self.seen[device];
+        seen.acknowledged = seen.acknowledged.max(sequence);
+        self.stored(now, device, hub);
+    }
+
+    /// The hub tells a device its generation.
+    pub(crate) fn told(&mut self, device: usize, generation: u64) {
+        let seen = &mut self.seen[device];
+        seen.told = seen.told.max(generation);
+    }
+
+    /// The hub is back: whatever it has told or thanked for is there.
+    pub(crate) fn recovered(&mut self, now: Time, hub: &Hub) {
+        for device in 0..hub.devices.len() {
+            self.stored(now, device, hub);
+            let (told, stored) = (self.seen[device].told, hub.devices[device].desired.generation);
+            if stored < told {
+                let what = format!(
+                    "device {device} was told generation {told}; the hub knows {stored} alone"
+                );
+                self.violation(now, what);
+            }
+        }
+        for waves in
+            self.waves.iter().enumerate().filter_map(|(index, w)| w.as_ref().map(|_| index))
+        {
+            if hub.rollout(waves).is_none() {
+                return self.violation(now, format!("rollout {} is lost", rollout_id(waves)));
+            }
+        }
+    }
+
+    fn stored(&mut self, now: Time, device: usize, hub: &Hub) {
+        let (thanked, stored) = (self.seen[device].acknowledged, hub.sequences[device]);
+        // A sabotaged hub may still be going to store it.
+        if stored < thanked && !hub.is_waiting_to_store() {
+            let what =
+                format!("device {device}: report {thanked} was acknowledged, {stored} is stored");
+            self.violation(now, what);
+        }
+    }
+
+    // --- devices
+
+    /// An effect is about to take place on a device.
+    pub(crate) fn effect(&mut self, now: Time, device: &Device, effect: &Effect) {
+        let number = device.number;
+        if device.pending.len() > MAX_PENDING {
+            let what = format!("device {number} waits for {} things", device.pending.len());
+            self.violation(now, what);
+        }
+        match effect {
+            Effect::Activate { worker, .. } => {
+                let Some(worker) = device.worker(*worker) else { return };
+                let manifest = worker.deployment.package.manifest;
+                let durable = device.durable;
+                let kept = durable.current == Some(manifest) || durable.previous == Some(manifest);
+                let tried = durable.candidate == Some((manifest, true)) && worker.probed;
+                if !worker.genuine {
+                    self.violation(now, format!("device {number} activates unverified bytes"));
+                }
+                if !device.signed.contains(&manifest) {
+                    self.violation(now, format!("device {number} activates what nobody signed"));
+                }
+                if !kept && !tried {
+                    let what = format!("device {number} activates what its ledger does not allow");
+                    self.violation(now, what);
+                }
+            }
+            Effect::Report { snapshot, .. } => self.report(now, device, snapshot),
+            _ => {}
+        }
+    }
+
+    fn report(&mut self, now: Time, device: &Device, snapshot: &Snapshot) {
+        let number = device.number;
+        let reported = &mut self.seen[number as usize].reported;
+        let before = std::mem::replace(reported, snapshot.generation);
+        if snapshot.generation < before {
+            let new = snapshot.generation;
+            self.violation(now, format!("device {number} reports generation {new} after {before}"));
+        }
+        if snapshot.phase != Phase::Confirmed {
+            return;
+        }
+        let durable = &device.durable;
+        let running = snapshot.running.as_ref().map(|running| running.manifest);
+        let live = device.live_worker().map(|worker| worker.deployment.package.manifest);
+        if running.is_some() && running != live {
+            let what = format!("device {number} says that it runs what it does not run");
+            self.violation(now, what);
+        }
+        if !durable.confirmed || running.is_some_and(|running| durable.current != Some(running)) {
+            let what = format!("device {number} confirms what its ledger does not name");
+            self.violation(now, what);
+        }
+    }
+
+    /// A device's ledger was written.
+    pub(crate) fn saved(&mut self, now: Time, device: &Device) {
+        let number = device.number as usize;
+        let new = device.durable.generation;
+        let before = std::mem::replace(&mut self.seen[number].durable, new);
+        if new < before {
+            let what = format!("device {number}: its ledger's generation {before} fell to {new}");
+            self.violation(now, what);
+        }
+    }
+}
+
+/// Why a device has not come to rest as what it should be, if it has not.
+pub(crate) fn unsettled(device: &Device, hub: &Hub) -> Option<String> {
+    let number = device.number;
+    let desired = &hub.devices[number as usize].desired;
+    let core = device.core.as_ref()?;
+    let ledger = core.durable_ledger();
+    if ledger.generation != desired.generation {
+        let (has, told) = (ledger.generation, desired.generation);
+        return Some(format!("device {number} knows generation {has}, not {told}"));
+    }
+    let live = device.live_worker().filter(|worker| worker.up).map(|worker| &worker.deployment);
+    if live != ledger.current.as_ref() {
+        return Some(format!("device {number} does not serve what its ledger names"));
+    }
+    let model = desired.model.as_ref()?;
+    match &ledger.outcome {
+        Some(Outcome::Confirmed) if live.is_some_and(|live| live.is(model, &desired.runtime)) => {
+            None
+        }
+        Some(Outcome::Confirmed) => {
+            Some(format!("device {number} has confirmed, and does not serve it"))
+        }
+        Some(Outcome::RolledBack { .. }) => {
+            let refusal = ledger.refuses(model.manifest, &desired.runtime, desired.generation);
+            refusal.is_none().then(|| format!("device {number} went back without a reason"))
+        }
+        None => Some(format!("device {number} has no outcome: {:?}", core.status().snapshot)),
+    }
+}

@@ -1,0 +1,223 @@
+//! Fixed seeds, random ones, saved runs, and proof that the simulator notices what it should.
+
+use std::path::PathBuf;
+
+use slmops_api::rollout::RolloutState;
+use slmops_sim::{
+    Action, Ailment, FaultSpec, FleetSpec, Health, Manner, Operation, Report, Sabotage, Scenario,
+    Time, shrink, simulate,
+};
+
+/// Seeds of each test run.
+const FIXED_SEEDS: u64 = 150;
+
+fn strict() -> Manner {
+    Manner { compare_plans: true, stop_at_violation: true, sabotage: None }
+}
+
+fn reproductions() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("reproductions")
+}
+
+/// Runs a scenario; one that fails is shrunk and saved before the test says so.
+fn check(name: &str, scenario: &Scenario) {
+    let report = scenario.run_as(strict()).expect("a scenario within bounds");
+    let Some(first) = report.violations.first() else { return };
+    let (small, violation) = shrink(scenario, strict()).expect("a failing run fails again");
+    let path = reproductions().join(format!("{name}.txt"));
+    let text = format!("# at {}: {}\n{small}", violation.at, violation.what);
+    std::fs::write(&path, &text).expect("the failing run is saved");
+    panic!("{name}: at {}: {}\nsaved as {}\n{text}", first.at, first.what, path.display());
+}
+
+fn check_seeds(first: u64, count: u64) {
+    for seed in first..first + count {
+        check(&format!("seed-{seed}"), &Scenario::random(seed));
+    }
+}
+
+#[test]
+fn invariants_hold_and_fleets_come_to_rest() {
+    check_seeds(0, FIXED_SEEDS);
+}
+
+/// The nightly lane: `SLM_SIM_SEEDS=2000 SLM_SIM_FIRST_SEED=$(date +%s) cargo test --release -p
+/// slmops-sim --test simulation random_seeds`. Without the variable it has nothing to do.
+#[test]
+fn random_seeds() {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>());
+    let Some(count) = number("SLM_SIM_SEEDS") else { return };
+    let first = number("SLM_SIM_FIRST_SEED").unwrap_or(Ok(1_000_000));
+    check_seeds(first.expect("a number"), count.expect("a number"));
+}
+
+/// Runs that failed once. Each file is replayed; none may fail again.
+#[test]
+fn saved_runs_hold() {
+    for entry in std::fs::read_dir(reproductions()).expect("the folder of saved runs") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_none_or(|extension| extension != "txt") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).expect("a saved run");
+        let scenario: Scenario = text.parse().expect("a scenario");
+        let report = scenario.run_as(strict()).expect("a scenario within bounds");
+        assert_eq!(report.violations, [], "{}", path.display());
+    }
+}
+
+#[test]
+fn scenarios_survive_being_written() {
+    for seed in 0..50 {
+        let scenario = Scenario::random(seed);
+        let again: Scenario = scenario.to_string().parse().expect("what was written can be read");
+        assert_eq!(again, scenario);
+    }
+    assert!("{}\n".parse::<Scenario>().is_err());
+    assert!("at 00:00:01 frobnicate device 3".parse::<Operation>().is_err());
+    assert!("at 00:61:00 crash device 3".parse::<Operation>().is_err());
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let scenario = Scenario::random(11);
+    assert_eq!(scenario.run().unwrap(), scenario.run().unwrap());
+}
+
+fn report_of(spec: &FleetSpec) -> Report {
+    let report = simulate(spec).expect("a specification within bounds");
+    assert_eq!(report.violations, []);
+    report
+}
+
+#[test]
+fn a_good_release_reaches_everyone() {
+    let report = report_of(&FleetSpec::new(90, 8, 3));
+    let rollout = &report.rollouts[0];
+    assert_eq!(rollout.state, Some(RolloutState::Completed));
+    assert_eq!(rollout.confirmed(), 90);
+    assert!(rollout.first_confirmed_at < rollout.last_confirmed_at);
+    // Each device pulls one of the two variants, and nothing twice.
+    assert_eq!(rollout.bytes_moved, 60 * 105_454_144 + 30 * 144_811_072 + 90 * 20_000);
+    assert!(rollout.chart().contains('█'));
+    assert!(rollout.svg().contains("</svg>"));
+}
+
+#[test]
+fn a_bad_release_stays_in_its_canary() {
+    for ailment in Ailment::ALL {
+        let mut spec = FleetSpec::new(60, 8, 5);
+        spec.rollouts[0].health = Health::Bad { ailment, share: 1.0 };
+        let rollout = report_of(&spec).rollouts.remove(0);
+        assert_eq!(rollout.state, Some(RolloutState::Halted), "{ailment:?}");
+        assert_eq!(rollout.outcomes["pending"], 50, "{ailment:?}: {:?}", rollout.outcomes);
+        assert!(rollout.confirmed() == 0 || ailment == Ailment::CrashLoops, "{ailment:?}");
+    }
+}
+
+#[test]
+fn slow_links_and_offline_hours_take_their_time() {
+    let mut spec = FleetSpec::new(9, 24, 3);
+    let fast = report_of(&spec).rollouts.remove(0).last_confirmed_at.unwrap();
+    for group in &mut spec.groups {
+        group.link.bits_per_s = 1_000_000;
+    }
+    spec.rollouts[0].policy.confirm_timeout_s = 40_000;
+    let slow = report_of(&spec).rollouts.remove(0).last_confirmed_at.unwrap();
+    // 105 MB at 1 Mbit/s are 844 s, at 8 Mbit/s 105 s.
+    assert!(slow.0 > fast.0 + 700_000, "{fast} and {slow}");
+    for group in &mut spec.groups {
+        let offline = slmops_sim::OfflineHours { from_hour: 0.1, to_hour: 6.0 };
+        group.link.offline = vec![offline];
+    }
+    let offline = report_of(&spec).rollouts.remove(0).last_confirmed_at.unwrap();
+    assert!(offline.0 > 6 * 3_600_000, "{offline}");
+    assert!(offline.0 < 8 * 3_600_000, "{offline}");
+}
+
+#[test]
+fn faults_of_every_kind_do_no_lasting_harm() {
+    let mut spec = FleetSpec::new(60, 24, 9);
+    spec.settle = true;
+    spec.rollouts[0].policy.max_failures = 30;
+    spec.faults = FaultSpec { broken_engines: 0.1, crashed_workers: 0.5, ..FaultSpec::every(2.0) };
+    let report = report_of(&spec);
+    assert!(report.settled_at.is_some());
+    let confirmed = report.rollouts[0].confirmed();
+    assert!(confirmed > 40, "{confirmed}: {:?}", report.rollouts[0].outcomes);
+}
+
+/// A shell broken on purpose: each is noticed, shrunk and can be read.
+#[test]
+fn sabotage_is_noticed() {
+    let bad = |seed| {
+        let mut spec = FleetSpec::new(30, 6, seed);
+        let ailment = Ailment::FailsProbes;
+        spec.rollouts[0].health = Health::Bad { ailment, share: 1.0 };
+        Scenario::of(&spec).expect("a specification within bounds")
+    };
+    let noticed = |sabotage, scenario: &dyn Fn(u64) -> Scenario, words: &str| {
+        let manner = Manner { sabotage: Some(sabotage), ..strict() };
+        let found = (0..100).find_map(|seed| {
+            let scenario = scenario(seed);
+            let report = scenario.run_as(manner).expect("a scenario within bounds");
+            let first = report.violations.first()?;
+            first.what.contains(words).then_some(scenario)
+        });
+        let scenario = found.unwrap_or_else(|| panic!("{sabotage:?} goes unnoticed"));
+        let (small, violation) = shrink(&scenario, manner).expect("a failing run fails again");
+        assert!(violation.what.contains(words), "{sabotage:?}: {}", violation.what);
+        assert!(small.operations.len() <= 6, "{sabotage:?}:\n{small}");
+        let again: Scenario = small.to_string().parse().expect("what was written can be read");
+        assert!(!again.run_as(manner).unwrap().violations.is_empty());
+        assert!(again.run_as(strict()).unwrap().violations.is_empty());
+    };
+    noticed(Sabotage::NeverHashes, &Scenario::random, "activates unverified bytes");
+    noticed(Sabotage::ThanksBeforeStoring, &Scenario::random, "was acknowledged");
+    noticed(Sabotage::TellsEveryone, &Scenario::random, "is told");
+    noticed(Sabotage::RepeatsGenerations, &Scenario::random, "is followed by");
+    noticed(Sabotage::PassesEveryProbe, &bad, "past its first wave");
+}
+
+#[test]
+fn a_specification_out_of_bounds_is_refused() {
+    let refused = |change: fn(&mut FleetSpec)| {
+        let mut spec = FleetSpec::new(3, 1, 1);
+        change(&mut spec);
+        simulate(&spec).unwrap_err().to_string()
+    };
+    assert!(refused(|spec| spec.groups.clear()).contains("0 devices"));
+    assert!(refused(|spec| spec.hours = 0).contains("0 hours"));
+    assert!(refused(|spec| spec.faults.power_cuts = f64::NAN).contains("a day"));
+    assert!(refused(|spec| spec.rollouts.push(spec.rollouts[0].clone())).contains("1.1.0"));
+    assert!(refused(|spec| spec.groups[0].link.loss = 2.0).contains("loss"));
+}
+
+#[test]
+fn an_operator_who_goes_on_meets_the_quarantine() {
+    let mut spec = FleetSpec::new(60, 4, 5);
+    let ailment = Ailment::FailsProbes;
+    spec.rollouts[0].health = Health::Bad { ailment, share: 1.0 };
+    let mut scenario = Scenario::of(&spec).unwrap();
+    scenario.operations.push("at 01:00:00 operator resume".parse().unwrap());
+    let report = scenario.run_as(strict()).unwrap();
+    assert_eq!(report.violations, []);
+    // All of the canaries are small; the others of their class are spared.
+    assert!(report.rollouts[0].outcomes["quarantined"] >= 5, "{:?}", report.rollouts[0].outcomes);
+}
+
+/// A run by hand: the power goes while the ledger is written, right after the switch.
+#[test]
+fn a_crash_at_an_effect_is_where_it_says() {
+    let mut scenario = Scenario::of(&FleetSpec::new(3, 4, 1)).unwrap();
+    let action: Action = "at 00:10:00 crash device 0 before effect Activate"
+        .parse::<Operation>()
+        .map(|operation| operation.action)
+        .unwrap();
+    scenario.operations.push(Operation { at: Time(600_000), action });
+    let report = scenario.run_as(strict()).unwrap();
+    assert_eq!(report.violations, []);
+    assert_eq!(report.rollouts[0].confirmed(), 3);
+    let plain = simulate(&FleetSpec::new(3, 4, 1)).unwrap();
+    assert!(report.rollouts[0].last_confirmed_at > plain.rollouts[0].last_confirmed_at);
+}
