@@ -1,6 +1,6 @@
 //! `slm rollout`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Subcommand;
 use reqwest::Method;
@@ -17,6 +17,10 @@ use crate::error::{Exit, Failure, Result};
 use crate::output::{fields, print, table};
 use crate::units;
 
+/// How long one look at a rollout may take.
+const FOLLOW_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a hub may be silent before following its rollout ends.
+const FOLLOW_PATIENCE: Duration = Duration::from_secs(300);
 /// How often a followed rollout is looked at.
 pub const FOLLOW_INTERVAL: Duration = Duration::from_millis(400);
 
@@ -238,20 +242,35 @@ pub async fn follow(session: &Session, hub: &Hub, id: &RolloutId) -> Result<Roll
     let say = |line: String| session.progress.say(line);
     let mut told_decisions = 0;
     let mut told_devices = std::collections::BTreeMap::new();
-    let mut lost = 0_u32;
+    let mut known = false;
+    let mut silent_since: Option<Instant> = None;
     let stage = session.progress.stage(format!("rollout {id}"));
     loop {
-        match get(hub, id).await {
-            // The hub may be restarting: rollouts live in its database, not in this connection.
-            Err(failure) if lost < 50 => {
-                lost += 1;
-                if lost == 1 {
-                    say(format!("  … {}", failure.line()));
+        let answer = match tokio::time::timeout(FOLLOW_TIMEOUT, get(hub, id)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Failure::user("the hub does not answer")),
+        };
+        match answer {
+            // The hub may be restarting or the network down: rollouts live in the hub's database
+            // and on the devices, not in this connection.
+            Err(failure) => {
+                let patient = silent_since.is_none_or(|at| at.elapsed() < FOLLOW_PATIENCE);
+                if !(known && patient) {
+                    return Err(failure);
+                }
+                if silent_since.is_none() {
+                    say(format!("  … {}; trying again", failure.line()));
+                    silent_since = Some(Instant::now());
                 }
             }
-            Err(failure) => return Err(failure),
             Ok(rollout) => {
-                lost = 0;
+                known = true;
+                if let Some(at) = silent_since.take() {
+                    say(format!(
+                        "  … the hub answers again after {}",
+                        units::duration(at.elapsed())
+                    ));
+                }
                 for decision in rollout.decisions.iter().skip(told_decisions) {
                     say(format!("  → {}", decision.what));
                     for line in &decision.because {

@@ -34,8 +34,8 @@ const DEVICES: [(&str, &str, &str); 3] = [
 const MODEL: &str = "demo";
 const GOOD: Version = Version::new(1, 0, 0);
 const BAD: Version = Version::new(1, 1, 0);
-const QUESTION: &str = "What is the capital of France?";
-const ANSWER_TOKENS: u32 = 48;
+const QUESTION: &str = "Give me three tips for a good night's sleep.";
+const ANSWER_TOKENS: u32 = 96;
 /// How far a worker's memory may be from the prediction.
 const MEMORY_TOLERANCE: f64 = 0.1;
 /// How long a process of the demo may take to be ready.
