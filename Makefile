@@ -58,6 +58,10 @@ bench: build ## Measures the reference model and its variants on this machine
 	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
 	  exec $(BIN)/slm optimize "$$model" --quantisation Q8_0,Q4_K_M,Q3_K_M --evaluate --out "$(CARGO_TARGET_DIR)/bench"
 
+.PHONY: gate-curves
+gate-curves: ## Measures how soon the gate between waves sees an effect (docs/gates.md)
+	cargo test --release -p slmops-fleet-core --lib detection_curves -- --ignored --nocapture
+
 .PHONY: install
 install: build ## Installs slm and slm-agent into PREFIX/bin (default ~/.local/bin)
 	install -d "$(PREFIX)/bin"

@@ -10,6 +10,7 @@ use slmops_agent_core::{
     VerifyError,
 };
 use slmops_api::device::{Telemetry, WaitCause};
+use slmops_api::evidence::EvidenceCounts;
 use slmops_api::probe::{MAX_PROBES, ProbeResult, ProbeSet};
 use slmops_artifact::Digest;
 use slmops_inference::child::ChildError;
@@ -180,6 +181,12 @@ impl Engine {
     /// Aggregates since the agent started.
     pub fn telemetry(&self) -> Telemetry {
         self.host.telemetry()
+    }
+
+    /// What a gate wants to know, since the agent started; how long it has served is not its business
+    /// and stays 0.
+    pub fn evidence(&self) -> EvidenceCounts {
+        self.host.evidence()
     }
 
     fn spec(&self, wanted: &Deployment) -> ModelSpec {

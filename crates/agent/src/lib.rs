@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+mod counted;
 pub mod download;
 pub mod durable;
 pub mod engine;

@@ -13,10 +13,12 @@ use slmops_agent_core::{
     Config, Core, Effect, EffectId, Event, Ledger, Millis, Obstacle, Snapshot,
 };
 use slmops_api::device::{DeviceFacts, DeviceReport, Phase, Telemetry};
+use slmops_api::evidence::EvidenceCounts;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
+use crate::counted::Counted;
 use crate::download::{self, Downloads};
 use crate::engine::Engine;
 use crate::error::AgentError;
@@ -89,6 +91,7 @@ struct Running {
     facts: DeviceFacts,
     sequence: Sequence,
     earlier: Telemetry,
+    counted: Counted,
     events: mpsc::Sender<Event>,
     received: mpsc::Receiver<Event>,
     saves: std::sync::mpsc::Sender<(EffectId, Box<Ledger>)>,
@@ -148,6 +151,7 @@ impl Running {
             downloads: Arc::new(Downloads::new(state.clone(), Arc::clone(&hub))),
             sequence: state.sequence(),
             earlier: state.load_telemetry(),
+            counted: Counted::from(state.load_evidence()),
             saves: save_in_order(state.clone(), events.clone()),
             state,
             identity,
@@ -350,6 +354,15 @@ impl Running {
     fn report(&mut self, snapshot: Snapshot) -> DeviceReport {
         let telemetry = self.telemetry();
         self.state.save_telemetry(&telemetry);
+        let counters = EvidenceCounts {
+            serving_s: self.started.elapsed().as_secs_f64(),
+            ..self.engine.evidence()
+        };
+        let running = snapshot.running.as_ref().map(|running| running.manifest);
+        let evidence = self.counted.update(running, counters).cloned();
+        if let Some(evidence) = &evidence {
+            self.state.save_evidence(evidence);
+        }
         self.facts.disk_free_bytes = self.state.free_bytes();
         if let Some(effective) = &snapshot.effective {
             self.facts.engine.clone_from(&effective.engine);
@@ -364,6 +377,7 @@ impl Running {
             probes: snapshot.probes,
             effective: snapshot.effective,
             telemetry,
+            evidence,
             facts: self.facts.clone(),
         }
     }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use slmops_agent_core::{LEDGER_VERSION, Ledger, LedgerError, MAX_LEDGER_BYTES};
 use slmops_api::device::{Telemetry, WaitCause};
+use slmops_api::evidence::Evidence;
 use slmops_artifact::Digest;
 
 use crate::durable::{self, Access};
@@ -17,6 +18,7 @@ const LOCK_FILE: &str = "agent.lock";
 const LEDGER_FILE: &str = "ledger.json";
 const SEQUENCE_FILE: &str = "sequence";
 const TELEMETRY_FILE: &str = "telemetry.json";
+const EVIDENCE_FILE: &str = "evidence.json";
 const STATUS_FILE: &str = "status.json";
 const BLOBS_FOLDER: &str = "blobs";
 const PARTIAL_FOLDER: &str = "partial";
@@ -223,8 +225,24 @@ impl StateFolder {
 
     /// Saves the counters. Losing the latest ones is harmless.
     pub fn save_telemetry(&self, telemetry: &Telemetry) {
-        let path = self.root.join(TELEMETRY_FILE);
-        let bytes = serde_json::to_vec(telemetry).unwrap_or_default();
+        self.save_numbers(TELEMETRY_FILE, telemetry);
+    }
+
+    /// What was last saved to be counted of a model.
+    pub fn load_evidence(&self) -> Option<Evidence> {
+        let path = self.root.join(EVIDENCE_FILE);
+        let bytes = durable::read(&path, MAX_SMALL_BYTES).ok().flatten()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    /// Saves what is counted of the running model. Losing the latest numbers is harmless.
+    pub fn save_evidence(&self, evidence: &Evidence) {
+        self.save_numbers(EVIDENCE_FILE, evidence);
+    }
+
+    fn save_numbers(&self, name: &str, numbers: &impl serde::Serialize) {
+        let path = self.root.join(name);
+        let bytes = serde_json::to_vec(numbers).unwrap_or_default();
         if let Err(error) = durable::replace(&path, &bytes, Access::Secret) {
             tracing::debug!("write {}: {error}", path.display());
         }

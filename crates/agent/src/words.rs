@@ -76,6 +76,7 @@ pub fn failure(failure: &Failure) -> String {
             units::size(*budget_bytes)
         ),
         Failure::Timeout => "it was not confirmed in time".to_owned(),
+        Failure::Worse { metric } => format!("the gate found it worse in {metric}"),
     }
 }
 

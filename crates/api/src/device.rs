@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
 use slmops_artifact::signing::{PrivateKey, PublicKey};
 
+use crate::evidence::Evidence;
+use crate::gate::Metric;
 use crate::probe::ProbeResult;
 use crate::runtime::{EffectiveConfig, RuntimeConfig};
 use crate::{ClassName, DeviceId, InvitationId, KeyId, ModelName, SiteName, VariantName};
@@ -362,6 +364,11 @@ pub enum Failure {
     },
     /// Not confirmed in time.
     Timeout,
+    /// It worked here, and the rollout's gate found it worse than what was before.
+    Worse {
+        /// In this.
+        metric: Metric,
+    },
 }
 
 /// What a device waits for.
@@ -434,6 +441,9 @@ pub struct DeviceReport {
     pub effective: Option<EffectiveConfig>,
     /// Aggregates; see [`Telemetry`].
     pub telemetry: Telemetry,
+    /// What was counted of the running model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Evidence>,
     /// The device's facts, as they are now.
     pub facts: DeviceFacts,
 }

@@ -6,6 +6,8 @@
 pub mod audit;
 pub mod blueprint;
 pub mod device;
+pub mod evidence;
+pub mod gate;
 pub mod id;
 pub mod model;
 pub mod probe;

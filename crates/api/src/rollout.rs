@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
 
 use crate::device::Failure;
+use crate::gate::{GatePolicy, GateReading};
 use crate::selector::Selector;
 use crate::{DeviceId, ModelName, RolloutId, VariantName};
 
@@ -36,6 +37,10 @@ pub struct RolloutPolicy {
     /// Seconds that a device has to confirm, counted from its desired state; then it is a straggler
     /// and counts as failed.
     pub confirm_timeout_s: u32,
+    /// What must be shown of a wave before the next one starts, besides its confirmation; nothing
+    /// if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<GatePolicy>,
 }
 
 impl Default for RolloutPolicy {
@@ -46,6 +51,7 @@ impl Default for RolloutPolicy {
             max_failures: 0,
             bake_s: 0,
             confirm_timeout_s: 900,
+            gate: None,
         }
     }
 }
@@ -145,6 +151,10 @@ pub struct RolloutDevice {
     pub outcome: Outcome,
     /// Why this variant: the fit in words.
     pub fit: String,
+    /// Whether it was silent or not well when it became part of the rollout; such devices come
+    /// last.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unready: bool,
 }
 
 /// A decision of the rollout engine, with its evidence.
@@ -179,6 +189,9 @@ pub struct Rollout {
     pub decisions: Vec<Decision>,
     /// What it waits for, in words; empty when it is over.
     pub waiting_for: String,
+    /// What the gate has found of the current wave; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<GateReading>,
     /// When it was created.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: jiff::Timestamp,

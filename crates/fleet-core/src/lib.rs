@@ -6,6 +6,7 @@
 pub mod blueprint;
 pub mod class;
 pub mod fit;
+pub mod gate;
 pub mod rollout;
 #[cfg(test)]
 mod testing;

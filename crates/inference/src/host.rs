@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use slmops_api::device::Telemetry;
+use slmops_api::evidence::EvidenceCounts;
 use slmops_api::runtime::EffectiveConfig;
 use tokio::sync::{broadcast, watch};
 
@@ -364,6 +365,14 @@ impl ModelHost {
             worker_memory_bytes: memory.resident_bytes,
             worker_peak_memory_bytes: memory.peak_bytes,
             ..self.metrics.telemetry()
+        }
+    }
+
+    /// What a gate wants to know, since the host began; `serving_s` is not its business and stays 0.
+    pub fn evidence(&self) -> EvidenceCounts {
+        EvidenceCounts {
+            peak_memory_bytes: self.status().memory.peak_bytes,
+            ..self.metrics.evidence()
         }
     }
 

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use slmops_api::device::Telemetry;
+use slmops_api::evidence::EvidenceCounts;
 
-use crate::worker::{Finish, Piece, RequestError, WorkerError};
+use crate::worker::{Finish, FinishReason, Piece, RequestError, WorkerError};
 
 /// Upper bounds of the histograms of whole durations, in seconds.
 const LONG_BUCKETS_S: [f64; 14] =
@@ -70,6 +71,8 @@ struct Counters {
     cached_tokens: u64,
     generated_tokens: u64,
     worker_crashes: u64,
+    /// What only gates ask for; the rest of it is above.
+    quality: EvidenceCounts,
     waiting: u64,
     running: u64,
     first_token: Histogram,
@@ -93,6 +96,7 @@ impl Default for Metrics {
             cached_tokens: 0,
             generated_tokens: 0,
             worker_crashes: 0,
+            quality: EvidenceCounts::default(),
             waiting: 0,
             running: 0,
             first_token: Histogram::new(&LONG_BUCKETS_S),
@@ -188,6 +192,16 @@ impl Metrics {
             tokens_per_s: counters.tokens_per_s(),
             time_to_first_token_ms: counters.median_first_token_ms(),
             ..Telemetry::default()
+        })
+    }
+
+    /// The peak of memory and the time of service are not known here and stay 0.
+    pub(crate) fn evidence(&self) -> EvidenceCounts {
+        self.with(|counters| EvidenceCounts {
+            answered: counters.answered,
+            errors: counters.failed,
+            crashes: counters.worker_crashes,
+            ..counters.quality
         })
     }
 
@@ -317,6 +331,9 @@ impl GenerationMeter {
                 Some(last) => counters.between_tokens.add((now - last).as_secs_f64()),
                 None => {
                     counters.first_token.add(first_ms / 1e3);
+                    counters.quality.first_tokens += 1;
+                    // A microsecond at least, for the logarithm.
+                    counters.quality.first_token_ln_ms += first_ms.max(1e-3).ln();
                     if counters.recent_first_token_ms.len() == RECENT_REQUESTS {
                         counters.recent_first_token_ms.pop_front();
                     }
@@ -329,8 +346,14 @@ impl GenerationMeter {
     pub(crate) fn finished(&mut self, finish: &Finish) {
         // The end token, and tokens of a stop string, are no part of any piece.
         let rest = u64::from(finish.completion_tokens).saturating_sub(self.counted_tokens);
+        let wordless = self.counted_tokens == 0;
         self.enter(Stage::Over, |counters, elapsed| {
             counters.answered += 1;
+            counters.quality.empty += u64::from(wordless);
+            counters.quality.truncated += u64::from(finish.reason == FinishReason::Length);
+            counters.quality.decoded_tokens +=
+                u64::from(finish.completion_tokens.saturating_sub(1));
+            counters.quality.decode_ms += finish.decode_ms;
             counters.count_tokens(rest);
             counters.prompt_tokens += u64::from(finish.prompt_tokens);
             counters.cached_tokens += u64::from(finish.cached_tokens);

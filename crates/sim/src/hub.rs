@@ -268,6 +268,7 @@ impl Hub {
             probes: vec![],
             effective: None,
             telemetry: Telemetry::default(),
+            evidence: None,
             facts: facts(place.budget_bytes),
         });
         report.sequence = sequence;

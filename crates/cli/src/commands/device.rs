@@ -218,6 +218,7 @@ pub fn failure_text(failure: &DeviceFailure) -> String {
             units::bytes(*budget_bytes)
         ),
         DeviceFailure::Timeout => "it was not confirmed in time".to_owned(),
+        DeviceFailure::Worse { metric } => format!("the gate found it worse in {metric}"),
     }
 }
 

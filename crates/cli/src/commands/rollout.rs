@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use clap::Subcommand;
 use reqwest::Method;
 use semver::Version;
+use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::rollout::{
     NewRollout, Outcome, Rollout as RolloutFacts, RolloutPolicy, RolloutState, WaveSize,
 };
@@ -105,6 +106,15 @@ pub struct PolicyArgs {
     /// How long a device has to confirm before it counts as failed
     #[arg(long, default_value = "15m", value_parser = parse_seconds, value_name = "TIME")]
     pub confirm_timeout: u32,
+    /// Let the next wave start only when a wave is shown to be no worse in use
+    #[arg(long)]
+    pub wave_gate: bool,
+    /// A loss to exclude (default: errors=2%, first_token=25%, token_time=25%); repeatable
+    #[arg(long, requires = "wave_gate", value_parser = parse_allowance, value_name = "METRIC=LOSS")]
+    pub wave_gate_allow: Vec<(Metric, u32)>,
+    /// Go on after this time if no harm was found, though a loss is not excluded
+    #[arg(long, requires = "wave_gate", value_parser = parse_seconds, value_name = "TIME")]
+    pub wave_gate_patience: Option<u32>,
 }
 
 /// Wave sizes (a type of its own, since clap treats a bare `Vec` as a repeated option).
@@ -131,7 +141,31 @@ fn parse_seconds(given: &str) -> Result<u32, String> {
     u32::try_from(units::parse_seconds(given)?).map_err(|_| format!("`{given}` is out of range"))
 }
 
+/// `errors=2%` or `first_token=25%`, in thousandths.
+fn parse_allowance(given: &str) -> Result<(Metric, u32), String> {
+    let (metric, loss) = given
+        .split_once('=')
+        .ok_or_else(|| format!("`{given}` is no allowed loss: write it as errors=2%"))?;
+    let metric: Metric = metric.trim().parse()?;
+    let loss = loss.trim();
+    let percent = loss.strip_suffix('%').unwrap_or(loss).parse::<f64>();
+    let per_mille = percent.map(|percent| (percent * 10.0).round()).unwrap_or(f64::NAN);
+    if !(1.0..=10_000.0).contains(&per_mille) {
+        return Err(format!("`{loss}` is no loss between 0.1% and 1000%"));
+    }
+    Ok((metric, per_mille as u32))
+}
+
 impl PolicyArgs {
+    fn gate_policy(&self) -> GatePolicy {
+        let usual = GatePolicy::default();
+        let allow = match self.wave_gate_allow.is_empty() {
+            true => usual.allow,
+            false => self.wave_gate_allow.iter().copied().collect(),
+        };
+        GatePolicy { allow, patience_s: self.wave_gate_patience, ..usual }
+    }
+
     /// As the hub wants it.
     pub fn policy(&self) -> RolloutPolicy {
         RolloutPolicy {
@@ -140,6 +174,7 @@ impl PolicyArgs {
             max_failures: self.max_failures,
             bake_s: self.bake,
             confirm_timeout_s: self.confirm_timeout,
+            gate: self.wave_gate.then(|| self.gate_policy()),
         }
     }
 }

@@ -7,6 +7,7 @@ use slmops_api::rollout::{
     NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, WaveSize,
 };
 use slmops_api::{DeviceId, RolloutId};
+use slmops_artifact::Digest;
 
 use super::{RolloutError, RolloutRecord, assign, decide, state_name};
 use crate::blueprint::CONFIRM_TIMEOUT_S;
@@ -18,6 +19,10 @@ use crate::world::{FleetDevice, World};
 pub const MAX_WAVES: usize = 100;
 /// The longest bake, in seconds: 30 days.
 pub const MAX_BAKE_S: u32 = 30 * 24 * 3600;
+/// The chances, in thousandths, that a gate may halt without cause.
+const GATE_ALPHA_PER_MILLE: std::ops::RangeInclusive<u32> = 1..=500;
+/// The losses, in thousandths, that a gate may allow.
+const GATE_LOSS: std::ops::RangeInclusive<u32> = 1..=10_000;
 /// A device heard of within this many seconds makes a good canary.
 const RECENT_S: i64 = 120;
 /// Names listed in one line of evidence, at most.
@@ -60,10 +65,17 @@ pub fn create(
     }
     let superseded = supersede(&id, &chosen, active, world.now)?;
 
-    chosen.sort_by_cached_key(|device| canary_rank(device, world.now));
+    // With a gate, chance decides between devices alike: its evidence is that it was chance.
+    let lot = |device: &FleetDevice| match asked.policy.gate {
+        Some(_) => Digest::of(format!("{id} {}", device.id).as_bytes()).to_string(),
+        None => device.name.clone(),
+    };
+    chosen.sort_by_cached_key(|device| (readiness(device, world.now), lot(device)));
     let mut devices: Vec<RolloutDevice> = Vec::with_capacity(chosen.len());
     for device in &chosen {
-        devices.push(entry(device, release, world));
+        let mut part = entry(device, release, world);
+        part.unready = readiness(device, world.now) != (false, false);
+        devices.push(part);
     }
     // Devices that get nothing take no place in a wave.
     let (mut going, mut staying): (Vec<_>, Vec<_>) =
@@ -114,6 +126,7 @@ pub fn create(
         devices: going.into_iter().chain(staying).collect(),
         decisions: vec![],
         waiting_for: "the first wave to start".to_owned(),
+        gate: None,
         created_at: world.now,
         created_by: created_by.to_owned(),
         updated_at: world.now,
@@ -123,7 +136,12 @@ pub fn create(
     }
     let what = format!("created for {title}, {}", count(sizes.len(), "wave"));
     decide(&mut rollout, world.now, what, because);
-    let record = RolloutRecord { rollout, before: BTreeMap::new(), forgiven: BTreeSet::new() };
+    let record = RolloutRecord {
+        rollout,
+        before: BTreeMap::new(),
+        forgiven: BTreeSet::new(),
+        comparison: None,
+    };
     Ok(Created { record, superseded })
 }
 
@@ -154,6 +172,18 @@ fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
     }
     if policy.bake_s > MAX_BAKE_S {
         return refuse(format!("bake_s = {} is more than {MAX_BAKE_S}", policy.bake_s));
+    }
+    if let Some(gate) = &policy.gate {
+        if !GATE_ALPHA_PER_MILLE.contains(&gate.alpha_per_mille) {
+            return refuse(format!(
+                "alpha_per_mille = {} is not within 1 to 500",
+                gate.alpha_per_mille
+            ));
+        }
+        if let Some((metric, loss)) = gate.allow.iter().find(|(_, loss)| !GATE_LOSS.contains(*loss))
+        {
+            return refuse(format!("allowed loss {metric} = {loss} is not within 1 to 10000"));
+        }
     }
     Ok(())
 }
@@ -222,14 +252,14 @@ fn supersede(
 }
 
 /// Healthy devices heard of lately come first, so that the canary can answer.
-fn canary_rank(device: &FleetDevice, now: Timestamp) -> (bool, bool, String) {
+fn readiness(device: &FleetDevice, now: Timestamp) -> (bool, bool) {
     let silent_s = now.as_second() - device.last_seen.as_second();
     let healthy = device.report.as_ref().is_some_and(|report| {
         use slmops_api::device::Phase;
         matches!(report.phase, Phase::Confirmed | Phase::Idle)
             && report.generation >= device.desired.generation
     });
-    (silent_s > RECENT_S, !healthy, device.name.clone())
+    (silent_s > RECENT_S, !healthy)
 }
 
 /// A device's part before it is told: pending, or why it gets nothing.
@@ -250,6 +280,7 @@ pub(super) fn entry(
         finished_at: None,
         outcome: Outcome::Pending,
         fit: fit.why().to_owned(),
+        unready: false,
     };
     match fit {
         Fit::NoFit { smallest_bytes, budget_bytes, .. } => {

@@ -7,6 +7,7 @@
 
 mod assign;
 mod create;
+mod gate;
 mod operate;
 mod step;
 mod words;
@@ -24,6 +25,7 @@ use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
 pub use create::{Created, MAX_WAVES, create};
+pub use gate::Comparison;
 pub use operate::{Command, command};
 pub use words::{failure_words, phase_words, why};
 
@@ -40,6 +42,9 @@ pub struct RolloutRecord {
     /// Devices whose failure an operator has seen and set aside by resuming.
     #[serde(default)]
     pub forgiven: BTreeSet<DeviceId>,
+    /// Whom the gate of the current wave compares.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<Comparison>,
 }
 
 /// A device and what it should be from now on.

@@ -9,6 +9,7 @@ use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
 use super::create::{entry, is_selected, late_wave, leave_out, selected};
+use super::gate::{self, Verdict};
 use super::words::{failure_evidence, failure_words, phase_words};
 use super::{Look, RolloutRecord, Target, assign, decide, earlier};
 use crate::fit::Fit;
@@ -68,7 +69,7 @@ pub(super) fn step(
     outcome
 }
 
-fn halted_waits(id: &RolloutId) -> String {
+pub(super) fn halted_waits(id: &RolloutId) -> String {
     format!("an operator: `slm rollout rollback {id}`, or ship a better version")
 }
 
@@ -189,25 +190,35 @@ fn observe(
         failed.push(index);
     }
     for index in failed {
-        let part = &record.rollout.devices[index];
-        // Told nothing new by this rollout (it ran this before): there is nothing to go back to.
-        let Some(before) = record.before.get(&part.device).cloned() else { continue };
-        let before = match world.device(&part.device) {
-            Some(device) => assign::way_back(world, device, before, part.manifest.as_ref()),
-            None => before,
-        };
-        let back_to = words_of(before.as_ref());
-        let Outcome::Failed { failure } = &part.outcome else { continue };
-        let reason = format!(
-            "{} {} failed here ({}); back to {back_to}",
-            record.rollout.asked.model,
-            record.rollout.asked.version,
-            failure_words(failure)
-        );
-        // Said by a new generation, so that a device that comes back late does not try it again.
-        let target = Target::Before { model: before, reason };
-        outcome.targets.insert(part.device.clone(), target);
+        take_back(record, world, index, outcome);
     }
+}
+
+/// Tells a device that failed to be what it was before.
+pub(super) fn take_back(
+    record: &RolloutRecord,
+    world: &World<'_>,
+    index: usize,
+    outcome: &mut StepOutcome,
+) {
+    let part = &record.rollout.devices[index];
+    // Told nothing new by this rollout (it ran this before): there is nothing to go back to.
+    let Some(before) = record.before.get(&part.device).cloned() else { return };
+    let before = match world.device(&part.device) {
+        Some(device) => assign::way_back(world, device, before, part.manifest.as_ref()),
+        None => before,
+    };
+    let back_to = words_of(before.as_ref());
+    let Outcome::Failed { failure } = &part.outcome else { return };
+    let reason = format!(
+        "{} {} failed here ({}); back to {back_to}",
+        record.rollout.asked.model,
+        record.rollout.asked.version,
+        failure_words(failure)
+    );
+    // Said by a new generation, so that a device that comes back late does not try it again.
+    let target = Target::Before { model: before, reason };
+    outcome.targets.insert(part.device.clone(), target);
 }
 
 fn words_of(model: Option<&DesiredModel>) -> String {
@@ -329,7 +340,8 @@ fn blames_model(failure: &Failure) -> bool {
         | Failure::Crash
         | Failure::Package
         | Failure::Signature
-        | Failure::Memory { .. } => true,
+        | Failure::Memory { .. }
+        | Failure::Worse { .. } => true,
         Failure::Digest | Failure::Configuration { .. } | Failure::Timeout => false,
     }
 }
@@ -337,6 +349,7 @@ fn blames_model(failure: &Failure) -> bool {
 /// Starts the current wave, or the next ones while nothing holds them back.
 fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
     loop {
+        gate::choose(record, world, outcome);
         start(record, world, outcome);
         let wave = record.rollout.current_wave;
         let in_wave: Vec<&RolloutDevice> =
@@ -353,6 +366,10 @@ fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutc
             .filter(|part| part.outcome == Outcome::Confirmed)
             .filter_map(|part| part.finished_at)
             .max();
+        let verdict = gate::weigh(record, world, outcome);
+        if let Verdict::Halted = verdict {
+            return;
+        }
         if let Some(settled_at) = settled_at
             && let Ok(baked_at) =
                 settled_at.checked_add(SignedDuration::from_secs(i64::from(bake_s)))
@@ -366,6 +383,9 @@ fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutc
                 seconds(i64::from(bake_s)),
                 clock(baked_at)
             );
+            return;
+        }
+        if let Verdict::Held = verdict {
             return;
         }
         if wave + 1 < record.rollout.waves {
@@ -409,7 +429,7 @@ fn waits_for_devices(
     )
 }
 
-fn clock(at: Timestamp) -> String {
+pub(super) fn clock(at: Timestamp) -> String {
     at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
 }
 

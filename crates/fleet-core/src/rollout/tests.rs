@@ -4,6 +4,8 @@ use std::sync::Arc;
 use jiff::SignedDuration;
 use proptest::prelude::*;
 use slmops_api::device::{DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry};
+use slmops_api::evidence::{Evidence, EvidenceCounts};
+use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::probe::ProbeResult;
 use slmops_api::rollout::{NewRollout, Outcome, RolloutPolicy, WaveSize};
 use slmops_api::runtime::RuntimeConfig;
@@ -219,6 +221,7 @@ impl Fleet {
             probes: vec![],
             effective: None,
             telemetry: Telemetry::default(),
+            evidence: None,
             facts: testing::facts(100),
         });
         report.sequence += 1;
@@ -854,4 +857,157 @@ fn nobody_goes_back_to_what_was_quarantined_meanwhile() {
     assert_eq!(version(&fleet).as_deref(), Some("1.2.0"));
     fleet.fail(1);
     assert_eq!(version(&fleet).as_deref(), Some("1.0.0"));
+}
+
+/// A fleet of 60 like devices on 1.0.0 and a gated rollout of 1.1.0 whose canaries have confirmed.
+fn gated(gate: GatePolicy) -> (Fleet, RolloutId) {
+    let mut fleet = Fleet::new(&[400; 60]);
+    fleet.start("1.0.0", RolloutPolicy { waves: vec![], ..RolloutPolicy::default() }).unwrap();
+    for device in 0..60 {
+        fleet.report(device, Phase::Confirmed);
+    }
+    fleet.tick();
+    fleet.serve(24.0, |_| (5.0, 0.02));
+    let policy =
+        RolloutPolicy { waves: vec![WaveSize::Count(15)], gate: Some(gate), ..Default::default() };
+    let id = fleet.start("1.1.0", policy).unwrap();
+    for device in fleet.canaries(&id) {
+        fleet.report(device, Phase::Confirmed);
+    }
+    fleet.serve(0.0, |_| (0.0, 0.0));
+    fleet.tick();
+    (fleet, id)
+}
+
+impl Fleet {
+    /// Indexes of the devices that are told the release of this rollout.
+    fn canaries(&self, id: &RolloutId) -> Vec<usize> {
+        let version = &self.rollout(id).asked.version;
+        let told = |device: &FleetDevice| {
+            device.desired.model.as_ref().is_some_and(|model| model.version == *version)
+        };
+        (0..self.devices.len()).filter(|index| told(&self.devices[*index])).collect()
+    }
+
+    /// Every device serves its running model for some hours: `(answers an hour, share of errors)`,
+    /// given whether that is version 1.1.0.
+    fn serve(&mut self, hours: f64, traffic: impl Fn(bool) -> (f64, f64)) {
+        for device in &mut self.devices {
+            let Some(report) = &mut device.report else { continue };
+            let Some(running) = &report.running else { continue };
+            let (requests, errors) = traffic(running.version == semver::Version::new(1, 1, 0));
+            let requests = requests * hours;
+            let answered = (requests * (1.0 - errors)).round() as u64;
+            let more = EvidenceCounts {
+                serving_s: hours * 3_600.0,
+                answered,
+                errors: (requests * errors).round() as u64,
+                first_tokens: answered,
+                first_token_ln_ms: answered as f64 * 4.0,
+                decoded_tokens: answered * 20,
+                decode_ms: answered as f64 * 400.0,
+                peak_memory_bytes: 1 << 28,
+                ..EvidenceCounts::default()
+            };
+            let ours = report.evidence.take().filter(|known| known.manifest == running.manifest);
+            let known = ours.map(|evidence| evidence.counts).unwrap_or_default();
+            report.evidence =
+                Some(Evidence { manifest: running.manifest, counts: known.plus(more) });
+        }
+        self.now += SignedDuration::from_secs((hours * 3_600.0) as i64);
+        self.devices.iter_mut().for_each(|device| device.last_seen = self.now);
+    }
+}
+
+#[test]
+fn gate_holds_until_a_loss_is_excluded_and_then_promotes() {
+    let (mut fleet, id) = gated(GatePolicy::default());
+    assert_eq!(fleet.canaries(&id).len(), 15);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(
+        waits.starts_with("the gate of wave 1: compares 15 devices with 45 devices"),
+        "{waits}"
+    );
+    assert_eq!(fleet.deadline, Some(fleet.now + SignedDuration::from_secs(300)));
+    // Too little is known yet: it says how much more it takes.
+    fleet.serve(0.25, |_| (8.0, 0.0));
+    fleet.tick();
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(waits.contains("errors:") && waits.contains("more device-hours"), "{waits}");
+    assert_eq!(fleet.rollout(&id).current_wave, 0);
+    fleet.serve(48.0, |_| (20.0, 0.02));
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).current_wave, 1);
+    assert_eq!(fleet.canaries(&id).len(), 60);
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("gate of wave 1 passed: a greater loss than allowed"), "{text}");
+    assert!(text.contains("errors: 1.98 % against 1.98 %"), "{text}");
+}
+
+#[test]
+fn gate_halts_a_release_with_more_errors_and_takes_it_back() {
+    let (mut fleet, id) = gated(GatePolicy::default());
+    let canaries = fleet.canaries(&id);
+    fleet.serve(1.0, |new| (20.0, if new { 0.3 } else { 0.02 }));
+    fleet.tick();
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Halted, "{}", why(rollout));
+    let failed = Outcome::Failed { failure: Failure::Worse { metric: Metric::Errors } };
+    assert_eq!(rollout.devices.iter().filter(|part| part.outcome == failed).count(), 15);
+    // Nobody is told it any more, and it is not offered again.
+    assert_eq!(fleet.canaries(&id), [0_usize; 0]);
+    for device in canaries {
+        let told = fleet.devices[device].desired.model.as_ref().unwrap();
+        assert_eq!(told.version, semver::Version::new(1, 0, 0));
+    }
+    assert_eq!(fleet.quarantine.len(), 1);
+    assert!(why(fleet.rollout(&id)).contains("worse in errors"));
+    fleet.operate(&id, Command::Resume).unwrap();
+    assert_eq!(fleet.canaries(&id), [0_usize; 0]);
+}
+
+#[test]
+fn gate_of_a_small_fleet_says_that_it_cannot_tell_and_patience_ends_it() {
+    let policy = |patience_s| RolloutPolicy {
+        waves: vec![WaveSize::Count(1)],
+        gate: Some(GatePolicy { patience_s, ..GatePolicy::default() }),
+        ..RolloutPolicy::default()
+    };
+    let mut fleet = Fleet::new(&[400; 3]);
+    // The first release of all has nothing to be worse than.
+    let first = fleet.start("1.0.0", policy(None)).unwrap();
+    for _ in 0..2 {
+        (0..3).for_each(|device| fleet.report(device, Phase::Confirmed));
+        fleet.tick();
+    }
+    assert_eq!(fleet.rollout(&first).state, RolloutState::Completed);
+    fleet.serve(24.0, |_| (20.0, 0.0));
+    let id = fleet.start("1.1.0", policy(Some(7_200))).unwrap();
+    for device in fleet.canaries(&id) {
+        fleet.report(device, Phase::Confirmed);
+    }
+    fleet.serve(0.0, |_| (0.0, 0.0));
+    fleet.tick();
+    fleet.serve(1.0, |_| (20.0, 0.0));
+    fleet.tick();
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(waits.contains("too few devices to tell"), "{waits}");
+    fleet.serve(1.5, |_| (20.0, 0.0));
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).current_wave, 1);
+    assert!(why(fleet.rollout(&id)).contains("no harm was found in the time it had"));
+}
+
+#[test]
+fn gate_out_of_bounds_is_refused() {
+    let mut fleet = Fleet::new(&[400; 3]);
+    for gate in [
+        GatePolicy { alpha_per_mille: 0, ..GatePolicy::default() },
+        GatePolicy { alpha_per_mille: 501, ..GatePolicy::default() },
+        GatePolicy { allow: [(Metric::Errors, 0)].into(), ..GatePolicy::default() },
+    ] {
+        let policy = RolloutPolicy { gate: Some(gate), ..RolloutPolicy::default() };
+        let refused = fleet.start("1.0.0", policy).unwrap_err();
+        assert!(matches!(refused, RolloutError::Policy(_)), "{refused}");
+    }
 }

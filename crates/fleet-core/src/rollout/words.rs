@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use slmops_api::device::{Failure, Phase, WaitCause};
 use slmops_api::rollout::{Outcome, Rollout, RolloutDevice, RolloutState};
 
-use super::state_name;
+use super::{gate, state_name};
 use crate::words::{bytes, list};
 use crate::world::FleetDevice;
 
@@ -68,6 +68,7 @@ pub fn failure_words(failure: &Failure) -> String {
             )
         }
         Failure::Timeout => "not confirmed in time".to_owned(),
+        Failure::Worse { metric } => format!("the gate found it worse in {metric}"),
     }
 }
 
@@ -130,6 +131,12 @@ pub fn why(rollout: &Rollout) -> String {
         let _ = writeln!(text, "  {at}  {}", decision.what);
         for line in &decision.because {
             let _ = writeln!(text, "      - {line}");
+        }
+    }
+    if let Some(reading) = &rollout.gate {
+        let _ = writeln!(text, "\nGate of wave {}", reading.wave + 1);
+        for line in gate::evidence_lines(reading) {
+            let _ = writeln!(text, "  {line}");
         }
     }
     let _ = writeln!(text, "\nDevices");

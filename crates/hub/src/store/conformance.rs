@@ -133,6 +133,7 @@ fn report(sequence: u64, phase: Phase) -> DeviceReport {
         probes: vec![],
         effective: None,
         telemetry: Telemetry::default(),
+        evidence: None,
         facts: facts(),
     }
 }

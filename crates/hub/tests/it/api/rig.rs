@@ -454,6 +454,7 @@ impl FakeDevice {
             probes: vec![],
             effective: None,
             telemetry: Telemetry::default(),
+            evidence: None,
             facts: self.facts.clone(),
         }
     }

@@ -261,6 +261,7 @@ impl RealHub {
                 engine: "llama.cpp test".to_owned(),
             }),
             telemetry: Telemetry { tokens_per_s: 31.5, requests: 7, ..Telemetry::default() },
+            evidence: None,
             facts: device.facts.clone(),
         };
         let body = serde_json::to_value(&report).expect("JSON");

@@ -1,0 +1,82 @@
+//! What a device has counted of the model that it runs: the evidence of the gates. Numbers only.
+
+use serde::{Deserialize, Serialize};
+use slmops_artifact::Digest;
+
+/// What a device has counted of one manifest since it first served it, over restarts too. The
+/// latest report replaces all before it; a window is the difference of two. Starts anew when
+/// another manifest takes over.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Evidence {
+    /// The manifest that all numbers are about.
+    #[schema(value_type = String)]
+    pub manifest: Digest,
+    /// The numbers.
+    #[serde(flatten)]
+    pub counts: EvidenceCounts,
+}
+
+/// The numbers of [`Evidence`]; all but the memory's peak only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct EvidenceCounts {
+    /// Seconds for which it has been the running model.
+    pub serving_s: f64,
+    /// Requests that it answered.
+    pub answered: u64,
+    /// Requests that failed by our fault.
+    pub errors: u64,
+    /// Times that its worker ended unasked.
+    pub crashes: u64,
+    /// Answers without a token.
+    pub empty: u64,
+    /// Answers that ended because they had reached their limit of tokens.
+    pub truncated: u64,
+    /// Requests whose time to first token is in `first_token_ln_ms`.
+    pub first_tokens: u64,
+    /// Sum of the natural logarithms of times to first token in milliseconds.
+    pub first_token_ln_ms: f64,
+    /// Tokens generated after the first of each answer.
+    pub decoded_tokens: u64,
+    /// Milliseconds that these took.
+    pub decode_ms: f64,
+    /// The worker's peak of resident memory in bytes.
+    pub peak_memory_bytes: u64,
+}
+
+impl EvidenceCounts {
+    /// Both together; of the peaks, the greater.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            serving_s: self.serving_s + other.serving_s,
+            answered: self.answered + other.answered,
+            errors: self.errors + other.errors,
+            crashes: self.crashes + other.crashes,
+            empty: self.empty + other.empty,
+            truncated: self.truncated + other.truncated,
+            first_tokens: self.first_tokens + other.first_tokens,
+            first_token_ln_ms: self.first_token_ln_ms + other.first_token_ln_ms,
+            decoded_tokens: self.decoded_tokens + other.decoded_tokens,
+            decode_ms: self.decode_ms + other.decode_ms,
+            peak_memory_bytes: self.peak_memory_bytes.max(other.peak_memory_bytes),
+        }
+    }
+
+    /// What came since `earlier`; the peak is that of now.
+    #[must_use]
+    pub fn since(self, earlier: &Self) -> Self {
+        Self {
+            serving_s: (self.serving_s - earlier.serving_s).max(0.0),
+            answered: self.answered.saturating_sub(earlier.answered),
+            errors: self.errors.saturating_sub(earlier.errors),
+            crashes: self.crashes.saturating_sub(earlier.crashes),
+            empty: self.empty.saturating_sub(earlier.empty),
+            truncated: self.truncated.saturating_sub(earlier.truncated),
+            first_tokens: self.first_tokens.saturating_sub(earlier.first_tokens),
+            first_token_ln_ms: self.first_token_ln_ms - earlier.first_token_ln_ms,
+            decoded_tokens: self.decoded_tokens.saturating_sub(earlier.decoded_tokens),
+            decode_ms: (self.decode_ms - earlier.decode_ms).max(0.0),
+            peak_memory_bytes: self.peak_memory_bytes,
+        }
+    }
+}
