@@ -53,6 +53,15 @@ nextest:
 	@scripts/interop-model-signing.sh --install-only
 	SLMOPS_SMOLLM2="$$(scripts/fetch-model.sh)" cargo nextest run --release --workspace
 
+SEEDS ?= 2000
+FIRST_SEED ?= $(shell date +%s)
+
+.PHONY: nightly
+nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time; saves and shrinks what fails
+	@echo "random fleets: SEEDS=$(SEEDS) FIRST_SEED=$(FIRST_SEED)" >&2
+	SLM_SIM_SEEDS=$(SEEDS) SLM_SIM_FIRST_SEED=$(FIRST_SEED) \
+	  cargo test --release -p slmops-sim --test simulation -- --nocapture random_seeds
+
 .PHONY: bench
 bench: build ## Measures the reference model and its variants on this machine
 	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \

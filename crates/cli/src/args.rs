@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     audit, blueprint, class, completions, demo, device, doctor, evaluate, key, model, optimize,
-    release, rollout, serve, ship, token, up,
+    release, rollout, serve, ship, sim, token, up,
 };
 use crate::output::Format;
 
@@ -85,6 +85,8 @@ pub enum Command {
     /// Rollouts: which devices get a release, in waves
     #[command(subcommand)]
     Rollout(rollout::Rollout),
+    /// Show what a rollout policy would do to a fleet, in virtual time
+    Sim(sim::Sim),
     /// Devices of the fleet
     #[command(subcommand)]
     Device(device::Device),

@@ -26,6 +26,27 @@ pub fn parse_bytes(given: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
+/// `8Mbit`, `500kbit`, `1Gbit` → bits per second.
+pub fn parse_bits(given: &str) -> Result<u64, String> {
+    let text = given.trim().to_ascii_lowercase();
+    let text = text.strip_suffix("/s").unwrap_or(&text);
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let wrong = || format!("`{given}` is no rate: write 500kbit, 8Mbit or 1Gbit (per second)");
+    let scale = match unit {
+        "bit" => 1.0,
+        "kbit" => 1e3,
+        "mbit" => 1e6,
+        "gbit" => 1e9,
+        _ => return Err(wrong()),
+    };
+    let bits = number.parse::<f64>().map_err(|_| wrong())? * scale;
+    if !(1.0..=1e15).contains(&bits) {
+        return Err(format!("`{given}` is out of range"));
+    }
+    Ok(bits as u64)
+}
+
 /// `90s`, `15m`, `2h`, `1d`, `30` (seconds) → seconds.
 pub fn parse_seconds(given: &str) -> Result<u64, String> {
     let text = given.trim();
@@ -93,6 +114,15 @@ mod tests {
         assert_eq!(parse_bytes("42"), Ok(42));
         for bad in ["", "MB", "3 bananas", "-1", "1e99GB", "1..2MB"] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rates_are_read_and_nonsense_is_refused() {
+        assert_eq!(parse_bits("8Mbit"), Ok(8_000_000));
+        assert_eq!(parse_bits("1.5kbit/s"), Ok(1_500));
+        for bad in ["", "8", "8MB", "-1Mbit", "0Mbit", "Mbit", "1e99Gbit"] {
+            assert!(parse_bits(bad).is_err(), "{bad}");
         }
     }
 

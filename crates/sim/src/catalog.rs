@@ -9,7 +9,7 @@ use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere
 use slmops_artifact::Digest;
 use slmops_fleet_core::world::Releases;
 
-use crate::spec::{Ailment, FleetSpec, Health, VariantSpec};
+use crate::spec::{Ailment, BEFORE, FleetSpec, Health, VariantSpec};
 
 /// The size of a package's probes in bytes.
 const PROBES_BYTES: u64 = 20_000;
@@ -40,7 +40,7 @@ impl Catalog {
             known: HashMap::new(),
             seed: spec.seed,
         };
-        catalog.add(spec, semver::Version::new(1, 0, 0), Health::Good);
+        catalog.add(spec, BEFORE, Health::Good);
         for rollout in &spec.rollouts {
             catalog.add(spec, rollout.version.clone(), rollout.health);
         }
@@ -70,7 +70,7 @@ impl Catalog {
                 weights,
                 size_bytes: variant.size_bytes,
                 repacked_bytes: 0,
-                shape: shape(),
+                shape: variant.shape.clone().unwrap_or_else(smollm2),
                 report: report(weights, variant),
                 gate: None,
             });
@@ -124,7 +124,7 @@ pub(crate) fn mix(number: u64) -> u64 {
 }
 
 /// The shape of SmolLM2-135M.
-fn shape() -> ModelShape {
+fn smollm2() -> ModelShape {
     ModelShape {
         architecture: "llama".to_owned(),
         parameters: 134_515_008,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::report::{Point, RolloutReport};
+use crate::report::{Point, Report, RolloutReport};
 use crate::time::{HOUR, Time};
 
 /// Columns of a text chart, at most.
@@ -11,6 +11,8 @@ const COLUMNS: usize = 64;
 const LINES: usize = 10;
 /// The size of an SVG chart and of the room for its labels, in pixels.
 const SVG: (f64, f64, f64) = (720.0, 240.0, 40.0);
+/// Colours of the lines of an SVG chart.
+const COLOURS: [&str; 4] = ["#2563eb", "#b45309", "#15803d", "#9333ea"];
 
 impl RolloutReport {
     /// Confirmed devices over time as lines of text: one column for each span of time, as high as
@@ -51,47 +53,69 @@ impl RolloutReport {
         text
     }
 
-    /// The same as an SVG image.
-    pub fn svg(&self) -> String {
-        let (most, end) = self.scale();
-        let (width, height, margin) = SVG;
-        let (right, bottom) = (width - margin / 2.0, height - margin);
-        let x = |at: Time| margin + (right - margin) * at.0 as f64 / end.0.max(1) as f64;
-        let y = |confirmed: u32| {
-            bottom - (bottom - margin / 2.0) * f64::from(confirmed) / f64::from(most)
-        };
-        let mut points = format!("{margin},{bottom}");
-        let mut before = 0;
-        for point in &self.series {
-            let _ = write!(points, " {:.1},{:.1}", x(point.at), y(before));
-            let _ = write!(points, " {:.1},{:.1}", x(point.at), y(point.confirmed));
-            before = point.confirmed;
-        }
-        let hours = (end.0 as f64 / HOUR as f64).round();
-        let version = &self.version;
-        format!(
-            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" role="img">
-<title>Devices that confirmed {version}</title>
-<path d="M{margin},{top}V{bottom}H{right}" fill="none" stroke="#888"/>
-<polyline points="{points}" fill="none" stroke="#2563eb" stroke-width="2"/>
-<text x="{label}" y="{first}" text-anchor="end">{most}</text>
-<text x="{label}" y="{bottom}" text-anchor="end">0</text>
-<text x="{margin}" y="{under}">0 h</text>
-<text x="{right}" y="{under}" text-anchor="end">{hours} h</text>
-</svg>
-"##,
-            top = margin / 2.0,
-            label = margin - 6.0,
-            first = margin / 2.0 + 4.0,
-            under = bottom + 18.0,
-        )
-    }
-
     /// The greatest number that the chart shows, and its last moment.
     fn scale(&self) -> (u32, Time) {
         let seen = self.series.iter().map(|point| point.confirmed).max().unwrap_or(0);
         let end = self.series.last().map_or(Time(0), |point| point.at);
         (self.devices.max(seen).max(1), end)
+    }
+}
+
+impl Report {
+    /// Devices that confirmed each release over time, as an SVG image: a line for each rollout, and
+    /// a mark where a wave begins.
+    pub fn svg(&self) -> String {
+        let scales = self.rollouts.iter().map(RolloutReport::scale);
+        let (most, end) =
+            scales.fold((1, Time(1)), |sum, scale| (sum.0.max(scale.0), sum.1.max(scale.1)));
+        let (width, height, margin) = SVG;
+        let (right, bottom, top) = (width - margin / 2.0, height - margin, margin / 2.0);
+        let x = |at: Time| margin + (right - margin) * at.0 as f64 / end.0 as f64;
+        let y = |confirmed: u32| bottom - (bottom - top) * f64::from(confirmed) / f64::from(most);
+        let mut lines = String::new();
+        for (index, rollout) in self.rollouts.iter().enumerate() {
+            let colour = COLOURS[index % COLOURS.len()];
+            let mut points = format!("{margin},{bottom}");
+            let mut before = 0;
+            for point in &rollout.series {
+                let _ = write!(points, " {:.1},{:.1}", x(point.at), y(before));
+                let _ = write!(points, " {:.1},{:.1}", x(point.at), y(point.confirmed));
+                before = point.confirmed;
+            }
+            for started in rollout.waves.iter().filter_map(|wave| wave.started_at) {
+                let at = x(started);
+                let _ = writeln!(
+                    lines,
+                    r#"<path d="M{at:.1},{top}V{bottom}" stroke="{colour}" stroke-dasharray="2 4"/>"#
+                );
+            }
+            let _ = writeln!(
+                lines,
+                r#"<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>"#
+            );
+            let (version, state) = (&rollout.version, rollout.state_words());
+            let under = top + 14.0 * (index as f64 + 1.0);
+            let _ = writeln!(
+                lines,
+                r#"<text x="{}" y="{under}" fill="{colour}">{version}: {state}</text>"#,
+                margin + 6.0
+            );
+        }
+        let hours = (end.0 as f64 / HOUR as f64).round();
+        format!(
+            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" role="img">
+<title>Devices that confirmed each release</title>
+<path d="M{margin},{top}V{bottom}H{right}" fill="none" stroke="#888"/>
+{lines}<text x="{label}" y="{first}" text-anchor="end">{most}</text>
+<text x="{label}" y="{bottom}" text-anchor="end">0</text>
+<text x="{margin}" y="{under}">0 h</text>
+<text x="{right}" y="{under}" text-anchor="end">{hours} h</text>
+</svg>
+"##,
+            label = margin - 6.0,
+            first = top + 4.0,
+            under = bottom + 18.0,
+        )
     }
 }
 

@@ -17,7 +17,7 @@ use slmops_fleet_core::world::{CompletedRollout, FleetDevice, World};
 use crate::catalog::Catalog;
 use crate::operation::{HubWork, Moment};
 use crate::run::Sabotage;
-use crate::spec::{FleetSpec, SpecError};
+use crate::spec::{BEFORE, FleetSpec, SpecError};
 use crate::time::{SECOND, Time};
 use crate::watch::Watch;
 
@@ -120,7 +120,7 @@ impl Hub {
         let before = CompletedRollout {
             id: "before".parse().expect("a constant id is an id"),
             model: spec.model.clone(),
-            version: semver::Version::new(1, 0, 0),
+            version: BEFORE,
             selector: Selector::all(),
         };
         Ok(Self {

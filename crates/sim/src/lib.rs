@@ -36,12 +36,13 @@ mod watch;
 pub use operation::{
     Action, EffectKind, HubWork, Moment, Operation, OperatorCommand, ParseOperationError,
 };
-pub use report::{Point, Report, RolloutReport, Violation};
+pub use report::{GroupReport, Point, Report, RolloutReport, Violation, WaveReport};
 #[doc(hidden)]
 pub use run::{Manner, Sabotage};
 pub use scenario::{ParseScenarioError, Scenario};
-#[doc(hidden)]
 pub use shrink::shrink;
+#[doc(hidden)]
+pub use shrink::shrink_as;
 pub use spec::{
     Ailment, FaultSpec, FleetSpec, GroupSpec, Health, LinkSpec, MAX_DEVICES, MAX_HOURS,
     OfflineHours, RolloutSpec, SpecError, VariantSpec,

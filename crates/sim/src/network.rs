@@ -303,6 +303,11 @@ impl Simulation<'_> {
         }
     }
 
+    fn moved(&mut self, number: usize, package: &Package, bytes: u64) {
+        let release = self.catalog.known(&package.manifest).release;
+        self.collected.moved(release, self.devices[number].group, bytes);
+    }
+
     fn downloads_end(&mut self, number: usize, count: usize) {
         let group = self.devices[number].group;
         let pipes = self.links[group].site.as_mut().into_iter().chain(&mut self.hub_pipe);
@@ -344,7 +349,7 @@ impl Simulation<'_> {
             return self.hear(number, Event::Downloaded { id, result });
         }
         self.devices[number].receive(&package, bytes);
-        self.collected.moved(self.catalog.known(&package.manifest).release, bytes);
+        self.moved(number, &package, bytes);
         let left = self.devices[number].missing_bytes(&package);
         if left == 0 {
             self.downloads_end(number, 1);
@@ -425,7 +430,7 @@ impl Simulation<'_> {
             Effect::Download { package, .. } if arrives => {
                 let bytes = self.devices[number].missing_bytes(&package);
                 self.devices[number].receive(&package, bytes);
-                self.collected.moved(self.catalog.known(&package.manifest).release, bytes);
+                self.moved(number, &package, bytes);
             }
             _ => {}
         }

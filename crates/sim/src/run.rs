@@ -138,7 +138,7 @@ impl<'a> Simulation<'a> {
             hub_pipe: spec.hub_bits_per_s.map(Pipe::new),
             hub,
             watch: Watch::new(count, spec.rollouts.len()),
-            collected: Collected::new(spec.rollouts.len()),
+            collected: Collected::new(spec.rollouts.len(), spec.groups.len()),
             rng: ChaCha8Rng::seed_from_u64(mix(spec.seed)),
             schedule: BinaryHeap::new(),
             sequence: 0,

@@ -9,10 +9,16 @@ use crate::spec::{Health, LinkSpec};
 /// Runs that shrinking may take.
 const MAX_RUNS: usize = 2_000;
 
+/// The smallest scenario that still breaks the same invariant, and how it does. None when `scenario`
+/// breaks none.
+pub fn shrink(scenario: &Scenario) -> Option<(Scenario, Violation)> {
+    shrink_as(scenario, Manner::default())
+}
+
 /// The smallest scenario that delta debugging finds (Zeller and Hildebrandt, "Simplifying and
 /// isolating failure-inducing input", 2002), with the same kind of violation; and that violation.
 /// None when `scenario` does not fail.
-pub fn shrink(scenario: &Scenario, manner: Manner) -> Option<(Scenario, Violation)> {
+pub fn shrink_as(scenario: &Scenario, manner: Manner) -> Option<(Scenario, Violation)> {
     let manner = Manner { stop_at_violation: true, ..manner };
     let mut violation = fails(scenario, manner)?;
     let kind = kind(&violation);

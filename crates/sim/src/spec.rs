@@ -1,6 +1,7 @@
 //! What is simulated: a fleet, its links, what is rolled out to it, and what goes wrong.
 
 use serde::{Deserialize, Serialize};
+use slmops_api::model::ModelShape;
 use slmops_api::rollout::{RolloutPolicy, WaveSize};
 use slmops_api::{ClassName, ModelName, SiteName, VariantName};
 
@@ -8,6 +9,8 @@ use crate::time::{HOUR, MINUTE, Time};
 
 /// The most devices that one simulation holds.
 pub const MAX_DEVICES: u32 = 1_000_000;
+/// The version of the release that is there before any rollout.
+pub(crate) const BEFORE: semver::Version = semver::Version::new(0, 0, 0);
 /// The longest simulation, in hours: one year.
 pub const MAX_HOURS: u32 = 24 * 366;
 
@@ -17,8 +20,10 @@ pub const MAX_HOURS: u32 = 24 * 366;
 #[serde(deny_unknown_fields)]
 pub struct FleetSpec {
     /// Where all chance comes from.
+    #[serde(default = "default_seed")]
     pub seed: u64,
     /// Virtual hours.
+    #[serde(default = "default_hours")]
     pub hours: u32,
     /// Whether, when the hours are over, every fault ends and the run goes on until the fleet has
     /// come to rest. A device that is then not what it should be is a violation.
@@ -33,6 +38,7 @@ pub struct FleetSpec {
     #[serde(default = "default_variants")]
     pub variants: Vec<VariantSpec>,
     /// What is rolled out, and when. Before, every device runs an earlier release that fits it.
+    #[serde(default)]
     pub rollouts: Vec<RolloutSpec>,
     /// What all devices together may pull from the hub, in bits per second; no limit if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -97,7 +103,11 @@ pub struct VariantSpec {
     /// The size of its file in bytes.
     pub size_bytes: u64,
     /// Its loss of quality: KL divergence from the reference, nats per token.
+    #[serde(default)]
     pub kl_divergence: f64,
+    /// What its memory is predicted from; SmolLM2-135M's if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<ModelShape>,
 }
 
 /// A release and its rollout.
@@ -106,7 +116,7 @@ pub struct VariantSpec {
 pub struct RolloutSpec {
     /// When it is created.
     pub at: Time,
-    /// The release's version; none is named twice, and none is 1.0.0, which is there before.
+    /// The release's version; none is named twice, and none is 0.0.0, which is there before.
     pub version: semver::Version,
     /// How.
     pub policy: RolloutPolicy,
@@ -308,7 +318,7 @@ impl FleetSpec {
         if rates.iter().any(|rate| !(0.0..=1_000.0).contains(rate)) {
             return refuse("a fault comes 0 to 1000 times a day".to_owned());
         }
-        let mut versions = vec![semver::Version::new(1, 0, 0)];
+        let mut versions = vec![BEFORE];
         for rollout in &self.rollouts {
             if versions.contains(&rollout.version) {
                 return refuse(format!("release {} is there already", rollout.version));
@@ -382,14 +392,25 @@ where
     name.parse().expect("a constant name is a name")
 }
 
+fn default_seed() -> u64 {
+    1
+}
+
+fn default_hours() -> u32 {
+    24
+}
+
 fn model_name() -> ModelName {
     constant("model")
 }
 
 /// SmolLM2-135M as Q4_K_M and Q8_0.
 fn default_variants() -> Vec<VariantSpec> {
-    vec![
-        VariantSpec { name: constant("q4_k_m"), size_bytes: 105_454_144, kl_divergence: 0.05 },
-        VariantSpec { name: constant("q8_0"), size_bytes: 144_811_072, kl_divergence: 0.001 },
-    ]
+    let variant = |name, size_bytes, kl_divergence| VariantSpec {
+        name: constant(name),
+        size_bytes,
+        kl_divergence,
+        shape: None,
+    };
+    vec![variant("q4_k_m", 105_454_144, 0.05), variant("q8_0", 144_811_072, 0.001)]
 }

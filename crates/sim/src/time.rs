@@ -30,7 +30,7 @@ impl Time {
     }
 
     /// The moment of the simulation that is this timestamp; its beginning for all before.
-    pub(crate) fn at(timestamp: Timestamp) -> Self {
+    pub fn at(timestamp: Timestamp) -> Self {
         let since = timestamp.as_millisecond() - Self(0).timestamp().as_millisecond();
         // Timestamps may be finer than milliseconds: the next whole one is not too early.
         Self(u64::try_from(since).unwrap_or(0))

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use slmops_api::rollout::RolloutState;
 use slmops_sim::{
     Action, Ailment, FaultSpec, FleetSpec, Health, Manner, Operation, Report, Sabotage, Scenario,
-    Time, shrink, simulate,
+    Time, shrink_as, simulate,
 };
 
 /// Seeds of each test run.
@@ -23,7 +23,7 @@ fn reproductions() -> PathBuf {
 fn check(name: &str, scenario: &Scenario) {
     let report = scenario.run_as(strict()).expect("a scenario within bounds");
     let Some(first) = report.violations.first() else { return };
-    let (small, violation) = shrink(scenario, strict()).expect("a failing run fails again");
+    let (small, violation) = shrink_as(scenario, strict()).expect("a failing run fails again");
     let path = reproductions().join(format!("{name}.txt"));
     let text = format!("# at {}: {}\n{small}", violation.at, violation.what);
     std::fs::write(&path, &text).expect("the failing run is saved");
@@ -93,14 +93,25 @@ fn report_of(spec: &FleetSpec) -> Report {
 #[test]
 fn a_good_release_reaches_everyone() {
     let report = report_of(&FleetSpec::new(90, 8, 3));
+    assert!(report.svg().contains("</svg>"));
     let rollout = &report.rollouts[0];
     assert_eq!(rollout.state, Some(RolloutState::Completed));
     assert_eq!(rollout.confirmed(), 90);
+    // Ten, a tenth, the rest: one after the other.
+    let waves: Vec<u32> = rollout.waves.iter().map(|wave| wave.devices).collect();
+    assert_eq!(waves, [10, 9, 71]);
+    assert!(rollout.waves.windows(2).all(|pair| pair[0].ended_at <= pair[1].started_at));
+    assert!(rollout.waves[2].ended_at <= rollout.ended_at && rollout.ended_at.is_some());
+    for group in &rollout.groups {
+        assert_eq!(group.outcomes["confirmed"], group.devices);
+        assert!(group.half_confirmed_at <= group.last_confirmed_at);
+    }
+    let moved: u64 = rollout.groups.iter().map(|group| group.bytes_moved).sum();
+    assert_eq!(moved, rollout.bytes_moved);
     assert!(rollout.first_confirmed_at < rollout.last_confirmed_at);
     // Each device pulls one of the two variants, and nothing twice.
     assert_eq!(rollout.bytes_moved, 60 * 105_454_144 + 30 * 144_811_072 + 90 * 20_000);
     assert!(rollout.chart().contains('█'));
-    assert!(rollout.svg().contains("</svg>"));
 }
 
 #[test]
@@ -111,6 +122,8 @@ fn a_bad_release_stays_in_its_canary() {
         let rollout = report_of(&spec).rollouts.remove(0);
         assert_eq!(rollout.state, Some(RolloutState::Halted), "{ailment:?}");
         assert_eq!(rollout.outcomes["pending"], 50, "{ailment:?}: {:?}", rollout.outcomes);
+        let failed: u32 = rollout.failures.values().sum();
+        assert_eq!(failed, rollout.outcomes["failed"], "{ailment:?}: {:?}", rollout.failures);
         assert!(rollout.confirmed() == 0 || ailment == Ailment::CrashLoops, "{ailment:?}");
     }
 }
@@ -165,7 +178,7 @@ fn sabotage_is_noticed() {
             first.what.contains(words).then_some(scenario)
         });
         let scenario = found.unwrap_or_else(|| panic!("{sabotage:?} goes unnoticed"));
-        let (small, violation) = shrink(&scenario, manner).expect("a failing run fails again");
+        let (small, violation) = shrink_as(&scenario, manner).expect("a failing run fails again");
         assert!(violation.what.contains(words), "{sabotage:?}: {}", violation.what);
         assert!(small.operations.len() <= 6, "{sabotage:?}:\n{small}");
         let again: Scenario = small.to_string().parse().expect("what was written can be read");

@@ -15,6 +15,7 @@ pub mod release;
 pub mod rollout;
 pub mod serve;
 pub mod ship;
+pub mod sim;
 pub mod token;
 pub mod up;
 
@@ -54,6 +55,7 @@ pub async fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Up(up) => up.run(session).await,
         Command::Ship(ship) => ship.run(session).await,
+        Command::Sim(sim) => sim.run(session).await,
         Command::Serve(serve) => serve.run(session).await,
         Command::Doctor(doctor) => doctor.run(session).await,
         Command::Demo(demo) => demo.run(session).await,
