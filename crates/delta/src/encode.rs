@@ -1,0 +1,430 @@
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use slmops_artifact::Digest;
+use slmops_artifact::gguf::{self, TensorType};
+use zstd_safe::{CCtx, CParameter};
+
+use crate::apply::{Models, code};
+use crate::coder::{Encoder, Learner};
+use crate::format::{
+    Body, Frame, Header, MAX_FRAME_BYTES, MAX_PREFIX_BYTES, Pair, Segment, check, old_bytes,
+};
+use crate::layout::Layout;
+use crate::numbers::{self, is_plain};
+use crate::planes::{self, Start};
+
+/// Elements at whose multiples tensors are parted into frames: whole blocks of every type.
+const PART_ELEMENTS: u64 = 512;
+/// A copy shorter than this goes into a coded frame where that is possible.
+const MIN_COPY_BYTES: u64 = 4096;
+/// The most frames that probabilities are learned from.
+const SAMPLE_FRAMES: usize = 24;
+/// How often a probability must have been needed to be worth its byte.
+const MIN_SEEN: u32 = 6;
+/// Fewer coded bytes than this do not repay the probabilities' place in the header.
+const MIN_LEARNED_BYTES: u64 = 2 << 20;
+/// What zstd does with the part before the weights, and with weights that are new.
+const HEADER_LEVEL: i32 = 19;
+const DATA_LEVEL: i32 = 3;
+
+/// A delta, and what it consists of.
+#[derive(Debug)]
+pub struct Encoded {
+    /// The delta file.
+    pub bytes: Vec<u8>,
+    /// Bytes of the new file that are copied.
+    pub copied_bytes: u64,
+    /// Bytes of the new file that are coded against old ones, field by field.
+    pub coded_bytes: u64,
+    /// Bytes of the new file that general compression did better on, or that are stored.
+    pub other_bytes: u64,
+}
+
+/// Makes the delta from `old` to `new`: GGUF or safetensors files tensor by tensor, others as
+/// bytes. `on_progress` hears how many bytes of `new` are done.
+pub fn encode(
+    old: &[u8],
+    new: &[u8],
+    threads: usize,
+    on_progress: &(dyn Fn(u64) + Sync),
+) -> Encoded {
+    let plans = plan(old, new);
+    let mut header = Header {
+        from: Digest::of(old),
+        from_bytes: old.len() as u64,
+        to: Digest::of(new),
+        to_bytes: new.len() as u64,
+        frames: Vec::new(),
+        priors: Vec::new(),
+        header_bytes: 0,
+    };
+    learn(&mut header, &plans, old, new);
+
+    let results: Vec<Mutex<Option<Made>>> = plans.iter().map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(0_u64);
+    thread::scope(|scope| {
+        for _ in 0..threads.max(1) {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(plan) = plans.get(index) else { return };
+                    let made = plan.encode(&header, old, new);
+                    *results[index].lock().expect("no holder panics") = Some(made);
+                    let mut done = done.lock().expect("no holder panics");
+                    *done += plan.output.end - plan.output.start;
+                    on_progress(*done);
+                }
+            });
+        }
+    });
+
+    let mut payloads = Vec::new();
+    let (mut copied_bytes, mut coded_bytes, mut other_bytes) = (0, 0, 0);
+    for (plan, result) in plans.into_iter().zip(results) {
+        let result = result.into_inner().expect("no holder panics");
+        let (body, payload) = result.expect("every frame was encoded");
+        let len = plan.output.end - plan.output.start;
+        match body {
+            Body::Copy(_) => copied_bytes += len,
+            Body::Coded(_) => coded_bytes += len,
+            Body::Stored | Body::Zstd(_) => other_bytes += len,
+        }
+        let start = payloads.len() as u64;
+        payloads.extend(payload);
+        header.frames.push(Frame {
+            check: check(&new[range(&plan.output)]),
+            output: plan.output,
+            payload: start..payloads.len() as u64,
+            body,
+        });
+    }
+    let mut bytes = header.write();
+    bytes.extend(payloads);
+    Encoded { bytes, copied_bytes, coded_bytes, other_bytes }
+}
+
+/// A frame as it was made: how, and its payload.
+type Made = (Body, Vec<u8>);
+
+/// How a frame is to be made.
+struct Plan {
+    output: Range<u64>,
+    how: How,
+}
+
+enum How {
+    Copy(u64),
+    /// Compressed with old bytes before it.
+    Compress {
+        prefix: Range<u64>,
+        level: i32,
+    },
+    /// Coded against old bytes of the same tensor.
+    Code(Vec<Segment>),
+}
+
+impl Plan {
+    fn encode(&self, header: &Header, old: &[u8], new: &[u8]) -> Made {
+        let new = &new[range(&self.output)];
+        match &self.how {
+            How::Copy(from) => (Body::Copy(*from), Vec::new()),
+            How::Compress { prefix, level } => compress(old, new, prefix, *level),
+            How::Code(segments) => {
+                let mut coder = Encoder::new();
+                let mut models = Models::of(header);
+                code(&mut coder, &mut models, segments, old, &mut new.to_vec());
+                let payload = coder.finish();
+                // Where the types' structure says little, others may do better.
+                if payload.len() < new.len() / 3 {
+                    return (Body::Coded(segments.clone()), payload);
+                }
+                let around = |segment: &Segment| segment.old.start;
+                let start = segments.first().map_or(0, around);
+                let prefix = start..(start + 2 * MAX_FRAME_BYTES).min(old.len() as u64);
+                let others = [
+                    compress(old, new, &(0..0), DATA_LEVEL),
+                    compress(old, new, &prefix, DATA_LEVEL),
+                ];
+                let coded = (Body::Coded(segments.clone()), payload);
+                others.into_iter().fold(coded, |best, other| {
+                    if other.1.len() < best.1.len() { other } else { best }
+                })
+            }
+        }
+    }
+}
+
+fn range(range: &Range<u64>) -> Range<usize> {
+    range.start as usize..range.end as usize
+}
+
+/// zstd with a prefix, or the bytes as they are.
+fn compress(old: &[u8], new: &[u8], prefix: &Range<u64>, level: i32) -> Made {
+    let old = &old[range(prefix)];
+    let mut context = CCtx::create();
+    let window = (old.len() + new.len()).next_power_of_two().ilog2().clamp(17, 24);
+    let settings = [
+        CParameter::CompressionLevel(level),
+        CParameter::WindowLog(window),
+        CParameter::EnableLongDistanceMatching(!old.is_empty()),
+        CParameter::ChecksumFlag(false),
+    ];
+    let mut out = vec![0; zstd_safe::compress_bound(new.len())];
+    let set =
+        settings.into_iter().try_for_each(|setting| context.set_parameter(setting).map(|_| ()));
+    let written = set
+        .and_then(|()| context.ref_prefix(old))
+        .and_then(|_| context.compress2(&mut out[..], new));
+    match written {
+        Ok(len) if len < new.len() => {
+            out.truncate(len);
+            (Body::Zstd(prefix.clone()), out)
+        }
+        _ => (Body::Stored, new.to_vec()),
+    }
+}
+
+/// Learns where probabilities begin, from a sample of the frames.
+fn learn(header: &mut Header, plans: &[Plan], old: &[u8], new: &[u8]) {
+    let coded: Vec<(&Plan, &Vec<Segment>)> = plans
+        .iter()
+        .filter_map(|plan| match &plan.how {
+            How::Code(segments) => Some((plan, segments)),
+            _ => None,
+        })
+        .collect();
+    let bytes: u64 = coded.iter().map(|(plan, _)| plan.output.end - plan.output.start).sum();
+    if bytes < MIN_LEARNED_BYTES {
+        return;
+    }
+    let mut models = Models::of(header);
+    let skip = coded.len().div_ceil(SAMPLE_FRAMES).max(1);
+    for (plan, segments) in coded.into_iter().step_by(skip) {
+        let mut output = new[range(&plan.output)].to_vec();
+        code(&mut Learner, &mut models, segments, old, &mut output);
+    }
+    let learned = models.into_used().into_iter();
+    header.priors = learned
+        .map(|(pair, model)| {
+            let level = |slot: &crate::coder::Slot| (slot.seen() >= MIN_SEEN).then(|| slot.level());
+            (pair, model.slots.iter().map(level).collect())
+        })
+        .collect();
+}
+
+/// A part of a file: a tensor, or what lies between.
+#[derive(Clone, Debug)]
+struct Region {
+    name: Option<String>,
+    kind: Option<TensorType>,
+    bytes: Range<u64>,
+}
+
+/// The regions of a file in order, without gaps; `None` where it is of no known format.
+fn regions(file: &[u8]) -> Option<Vec<Region>> {
+    let mut tensors = gguf_tensors(file).or_else(|| safetensors_tensors(file))?;
+    tensors.sort_by_key(|tensor| tensor.bytes.start);
+    let mut regions = Vec::new();
+    let mut position = 0;
+    for tensor in tensors {
+        if tensor.bytes.start < position {
+            return None;
+        }
+        if tensor.bytes.start > position {
+            regions.push(Region { name: None, kind: None, bytes: position..tensor.bytes.start });
+        }
+        position = tensor.bytes.end;
+        regions.push(tensor);
+    }
+    if position < file.len() as u64 {
+        regions.push(Region { name: None, kind: None, bytes: position..file.len() as u64 });
+    }
+    Some(regions)
+}
+
+fn gguf_tensors(file: &[u8]) -> Option<Vec<Region>> {
+    let header = gguf::Header::parse(file).ok()?;
+    let region = |tensor: &gguf::TensorInfo| Region {
+        name: Some(tensor.name.clone()),
+        kind: Some(tensor.tensor_type),
+        bytes: tensor.offset..tensor.offset + tensor.size_bytes,
+    };
+    Some(header.tensors().iter().map(region).collect())
+}
+
+fn safetensors_tensors(file: &[u8]) -> Option<Vec<Region>> {
+    let (header_bytes, metadata) = safetensors::SafeTensors::read_metadata(file).ok()?;
+    // The length field and the JSON come before the data.
+    let data = header_bytes as u64 + 8;
+    let region = |(name, info): (String, &safetensors::tensor::TensorInfo)| Region {
+        name: Some(name),
+        kind: match info.dtype {
+            safetensors::Dtype::F32 => Some(TensorType::F32),
+            safetensors::Dtype::F16 => Some(TensorType::F16),
+            safetensors::Dtype::BF16 => Some(TensorType::BF16),
+            _ => None,
+        },
+        bytes: data + info.data_offsets.0 as u64..data + info.data_offsets.1 as u64,
+    };
+    Some(metadata.tensors().into_iter().map(region).collect())
+}
+
+/// Parts the new file into frames.
+fn plan(old: &[u8], new: &[u8]) -> Vec<Plan> {
+    let mut planner = Planner { old, new, plans: Vec::new(), pending: Vec::new(), pending_from: 0 };
+    match (regions(old), regions(new)) {
+        (Some(olds), Some(news)) => planner.tensors(&olds, &news),
+        _ => planner.bytes(&(0..new.len() as u64), &(0..old.len() as u64)),
+    }
+    planner.flush();
+    planner.plans
+}
+
+struct Planner<'a> {
+    old: &'a [u8],
+    new: &'a [u8],
+    plans: Vec<Plan>,
+    /// Segments of the frame in the making, and where it begins.
+    pending: Vec<Segment>,
+    pending_from: u64,
+}
+
+impl Planner<'_> {
+    fn tensors(&mut self, olds: &[Region], news: &[Region]) {
+        let by_name: HashMap<&str, &Region> =
+            olds.iter().filter_map(|region| Some((region.name.as_deref()?, region))).collect();
+        // Where the part before the weights, and what follows a tensor, are in the old file.
+        let mut old_position = 0;
+        for region in news {
+            let Some(name) = &region.name else {
+                let end =
+                    if old_position == 0 { olds.first().map_or(0, |it| it.bytes.end) } else { 0 };
+                let len = region.bytes.end - region.bytes.start;
+                let end = end.max(old_position + len).min(self.old.len() as u64);
+                self.bytes(&region.bytes, &(old_position.min(end)..end));
+                continue;
+            };
+            let found = by_name.get(name.as_str()).copied().or_else(|| self.renamed(olds, region));
+            match found {
+                Some(found) => {
+                    old_position = found.bytes.end;
+                    self.tensor(region, found);
+                }
+                None => self.compressed(&region.bytes, &(0..0), DATA_LEVEL),
+            }
+        }
+    }
+
+    /// An old tensor with the same bytes.
+    fn renamed<'b>(&self, olds: &'b [Region], region: &Region) -> Option<&'b Region> {
+        let bytes = &self.new[range(&region.bytes)];
+        olds.iter().find(|old| &self.old[range(&old.bytes)] == bytes)
+    }
+
+    fn tensor(&mut self, region: &Region, old: &Region) {
+        if self.new[range(&region.bytes)] == self.old[range(&old.bytes)] {
+            self.copy(&region.bytes, old.bytes.start);
+            return;
+        }
+        let pair: Pair = (region.kind, old.kind);
+        let len = region.bytes.end - region.bytes.start;
+        let fits = old_bytes(pair, len) == Some(old.bytes.end - old.bytes.start);
+        let (Some(kind), Some(old_kind), true) = (region.kind, old.kind, fits) else {
+            self.bytes(&region.bytes, &old.bytes);
+            return;
+        };
+        let (olds, news) = (&self.old[range(&old.bytes)], &self.new[range(&region.bytes)]);
+        let start = match Layout::of(kind) {
+            Some(layout) if kind == old_kind => planes::measure(layout, olds, news),
+            None if is_plain(kind) && kind == old_kind => numbers::measure(kind, olds, news),
+            _ => Start::default(),
+        };
+        let part = |kind: TensorType| PART_ELEMENTS / kind.block_elements() * kind.block_bytes();
+        let (new_part, old_part) = (part(kind), part(old_kind));
+        let mut done = 0;
+        while done * new_part < len {
+            let from = region.bytes.start + done * new_part;
+            if self.pending.is_empty() {
+                self.pending_from = from;
+            }
+            let room = (MAX_FRAME_BYTES - (from - self.pending_from)) / new_part;
+            if room == 0 {
+                self.flush();
+                continue;
+            }
+            let output_bytes = (len - done * new_part).min(room * new_part);
+            let from_old = old.bytes.start + done * old_part;
+            let old_len = old_bytes(pair, output_bytes).expect("parts are whole blocks");
+            let segment = Segment { pair, start, old: from_old..from_old + old_len, output_bytes };
+            self.pending.push(segment);
+            done += room;
+        }
+    }
+
+    /// Bytes without structure, against old bytes where they may have been.
+    fn bytes(&mut self, region: &Range<u64>, old: &Range<u64>) {
+        let same = region.end - region.start == old.end - old.start;
+        if same && self.new[range(region)] == self.old[range(old)] {
+            self.copy(region, old.start);
+            return;
+        }
+        let level =
+            if old.end - old.start <= 4 * MAX_PREFIX_BYTES { HEADER_LEVEL } else { DATA_LEVEL };
+        self.compressed(region, old, level);
+    }
+
+    fn compressed(&mut self, region: &Range<u64>, old: &Range<u64>, level: i32) {
+        self.flush();
+        let mut from = region.start;
+        while from < region.end {
+            let output = from..(from + MAX_FRAME_BYTES).min(region.end);
+            // The prefix is around the same place of the old bytes.
+            let middle = old.start + (from - region.start).min(old.end - old.start);
+            let begin = middle.saturating_sub(MAX_PREFIX_BYTES / 2).max(old.start);
+            let prefix = begin..(begin + MAX_PREFIX_BYTES).min(old.end);
+            from = output.end;
+            self.plans.push(Plan { output, how: How::Compress { prefix, level } });
+        }
+    }
+
+    fn copy(&mut self, output: &Range<u64>, from: u64) {
+        let len = output.end - output.start;
+        if len == 0 {
+            return;
+        }
+        if !self.pending.is_empty() {
+            // Small unchanged tensors between changed ones are not worth a frame.
+            let room = MAX_FRAME_BYTES - (output.start - self.pending_from);
+            if len < MIN_COPY_BYTES && len <= room {
+                let pair = (None, None);
+                let old = from..from + len;
+                let segment = Segment { pair, start: Start::default(), old, output_bytes: len };
+                self.pending.push(segment);
+                return;
+            }
+        }
+        self.flush();
+        if let Some(Plan { output: before, how: How::Copy(start) }) = self.plans.last_mut()
+            && before.end == output.start
+            && *start + (before.end - before.start) == from
+        {
+            before.end = output.end;
+            return;
+        }
+        self.plans.push(Plan { output: output.clone(), how: How::Copy(from) });
+    }
+
+    fn flush(&mut self) {
+        let segments = std::mem::take(&mut self.pending);
+        let len: u64 = segments.iter().map(|segment| segment.output_bytes).sum();
+        if len > 0 {
+            let output = self.pending_from..self.pending_from + len;
+            self.plans.push(Plan { output, how: How::Code(segments) });
+        }
+    }
+}

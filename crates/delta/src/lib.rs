@@ -1,0 +1,22 @@
+//! New model bytes from old model bytes: a delta codec that knows what a quantisation block is.
+//! It never opens a file and trusts nothing: what comes out is checked, frame by frame and whole.
+//! Start reading at [`encode`] and [`apply`]; the format is described in `docs/delta-format.md`.
+#![forbid(unsafe_code)]
+
+mod apply;
+mod coder;
+mod encode;
+mod error;
+mod format;
+mod layout;
+mod model;
+mod numbers;
+mod planes;
+
+pub use apply::{MAX_THREADS, apply};
+pub use encode::{Encoded, encode};
+pub use error::DeltaError;
+pub use format::{Frame, Header, MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_PREFIX_BYTES, VERSION};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,178 @@
+//! The adaptive probabilities of one pair of types, and the numbers coded with them.
+
+use crate::coder::{Coder, Slot};
+
+/// Buckets of an expected size, half an octave each.
+pub(crate) const SIZES: usize = 24;
+/// Buckets of a distance from the middle of a bin.
+pub(crate) const FRACTIONS: usize = 10;
+/// How many sizes above one are coded one by one.
+const UNARY: usize = 14;
+/// The classes of what lies beyond.
+const CLASSES: usize = 16;
+
+/// Where each context's probabilities lie.
+macro_rules! tables {
+    ($($name:ident: $len:expr;)*) => {
+        #[allow(non_camel_case_types, clippy::upper_case_acronyms)]
+        enum Order { $($name),* }
+        const LENGTHS: &[usize] = &[$($len),*];
+        pub(crate) mod at {
+            use super::*;
+            $(pub(crate) const $name: usize = super::start(Order::$name as usize);)*
+        }
+    };
+}
+
+const fn start(index: usize) -> usize {
+    let mut sum = 0;
+    let mut next = 0;
+    while next < index {
+        sum += LENGTHS[next];
+        next += 1;
+    }
+    sum
+}
+
+/// Probabilities of one [`Number`].
+pub(crate) const NUMBER: usize = NUMBER_ZERO + NUMBER_SIGN + NUMBER_SIZE + CLASSES;
+const NUMBER_ZERO: usize = SIZES * FRACTIONS * 3;
+const NUMBER_SIGN: usize = (2 * FRACTIONS - 1) * 3;
+const NUMBER_SIZE: usize = SIZES * UNARY;
+
+tables! {
+    SCALE: NUMBER;
+    MINIMUM: NUMBER;
+    SCALES: NUMBER;
+    MINIMA: NUMBER;
+    RUN: 4;
+    CELL: SIZES * 3;
+    CODE: 2 * SIZES * 3 * 4;
+    CODE_SIGN: 3 * (2 * FRACTIONS - 1) * 4;
+    CODE_SIZE: 8 * UNARY;
+    CODE_CLASS: CLASSES;
+    FLOAT_CLASS: SIZES * 64;
+    FLOAT_TOP: 33;
+    BYTE: 256 * 3;
+    BYTE_TREE: 256 * 2;
+    END: 0;
+}
+
+/// How many probabilities a model has.
+pub(crate) const SLOTS: usize = at::END;
+
+/// The probabilities of one pair of types.
+#[derive(Clone)]
+pub(crate) struct Model {
+    pub(crate) slots: Box<[Slot; SLOTS]>,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        let slots = vec![Slot::default(); SLOTS].into_boxed_slice();
+        Self { slots: slots.try_into().expect("made with this length") }
+    }
+}
+
+/// Codes a size of at least 1 where each step up to [`UNARY`] has a probability.
+#[inline]
+pub(crate) fn size<C: Coder>(
+    coder: &mut C,
+    slots: &mut [Slot; SLOTS],
+    steps: usize,
+    classes: usize,
+    value: u32,
+) -> u32 {
+    for step in 0..UNARY {
+        if !coder.bit(&mut slots[steps + step], value > step as u32 + 1) {
+            return step as u32 + 1;
+        }
+    }
+    // Exponential Golomb of what is left, with adaptive classes.
+    let rest = value.wrapping_sub(UNARY as u32 + 1);
+    let class = (rest.wrapping_add(1) | 1).ilog2().min(CLASSES as u32 - 1);
+    let mut found = 0;
+    while found < CLASSES as u32 - 1
+        && coder.bit(&mut slots[classes + found as usize], class > found)
+    {
+        found += 1;
+    }
+    let low = coder.raw(found, rest.wrapping_add(1) & ((1 << found) - 1));
+    (1 << found | low) - 1 + UNARY as u32 + 1
+}
+
+/// A whole number that is predicted up to a small difference, with a running estimate of how
+/// large the differences are.
+#[derive(Clone, Copy)]
+pub(crate) struct Number {
+    table: usize,
+    /// The mean size of the differences, in the unit that the caller divides by its step.
+    pub(crate) mean: f32,
+    rate: f32,
+}
+
+impl Number {
+    pub(crate) fn new(table: usize, mean: f32, rate: f32) -> Self {
+        Self { table, mean, rate }
+    }
+
+    /// Codes the difference of a value from its prediction. `step` is what a difference of one
+    /// means, `fraction` where inside its bin the prediction lies, `hint` one of three states.
+    #[inline(always)]
+    pub(crate) fn code<C: Coder>(
+        &mut self,
+        coder: &mut C,
+        slots: &mut [Slot; SLOTS],
+        step: f32,
+        fraction: f32,
+        hint: usize,
+        difference: i32,
+    ) -> i32 {
+        let expected = octave_halves(self.mean / step, -8);
+        let zero = self.table + (expected * FRACTIONS + octaves(fraction)) * 3 + hint;
+        let mut found = 0;
+        if coder.bit(&mut slots[zero], difference != 0) {
+            let sign = self.table + NUMBER_ZERO + signed_octaves(fraction) * 3 + hint;
+            let negative = coder.bit(&mut slots[sign], difference < 0);
+            let sizes = self.table + NUMBER_ZERO + NUMBER_SIGN;
+            let steps = sizes + expected * UNARY;
+            let classes = sizes + NUMBER_SIZE;
+            let size = size(coder, slots, steps, classes, difference.unsigned_abs()) as i32;
+            found = if negative { size.wrapping_neg() } else { size };
+        }
+        let seen = (found.unsigned_abs() as f32) * step;
+        if seen.is_finite() {
+            self.mean += (seen - self.mean) * self.rate;
+        }
+        found
+    }
+}
+
+/// The half-octave of a positive number, counted from 2 to the `lowest`; 0 for all that is no
+/// positive number.
+#[inline(always)]
+pub(crate) fn octave_halves(number: f32, lowest: i32) -> usize {
+    if number.is_nan() || number <= 0.0 {
+        return 0;
+    }
+    // The exponent and the upper bit of the fraction.
+    let half = (number.to_bits() >> 22) as i32 - (127 + lowest) * 2;
+    half.clamp(0, SIZES as i32 - 1) as usize
+}
+
+/// The octave of a distance of up to one half, 0 for none.
+#[inline(always)]
+pub(crate) fn octaves(distance: f32) -> usize {
+    if distance == 0.0 {
+        return 0;
+    }
+    let exponent = ((distance.to_bits() >> 23) & 255) as i32 - 127;
+    (exponent + 10).clamp(0, FRACTIONS as i32 - 2) as usize + 1
+}
+
+/// As [`octaves`], with the sign.
+#[inline(always)]
+pub(crate) fn signed_octaves(distance: f32) -> usize {
+    let size = octaves(distance);
+    if distance < 0.0 { FRACTIONS - 1 - size } else { FRACTIONS - 1 + size }
+}

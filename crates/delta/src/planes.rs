@@ -1,0 +1,701 @@
+//! Coding blocks of quantised types against the old ones, field by field.
+
+use half::f16;
+use slmops_artifact::gguf::{TensorType, dequantise_into};
+
+use crate::coder::{Coder, Slot};
+use crate::layout::{Fields, IQ4_LEVELS, Layout, MAX_ELEMENTS, MAX_GROUPS, Minimum, number};
+use crate::model::{self, Model, Number, SLOTS, at, octave_halves, octaves, signed_octaves};
+
+/// Codes that share one flag for "nothing here changed".
+const CELL: usize = 8;
+/// Elements of a run of blocks that share one flag for "nothing here changed".
+const RUN_ELEMENTS: usize = 512;
+/// The least and greatest expected rate of change of a code.
+const RATES: (f32, f32) = (1e-5, 0.5);
+/// How fast the estimate of the noise follows, per group.
+const NOISE_RATE: f32 = 1.0 / 96.0;
+/// The same for numbers of blocks and of groups.
+const NUMBER_RATE: f32 = 1.0 / 48.0;
+
+/// What a segment starts from, chosen by the encoder.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Start {
+    /// How far weights moved, as a power of 2: `2^(level / 4 - 48)`, 0 for not at all.
+    pub(crate) noise: u8,
+}
+
+impl Start {
+    pub(crate) fn of(noise: f32) -> Self {
+        if noise.is_nan() || noise <= 0.0 {
+            return Self { noise: 0 };
+        }
+        let level = (noise.log2() + 48.0) * 4.0;
+        Self { noise: level.round().clamp(1.0, 255.0) as u8 }
+    }
+
+    pub(crate) fn noise(self) -> f32 {
+        if self.noise == 0 {
+            return 1e-12;
+        }
+        // 2^(1/4) to the power of the level, by multiplication alone: the same on all machines.
+        const QUARTERS: [f32; 4] = [1.0, 1.189_207_1, std::f32::consts::SQRT_2, 1.681_792_8];
+        let exponent = i32::from(self.noise / 4) - 48;
+        f32::from_bits(((exponent + 127) as u32) << 23) * QUARTERS[usize::from(self.noise % 4)]
+    }
+}
+
+/// The state of one segment's coding.
+struct Segment<'a> {
+    layout: &'static Layout,
+    slots: &'a mut [Slot; SLOTS],
+    noise: f32,
+    /// How many codes changed in the last group: none, one, more.
+    local: usize,
+    scale: Number,
+    minimum: Number,
+    scales: Number,
+    minima: Number,
+    runs: usize,
+}
+
+/// Codes blocks of one type against as many of the same type.
+/// `new` is read by encoders and written by decoders.
+pub(crate) fn same<C: Coder>(
+    coder: &mut C,
+    model: &mut Model,
+    layout: &'static Layout,
+    start: Start,
+    old: &[u8],
+    new: &mut [u8],
+) {
+    let mut segment = Segment::new(model, layout, start);
+    let run_bytes = RUN_ELEMENTS / layout.elements * layout.bytes;
+    let (mut before, mut after) = (Fields::default(), Fields::default());
+    for (old, new) in old.chunks(run_bytes).zip(new.chunks_mut(run_bytes)) {
+        let differs = C::ENCODES && old != &*new;
+        let differs = coder.bit(&mut segment.slots[at::RUN + segment.runs], differs);
+        segment.runs = segment.runs << 1 & 3 | usize::from(differs);
+        if !differs {
+            new.copy_from_slice(old);
+            continue;
+        }
+        let blocks = old.chunks_exact(layout.bytes).zip(new.chunks_exact_mut(layout.bytes));
+        for (old, new) in blocks {
+            before.unpack(layout, old);
+            if C::ENCODES {
+                after.unpack(layout, new);
+            }
+            segment.block(coder, &before, &mut after);
+            if !C::ENCODES {
+                after.pack(layout, new);
+            }
+        }
+    }
+}
+
+/// Codes blocks of one type against the same elements of another.
+pub(crate) fn across<C: Coder>(
+    coder: &mut C,
+    model: &mut Model,
+    layout: &'static Layout,
+    old_kind: TensorType,
+    start: Start,
+    old: &[u8],
+    new: &mut [u8],
+) {
+    let mut segment = Segment::new(model, layout, start);
+    let mut numbers = [0.0_f32; MAX_ELEMENTS];
+    let mut after = Fields::default();
+    let mut guess = Guess::default();
+    let old_bytes =
+        MAX_ELEMENTS / old_kind.block_elements() as usize * old_kind.block_bytes() as usize;
+    let new_bytes = MAX_ELEMENTS / layout.elements * layout.bytes;
+    for (old, new) in old.chunks(old_bytes).zip(new.chunks_mut(new_bytes)) {
+        let elements = new.len() / layout.bytes * layout.elements;
+        if dequantise_into(old_kind, old, &mut numbers[..elements]).is_err() {
+            // Lengths and types are checked before; zeros predict as well as anything.
+            numbers.fill(0.0);
+        }
+        let blocks = new.chunks_exact_mut(layout.bytes).zip(numbers.chunks_exact(layout.elements));
+        for (new, numbers) in blocks {
+            if C::ENCODES {
+                after.unpack(layout, new);
+            }
+            segment.guessed_block(coder, &mut guess, numbers, &mut after);
+            if !C::ENCODES {
+                after.pack(layout, new);
+            }
+        }
+    }
+}
+
+/// F16 bits in the order of the numbers that they mean.
+#[inline(always)]
+fn ordinal(bits: u16) -> u16 {
+    if bits & 0x8000 != 0 { !bits } else { bits | 0x8000 }
+}
+
+#[inline(always)]
+fn from_ordinal(ordinal: u16) -> u16 {
+    if ordinal & 0x8000 != 0 { ordinal & 0x7fff } else { !ordinal }
+}
+
+/// The distance between neighbours of an F16 number.
+#[inline(always)]
+fn spacing(bits: u16) -> f32 {
+    let exponent = u32::from(bits >> 10 & 31).max(1);
+    // 2^(exponent - 25).
+    f32::from_bits((exponent + 127 - 25) << 23)
+}
+
+/// `difference` as the nearest to zero of what it is modulo 65536.
+#[inline(always)]
+fn wrapped(new: u16, old: u16) -> i32 {
+    i32::from(ordinal(new).wrapping_sub(ordinal(old)) as i16)
+}
+
+#[inline(always)]
+fn sign_state(difference: i32) -> usize {
+    (difference.signum() + 1) as usize
+}
+
+/// Rounds to the nearest whole number, halves to even; exact below 2^22.
+#[inline(always)]
+fn round(number: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    (number + SHIFT) - SHIFT
+}
+
+/// Predictions of a group's codes.
+struct Predicted {
+    code: [u8; 32],
+    /// How far the predicted number lies from the middle of its bin, in bins.
+    fraction: [f32; 32],
+}
+
+impl<'a> Segment<'a> {
+    fn new(model: &'a mut Model, layout: &'static Layout, start: Start) -> Self {
+        let noise = start.noise();
+        Self {
+            layout,
+            slots: &mut model.slots,
+            noise,
+            local: 0,
+            scale: Number::new(at::SCALE, noise / layout.levels as f32, NUMBER_RATE),
+            minimum: Number::new(at::MINIMUM, noise, NUMBER_RATE),
+            scales: Number::new(at::SCALES, noise / layout.levels as f32, NUMBER_RATE),
+            minima: Number::new(at::MINIMA, noise, NUMBER_RATE),
+            runs: 0,
+        }
+    }
+
+    /// Codes one block against the old one.
+    #[inline(always)]
+    fn block<C: Coder>(&mut self, coder: &mut C, old: &Fields, new: &mut Fields) {
+        let layout = self.layout;
+        let mut moved = 1;
+        if layout.minimum != Minimum::None {
+            let step = spacing(old.minimum);
+            let known = if C::ENCODES { wrapped(new.minimum, old.minimum) } else { 0 };
+            let moved_by = self.minimum.code(coder, self.slots, step, 0.0, 1, known);
+            new.minimum = from_ordinal(ordinal(old.minimum).wrapping_add(moved_by as u16));
+            moved = sign_state(moved_by);
+        }
+        let step = spacing(old.scale);
+        let known = if C::ENCODES { wrapped(new.scale, old.scale) } else { 0 };
+        let moved_by = self.scale.code(coder, self.slots, step, 0.0, moved, known);
+        new.scale = from_ordinal(ordinal(old.scale).wrapping_add(moved_by as u16));
+
+        if let Some(sub) = layout.sub {
+            let groups = layout.groups();
+            let unit = number(new.scale).abs();
+            let ratio = ratio(number(old.scale), number(new.scale));
+            let (scales, slots) = (&mut self.scales, &mut *self.slots);
+            small(
+                coder,
+                slots,
+                scales,
+                &old.scales[..groups],
+                &mut new.scales,
+                sub.levels,
+                sub.zero,
+                unit,
+                ratio,
+            );
+            if layout.minimum == Minimum::Subtracted {
+                let unit = number(new.minimum).abs();
+                let ratio = self::ratio(number(old.minimum), number(new.minimum));
+                let minima = &mut self.minima;
+                small(
+                    coder,
+                    slots,
+                    minima,
+                    &old.minima[..groups],
+                    &mut new.minima,
+                    sub.levels,
+                    0,
+                    unit,
+                    ratio,
+                );
+            }
+        }
+
+        let mut predicted = Predicted { code: [0; 32], fraction: [0.0; 32] };
+        for group in 0..layout.groups() {
+            let (old_step, old_base) = old.line(layout, group);
+            let (step, base) = new.line(layout, group);
+            let range = group * layout.group..(group + 1) * layout.group;
+            let old_codes = &old.codes[range.clone()];
+            let new_codes = &mut new.codes[range];
+            if old_step == step && old_base == base {
+                self.unmoved_group(coder, step, old_codes, new_codes);
+                continue;
+            }
+            predict(layout, (old_step, old_base), (step, base), old_codes, &mut predicted);
+            self.moved_group(coder, step, &predicted, new_codes);
+        }
+    }
+
+    /// The rate at which codes of this step change.
+    #[inline(always)]
+    fn rate(&self, step: f32) -> f32 {
+        let step = step.abs() * if self.layout.indexed { 16.0 } else { 1.0 };
+        // `min` and `max` turn a rate that is no number, or endless, into the upper bound.
+        (self.noise / step).min(RATES.1).max(RATES.0)
+    }
+
+    /// Codes a group whose scale is the old one.
+    #[inline(always)]
+    fn unmoved_group<C: Coder>(&mut self, coder: &mut C, step: f32, old: &[u8], new: &mut [u8]) {
+        let rate = self.rate(step);
+        let cell_context = at::CELL + octave_halves(rate * CELL as f32, -9) * 3;
+        let mut changed = 0;
+        let mut local = self.local;
+        for (old, new) in old.chunks_exact(CELL).zip(new.chunks_exact_mut(CELL)) {
+            let differs = C::ENCODES && old != &*new;
+            if !coder.bit(&mut self.slots[cell_context + local], differs) {
+                new.copy_from_slice(old);
+                continue;
+            }
+            let old: &[u8; CELL] = old.try_into().expect("cells have this length");
+            let new: &mut [u8; CELL] = new.try_into().expect("cells have this length");
+            changed += self.cell(coder, old, &[0.0; CELL], &[rate; CELL], rate, new);
+        }
+        local = changed.min(2);
+        self.local = local;
+        self.learn_noise(changed as f32, old.len() as f32, rate);
+    }
+
+    /// Codes a group whose scale or minimum moved.
+    #[inline(always)]
+    fn moved_group<C: Coder>(
+        &mut self,
+        coder: &mut C,
+        step: f32,
+        predicted: &Predicted,
+        new: &mut [u8],
+    ) {
+        let rate = self.rate(step);
+        let mut changed = 0;
+        let mut drift = 0.0;
+        let len = new.len() as f32;
+        let cells = new.chunks_exact_mut(CELL);
+        let codes = predicted.code.as_chunks::<CELL>().0.iter();
+        let fractions = predicted.fraction.as_chunks::<CELL>().0.iter();
+        for ((new, code), fraction) in cells.zip(codes).zip(fractions) {
+            let rates = fraction.map(|fraction| fraction.abs() + rate);
+            let sum = rates.iter().sum::<f32>();
+            drift += sum;
+            let context = at::CELL + octave_halves(sum, -9) * 3 + self.local;
+            let differs = C::ENCODES && code[..] != *new;
+            if !coder.bit(&mut self.slots[context], differs) {
+                new.copy_from_slice(code);
+                continue;
+            }
+            let new: &mut [u8; CELL] = new.try_into().expect("cells have this length");
+            changed += self.cell(coder, code, fraction, &rates, rate, new);
+        }
+        self.local = changed.min(2);
+        // The share of the changes that the noise caused.
+        let share = rate * len / drift;
+        self.learn_noise(changed as f32 * share, len * share, rate);
+    }
+
+    #[inline(always)]
+    fn learn_noise(&mut self, changed: f32, of: f32, rate: f32) {
+        if of > 0.0 {
+            // The noise follows the ratio of what was seen to what was expected.
+            let expected = of * rate;
+            let factor = 1.0
+                + NOISE_RATE
+                    * (of / 32.0).min(1.0)
+                    * ((changed + 0.02) / (expected + 0.02) - 1.0).min(8.0);
+            self.noise = (self.noise * factor).clamp(1e-18, 1e6);
+        }
+    }
+
+    /// Codes eight codes of which at least one differs from its prediction.
+    #[inline]
+    fn cell<C: Coder>(
+        &mut self,
+        coder: &mut C,
+        predicted: &[u8; CELL],
+        fractions: &[f32; CELL],
+        rates: &[f32; CELL],
+        rate: f32,
+        new: &mut [u8; CELL],
+    ) -> usize {
+        let levels = self.layout.levels;
+        let mask = (levels - 1) as u8;
+        let mut rest: f32 = rates.iter().sum();
+        let mut changed = 0;
+        let coarse = octave_halves(rate, -8) / 3;
+        for index in 0..CELL {
+            let old = predicted[index];
+            let edge = if old == 0 { 1 } else { 2 * usize::from(old == mask) };
+            let fraction = fractions[index];
+            let differs = if changed == 0 && index == CELL - 1 {
+                true
+            } else {
+                let likely = if changed == 0 {
+                    // Of one, given that at least one of the rest changes.
+                    octave_halves(rates[index] / rest, -10)
+                } else {
+                    SIZES_HALF + octave_halves(rates[index], -11)
+                };
+                let near = (octaves(fraction) + 1) / 3;
+                let context = at::CODE + (likely * 3 + edge) * 4 + near.min(3);
+                coder.bit(&mut self.slots[context], C::ENCODES && old != new[index])
+            };
+            rest -= rates[index];
+            if !differs {
+                new[index] = old;
+                continue;
+            }
+            changed += 1;
+            let difference = new[index].wrapping_sub(old) & mask;
+            let negative = usize::from(difference) > levels / 2;
+            let towards = signed_octaves(fraction);
+            let context = at::CODE_SIGN + (edge * 19 + towards) * 4 + coarse.min(7) / 2;
+            let negative = coder.bit(&mut self.slots[context], negative);
+            let size = if negative { difference.wrapping_neg() & mask } else { difference };
+            let steps = at::CODE_SIZE + coarse.min(7) * 14;
+            let size = model::size(coder, self.slots, steps, at::CODE_CLASS, size.into()) as u8;
+            let difference = if negative { size.wrapping_neg() } else { size };
+            new[index] = old.wrapping_add(difference) & mask;
+        }
+        changed
+    }
+
+    /// Codes one block whose old numbers are known, but not in this type.
+    fn guessed_block<C: Coder>(
+        &mut self,
+        coder: &mut C,
+        guess: &mut Guess,
+        numbers: &[f32],
+        new: &mut Fields,
+    ) {
+        let layout = self.layout;
+        guess.look(layout, numbers);
+        if layout.minimum != Minimum::None {
+            let expected = f16::from_f32(guess.minimum).to_bits();
+            new.minimum =
+                guess.offsets[1].code(coder, self.slots, &mut self.minimum, expected, new.minimum);
+        }
+        let expected = f16::from_f32(guess.scale).to_bits();
+        new.scale = guess.offsets[0].code(coder, self.slots, &mut self.scale, expected, new.scale);
+        if let Some(sub) = layout.sub {
+            let groups = layout.groups();
+            let wanted = &guess.steps[..groups];
+            let unit = number(new.scale);
+            guessed_small(
+                coder,
+                self.slots,
+                &mut self.scales,
+                wanted,
+                &mut new.scales,
+                sub.levels,
+                sub.zero,
+                unit,
+            );
+            if layout.minimum == Minimum::Subtracted {
+                let unit = number(new.minimum);
+                let wanted = &guess.minima[..groups];
+                guessed_small(
+                    coder,
+                    self.slots,
+                    &mut self.minima,
+                    wanted,
+                    &mut new.minima,
+                    sub.levels,
+                    0,
+                    unit,
+                );
+            }
+        }
+        let mut predicted = Predicted { code: [0; 32], fraction: [0.0; 32] };
+        for (group, numbers) in numbers.chunks_exact(layout.group).enumerate() {
+            let (step, base) = new.line(layout, group);
+            for (index, &number) in numbers.iter().enumerate() {
+                let (code, fraction) = place(layout, number, step, base);
+                predicted.code[index] = code;
+                predicted.fraction[index] = fraction;
+            }
+            let range = group * layout.group..(group + 1) * layout.group;
+            self.moved_group(coder, step, &predicted, &mut new.codes[range]);
+        }
+    }
+}
+
+const SIZES_HALF: usize = model::SIZES;
+
+/// A scale's old value in units of the new one; 1 where that makes no sense.
+#[inline(always)]
+fn ratio(old: f32, new: f32) -> f32 {
+    let ratio = old / new;
+    if ratio.abs() < 64.0 { ratio } else { 1.0 }
+}
+
+/// Codes the scales or minima of a block's groups against the old ones.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "one inner loop, used four times")]
+fn small<C: Coder>(
+    coder: &mut C,
+    slots: &mut [Slot; SLOTS],
+    state: &mut Number,
+    old: &[u8],
+    new: &mut [u8; MAX_GROUPS],
+    levels: usize,
+    zero: i32,
+    unit: f32,
+    ratio: f32,
+) {
+    let mut changed = 0_usize;
+    for (&old, new) in old.iter().zip(new) {
+        let (predicted, fraction) = if ratio == 1.0 {
+            (i32::from(old), 0.0)
+        } else {
+            nearest((i32::from(old) - zero) as f32 * ratio + zero as f32, levels)
+        };
+        let known = if C::ENCODES { i32::from(*new) - predicted } else { 0 };
+        let found = state.code(coder, slots, unit, fraction, changed.min(2), known);
+        *new = predicted.wrapping_add(found).rem_euclid(levels as i32) as u8;
+        changed += usize::from(found != 0);
+    }
+}
+
+/// Codes the scales or minima of a block's groups against what the old numbers suggest.
+#[allow(clippy::too_many_arguments, reason = "one inner loop, used twice")]
+fn guessed_small<C: Coder>(
+    coder: &mut C,
+    slots: &mut [Slot; SLOTS],
+    state: &mut Number,
+    wanted: &[f32],
+    new: &mut [u8; MAX_GROUPS],
+    levels: usize,
+    zero: i32,
+    unit: f32,
+) {
+    for (&wanted, new) in wanted.iter().zip(new) {
+        let steps = wanted / unit;
+        let steps = if steps.abs() < 1024.0 { steps } else { 0.0 };
+        let (predicted, fraction) = nearest(steps + zero as f32, levels);
+        let known = if C::ENCODES { i32::from(*new) - predicted } else { 0 };
+        let found = state.code(coder, slots, unit.abs(), fraction, 0, known);
+        *new = predicted.wrapping_add(found).rem_euclid(levels as i32) as u8;
+    }
+}
+
+/// The nearest of `levels` whole numbers, and how far from it.
+#[inline(always)]
+fn nearest(number: f32, levels: usize) -> (i32, f32) {
+    let code = round(number).max(0.0).min((levels - 1) as f32);
+    let fraction = (number - code).clamp(-1.0, 1.0);
+    (code as i32, fraction)
+}
+
+/// Where a number falls among a group's codes.
+fn place(layout: &Layout, number: f32, step: f32, base: f32) -> (u8, f32) {
+    let position = (number - base) / step;
+    let position = if position.abs() < 1e4 { position } else { 0.0 };
+    if layout.indexed {
+        return nearest_level(position);
+    }
+    let (code, fraction) = nearest(position + layout.zero, layout.levels);
+    (code as u8, fraction)
+}
+
+/// The nearest of the non-linear levels, and how far from it as a share of the gap.
+fn nearest_level(position: f32) -> (u8, f32) {
+    let above = IQ4_LEVELS.partition_point(|&level| level < position);
+    if above == 0 {
+        return (0, ((position - IQ4_LEVELS[0]) / 23.0).max(-1.0));
+    }
+    if above == 16 {
+        return (15, ((position - IQ4_LEVELS[15]) / 24.0).min(1.0));
+    }
+    let (low, high) = (IQ4_LEVELS[above - 1], IQ4_LEVELS[above]);
+    let share = (position - low) / (high - low);
+    if share < 0.5 { (above as u8 - 1, share) } else { (above as u8, share - 1.0) }
+}
+
+/// What a group's old codes mean on its new line.
+#[inline(always)]
+fn predict(layout: &Layout, old: (f32, f32), new: (f32, f32), codes: &[u8], out: &mut Predicted) {
+    if layout.indexed {
+        let ratio = ratio(old.0, new.0);
+        let mut table = [(0_u8, 0.0_f32); 16];
+        for (level, place) in IQ4_LEVELS.iter().zip(&mut table) {
+            *place = nearest_level(level * ratio);
+        }
+        for (index, &code) in codes.iter().enumerate() {
+            let (code, fraction) = table[usize::from(code & 15)];
+            out.code[index] = code;
+            out.fraction[index] = fraction;
+        }
+        return;
+    }
+    // The new position of an old code, less the code: a line over the codes.
+    let slope = old.0 / new.0 - 1.0;
+    let offset = (old.1 - new.1) / new.0;
+    let (slope, offset) =
+        if slope.abs() < 64.0 && offset.abs() < 4096.0 { (slope, offset) } else { (0.0, 0.0) };
+    let highest = (layout.levels - 1) as f32;
+    let len = codes.len();
+    for ((&code, predicted), fraction) in
+        codes.iter().zip(&mut out.code[..len]).zip(&mut out.fraction[..len])
+    {
+        let position = f32::from(code);
+        let shift = slope * (position - layout.zero) + offset;
+        let place = round(position + shift).max(0.0).min(highest);
+        *predicted = place as u8;
+        *fraction = (shift - (place - position)).clamp(-1.0, 1.0);
+    }
+}
+
+/// What the old numbers suggest for a block's scales.
+#[derive(Default)]
+struct Guess {
+    scale: f32,
+    minimum: f32,
+    steps: [f32; MAX_GROUPS],
+    minima: [f32; MAX_GROUPS],
+    offsets: [Offset; 2],
+}
+
+impl Guess {
+    fn look(&mut self, layout: &Layout, numbers: &[f32]) {
+        let mut highest_step = 0.0_f32;
+        let mut highest_minimum = 0.0_f32;
+        for (group, numbers) in numbers.chunks_exact(layout.group).enumerate() {
+            let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
+            for &number in numbers {
+                low = low.min(number);
+                high = high.max(number);
+            }
+            let (step, minimum) = match layout.minimum {
+                Minimum::None if layout.indexed => (low.abs().max(high) / 127.0, 0.0),
+                // The number farthest from zero gets the lowest code, which may be negative.
+                Minimum::None if layout.levels == 256 => (low.abs().max(high) / 127.0, 0.0),
+                Minimum::None => {
+                    let extreme = if high.abs() > low.abs() { high } else { low };
+                    (extreme / -layout.zero, 0.0)
+                }
+                Minimum::Added => ((high - low) / (layout.levels - 1) as f32, low),
+                Minimum::Subtracted => {
+                    let low = low.min(0.0);
+                    ((high - low) / (layout.levels - 1) as f32, -low)
+                }
+            };
+            self.steps[group] = step;
+            self.minima[group] = minimum;
+            if step.abs() > highest_step.abs() {
+                highest_step = step;
+            }
+            highest_minimum = highest_minimum.max(minimum);
+        }
+        let most = |sub: crate::layout::Sub| match sub.zero {
+            0 => (sub.levels - 1) as f32,
+            // The largest scale gets the lowest code here too.
+            zero => -zero as f32,
+        };
+        self.scale = layout.sub.map_or(highest_step, |sub| highest_step / most(sub));
+        self.minimum = match layout.minimum {
+            Minimum::None => 0.0,
+            Minimum::Added => self.minima[0],
+            Minimum::Subtracted => highest_minimum / layout.sub.map_or(63.0, most),
+        };
+    }
+}
+
+/// How far guesses are off as a rule.
+#[derive(Clone, Copy, Default)]
+struct Offset {
+    mean: f32,
+}
+
+impl Offset {
+    fn code<C: Coder>(
+        &mut self,
+        coder: &mut C,
+        slots: &mut [Slot; SLOTS],
+        state: &mut Number,
+        guess: u16,
+        new: u16,
+    ) -> u16 {
+        let expected = ordinal(guess).wrapping_add(round(self.mean) as i32 as u16);
+        let known =
+            if C::ENCODES { i32::from(ordinal(new).wrapping_sub(expected) as i16) } else { 0 };
+        // Counted in neighbours; `state` was started in another unit, and adapts.
+        let found = state.code(coder, slots, 1.0, 0.0, 1, known);
+        let ordinal_found = expected.wrapping_add(found as u16);
+        let off = f32::from(ordinal_found.wrapping_sub(ordinal(guess)) as i16);
+        self.mean += (off - self.mean).clamp(-64.0, 64.0) / 32.0;
+        from_ordinal(ordinal_found)
+    }
+}
+
+/// The mean size of a change of the weights from `old` to `new`, blocks of one type, as far as
+/// their codes show it: what the encoder starts a segment with.
+pub(crate) fn measure(layout: &Layout, old: &[u8], new: &[u8]) -> Start {
+    let (mut before, mut after) = (Fields::default(), Fields::default());
+    let (mut sum, mut count) = (0.0_f64, 0_u64);
+    let blocks = old.chunks_exact(layout.bytes).zip(new.chunks_exact(layout.bytes));
+    // A sample is enough.
+    let skip = (old.len() / layout.bytes / 2048).max(1);
+    for (old, new) in blocks.step_by(skip) {
+        before.unpack(layout, old);
+        after.unpack(layout, new);
+        for group in 0..layout.groups() {
+            let (old_step, old_base) = before.line(layout, group);
+            let (step, base) = after.line(layout, group);
+            if !step.is_finite() {
+                continue;
+            }
+            let range = group * layout.group..(group + 1) * layout.group;
+            let mut predicted = Predicted { code: [0; 32], fraction: [0.0; 32] };
+            if (old_step, old_base) == (step, base) {
+                predicted.code[..layout.group].copy_from_slice(&before.codes[range.clone()]);
+            } else {
+                predict(
+                    layout,
+                    (old_step, old_base),
+                    (step, base),
+                    &before.codes[range.clone()],
+                    &mut predicted,
+                );
+                let drift: f32 = predicted.fraction[..layout.group].iter().map(|it| it.abs()).sum();
+                if drift > 0.5 {
+                    continue;
+                }
+            }
+            let codes = after.codes[range].iter().zip(&predicted.code);
+            let changed = codes.filter(|(new, old)| new != old).count();
+            let width = step.abs() * if layout.indexed { 16.0 } else { 1.0 };
+            sum += changed as f64 * f64::from(width);
+            count += layout.group as u64;
+        }
+    }
+    Start::of((sum / count.max(1) as f64) as f32)
+}
