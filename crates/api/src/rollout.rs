@@ -1,5 +1,8 @@
 //! Rollouts: which devices get a release, in which waves, and what was seen on the way.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
 
@@ -8,9 +11,10 @@ use crate::gate::{GatePolicy, GateReading};
 use crate::selector::Selector;
 use crate::{DeviceId, ModelName, RolloutId, VariantName};
 
-/// How many devices a wave takes, of those that the rollout selects.
+/// How many devices a wave takes, of those that the rollout selects. Written as `3`, `25%` or
+/// `rest` where people write it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", from = "WrittenWave")]
 pub enum WaveSize {
     /// This many devices.
     Count(u32),
@@ -20,26 +24,121 @@ pub enum WaveSize {
     Rest,
 }
 
-/// What an operator wants of a rollout.
+/// A wave as JSON has it, or as people write it.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a wave is a number of devices, a share such as 25%, or rest")]
+enum WrittenWave {
+    Text(Text),
+    Tagged(Tagged),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Tagged {
+    Count(u32),
+    Percent(u32),
+}
+
+struct Text(WaveSize);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+impl From<WrittenWave> for WaveSize {
+    fn from(written: WrittenWave) -> Self {
+        match written {
+            WrittenWave::Text(Text(size)) => size,
+            WrittenWave::Tagged(Tagged::Count(number)) => Self::Count(number),
+            WrittenWave::Tagged(Tagged::Percent(share)) => Self::Percent(share),
+        }
+    }
+}
+
+/// Why a string is not a [`WaveSize`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{given}` is no wave: write a number of devices, a share such as 25%, or `rest`")]
+pub struct ParseWaveError {
+    given: String,
+}
+
+impl FromStr for WaveSize {
+    type Err = ParseWaveError;
+
+    fn from_str(given: &str) -> Result<Self, Self::Err> {
+        let size = match given.trim() {
+            "rest" => Some(Self::Rest),
+            text => match text.strip_suffix('%') {
+                Some(share) => share.parse().ok().map(Self::Percent),
+                None => text.parse().ok().map(Self::Count),
+            },
+        };
+        let good = |size: &Self| match size {
+            Self::Count(number) => *number > 0,
+            Self::Percent(share) => (1..=100).contains(share),
+            Self::Rest => true,
+        };
+        let error = || ParseWaveError { given: given.chars().take(200).collect() };
+        size.filter(good).ok_or_else(error)
+    }
+}
+
+impl fmt::Display for WaveSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Count(number) => write!(f, "{number}"),
+            Self::Percent(share) => write!(f, "{share}%"),
+            Self::Rest => f.write_str("rest"),
+        }
+    }
+}
+
+/// Within what a [`WaveSize`] counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WavePer {
+    /// Within all selected devices.
+    #[default]
+    Fleet,
+    /// Within each class, so that the first wave speaks for every class.
+    Class,
+    /// Within each site, so that the first wave speaks for every site. Devices without a site
+    /// count together.
+    Site,
+}
+
+/// What an operator wants of a rollout. Written as TOML in a policy file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct RolloutPolicy {
     /// Which devices.
     #[schema(value_type = String)]
     pub selector: Selector,
     /// The waves in order; devices left over after the last form one more.
     pub waves: Vec<WaveSize>,
+    /// Within what the sizes of the waves count.
+    pub per: WavePer,
     /// Failed devices that a wave tolerates; one more halts the rollout.
-    #[serde(default)]
     pub max_failures: u32,
     /// Seconds that a wave must stay confirmed before the next one starts.
-    #[serde(default)]
     pub bake_s: u32,
     /// Seconds that a device has to confirm, counted from its desired state; then it is a straggler
     /// and counts as failed.
     pub confirm_timeout_s: u32,
+    /// When devices may be told.
+    pub schedule: Schedule,
+    /// How many devices update at once.
+    pub limits: Limits,
+    /// Who must agree, before which wave.
+    pub approvals: Vec<ApprovalStep>,
+    /// What becomes of devices that are not heard of.
+    pub stragglers: Stragglers,
     /// What must be shown of a wave before the next one starts, besides its confirmation; nothing
     /// if absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub gate: Option<GatePolicy>,
 }
 
@@ -48,12 +147,117 @@ impl Default for RolloutPolicy {
         Self {
             selector: Selector::all(),
             waves: vec![WaveSize::Count(1), WaveSize::Rest],
+            per: WavePer::Fleet,
             max_failures: 0,
             bake_s: 0,
             confirm_timeout_s: 900,
             gate: None,
+            schedule: Schedule::default(),
+            limits: Limits::default(),
+            approvals: Vec::new(),
+            stragglers: Stragglers::default(),
         }
     }
+}
+
+/// When the devices of a rollout may be told. Devices that were told go on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Schedule {
+    /// No device is told before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub start_at: Option<jiff::Timestamp>,
+    /// No device is told meanwhile.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub freezes: Vec<Freeze>,
+}
+
+/// A time in which no device is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Freeze {
+    /// From when on.
+    #[schema(value_type = String, format = DateTime)]
+    pub from: jiff::Timestamp,
+    /// Until when.
+    #[schema(value_type = String, format = DateTime)]
+    pub until: jiff::Timestamp,
+    /// Why, in the operator's words.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// How many devices update at once: told, and neither confirmed nor failed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// In the whole rollout.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub updating: Option<u32>,
+    /// In each site; devices without a site are not limited by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub updating_per_site: Option<u32>,
+}
+
+/// Somebody must agree before a wave starts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ApprovalStep {
+    /// Before which wave, from 1.
+    pub wave: u32,
+    /// Names of the tokens that may approve; any operator's but the one who created the rollout
+    /// if empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub by: Vec<String>,
+}
+
+/// An approval that was given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Approval {
+    /// For which wave, from 1.
+    pub wave: u32,
+    /// Who: `token NAME`.
+    pub by: String,
+    /// When.
+    #[schema(value_type = String, format = DateTime)]
+    pub at: jiff::Timestamp,
+}
+
+/// `POST /v1/rollouts/{id}/approve`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewApproval {
+    /// The wave that may start, from 1.
+    pub wave: u32,
+}
+
+/// What becomes of devices that are not heard of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Stragglers {
+    /// A device that was not heard of for so many seconds is away: no wave waits for it. It is told
+    /// when it comes back, or when all others are done. 0: no device is ever away.
+    pub away_after_s: u32,
+    /// What becomes of a device that was told and did not ask within `confirm_timeout_s`.
+    pub unheard: Unheard,
+}
+
+impl Default for Stragglers {
+    fn default() -> Self {
+        Self { away_after_s: 7 * 24 * 3600, unheard: Unheard::Fail }
+    }
+}
+
+/// What becomes of a device that was told and never asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Unheard {
+    /// It counts as failed.
+    #[default]
+    Fail,
+    /// It is away: its wave no longer waits for it, and it takes what it was told when it is back.
+    Leave,
 }
 
 /// `POST /v1/rollouts`.
@@ -117,6 +321,8 @@ pub enum Outcome {
     },
     /// It failed this very manifest before, so it is not offered it again.
     Quarantined,
+    /// Not heard of for long: no wave waits for it. It takes the release when it comes back.
+    Away,
 }
 
 /// One device's part in a rollout.
@@ -189,6 +395,9 @@ pub struct Rollout {
     pub decisions: Vec<Decision>,
     /// What it waits for, in words; empty when it is over.
     pub waiting_for: String,
+    /// Approvals that were given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub approvals: Vec<Approval>,
     /// What the gate has found of the current wave; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gate: Option<GateReading>,

@@ -1,5 +1,12 @@
 //! Numbers in words, the same everywhere.
 
+use jiff::Timestamp;
+
+/// A moment: `2026-01-31 02:00:00 UTC`.
+pub fn clock(at: Timestamp) -> String {
+    at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
 /// A size in MB (10^6 bytes), whole from 10 MB on: `141 MB`, `9.4 MB`, `812 kB`.
 pub fn bytes(size: u64) -> String {
     let mega = size as f64 / 1e6;

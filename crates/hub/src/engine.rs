@@ -203,10 +203,14 @@ impl Engine {
                     Command::Pause => "rollout.pause",
                     Command::Resume => "rollout.resume",
                     Command::Abort => "rollout.abort",
+                    Command::Approve { .. } => "rollout.approve",
                     Command::Rollback => "rollout.rollback",
                 },
                 object: wanted.to_string(),
-                details: json!({}),
+                details: match command {
+                    Command::Approve { wave } => json!({ "wave": wave }),
+                    _ => json!({}),
+                },
             };
             Ok(transition(plan, forced, vec![audit]))
         };

@@ -342,5 +342,6 @@ fn outcome_word(outcome: &Outcome) -> &'static str {
         Outcome::Failed { .. } => "failed",
         Outcome::NoFit { .. } => "no fit",
         Outcome::Quarantined => "quarantined",
+        Outcome::Away => "away",
     }
 }

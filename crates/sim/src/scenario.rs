@@ -177,7 +177,7 @@ fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
             max_failures: rng.random_range(0..2),
             bake_s: [0, 60, 1_800][rng.random_range(0..3)],
             confirm_timeout_s: rng.random_range(300..10_000),
-            gate: None,
+            ..RolloutPolicy::default()
         },
         health: match rng.random_range(0..4) {
             0 | 1 => Health::Good,

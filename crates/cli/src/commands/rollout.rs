@@ -1,5 +1,6 @@
 //! `slm rollout`.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
@@ -7,14 +8,15 @@ use reqwest::Method;
 use semver::Version;
 use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::rollout::{
-    NewRollout, Outcome, Rollout as RolloutFacts, RolloutPolicy, RolloutState, WaveSize,
+    ApprovalStep, Freeze, NewApproval, NewRollout, Outcome, Rollout as RolloutFacts, RolloutPolicy,
+    RolloutState, Unheard, WavePer, WaveSize,
 };
 use slmops_api::selector::Selector;
 use slmops_api::{ModelName, RolloutId};
 
 use super::Session;
 use crate::client::Hub;
-use crate::error::{Exit, Failure, Result};
+use crate::error::{Context as _, Exit, Failure, Result};
 use crate::output::{fields, print, table};
 use crate::units;
 
@@ -39,7 +41,7 @@ pub enum Rollout {
         version: Version,
         /// Which devices, and how
         #[command(flatten)]
-        policy: PolicyArgs,
+        policy: Box<PolicyArgs>,
         /// Stay until it is over
         #[arg(long)]
         watch: bool,
@@ -74,6 +76,15 @@ pub enum Rollout {
         /// The rollout; the newest if absent
         id: Option<RolloutId>,
     },
+    /// Agree that a wave starts
+    #[command(after_help = "Example:\n  $ slm rollout approve --wave 2")]
+    Approve {
+        /// The rollout; the newest if absent
+        id: Option<RolloutId>,
+        /// The wave, from 1; it may be approved before its turn
+        #[arg(long, value_name = "NUMBER")]
+        wave: u32,
+    },
     /// End a rollout where it stands
     #[command(after_help = "Example:\n  $ slm rollout abort")]
     Abort {
@@ -89,23 +100,53 @@ pub enum Rollout {
 }
 
 /// Which devices, in which waves.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, Default, clap::Args)]
 pub struct PolicyArgs {
+    /// A policy file (TOML; see docs/rollouts.md); the options below win over it
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
     /// Which devices: `all`, or terms such as class=small|large and site!=berlin, joined by commas
-    #[arg(long, default_value = "all", value_name = "SELECTOR")]
-    pub to: Selector,
-    /// The waves in order: numbers of devices, shares, and `rest`
-    #[arg(long, default_value = "1,rest", value_parser = parse_waves, value_name = "WAVES")]
-    pub waves: Waves,
-    /// Failed devices that a wave tolerates; one more halts the rollout
-    #[arg(long, default_value_t = 0, value_name = "COUNT")]
-    pub max_failures: u32,
-    /// How long a wave must stay confirmed before the next one starts
-    #[arg(long, default_value = "0s", value_parser = parse_seconds, value_name = "TIME")]
-    pub bake: u32,
-    /// How long a device has to confirm before it counts as failed
-    #[arg(long, default_value = "15m", value_parser = parse_seconds, value_name = "TIME")]
-    pub confirm_timeout: u32,
+    /// [default: all]
+    #[arg(long, value_name = "SELECTOR")]
+    pub to: Option<Selector>,
+    /// The waves in order: numbers of devices, shares, and `rest` [default: 1,rest]
+    #[arg(long, value_parser = parse_waves, value_name = "WAVES")]
+    pub waves: Option<Waves>,
+    /// Within what the waves are counted: fleet, class or site [default: fleet]
+    #[arg(long, value_parser = parse_per, value_name = "WHAT")]
+    pub per: Option<WavePer>,
+    /// Failed devices that a wave tolerates; one more halts the rollout [default: 0]
+    #[arg(long, value_name = "COUNT")]
+    pub max_failures: Option<u32>,
+    /// How long a wave must stay confirmed before the next one starts [default: 0s]
+    #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+    pub bake: Option<u32>,
+    /// How long a device has to confirm before it counts as failed [default: 15m]
+    #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+    pub confirm_timeout: Option<u32>,
+    /// Tell no device before, such as 2026-02-01T02:00:00Z
+    #[arg(long, value_name = "WHEN")]
+    pub start_at: Option<jiff::Timestamp>,
+    /// Tell no device meanwhile; may be given several times
+    #[arg(long, value_parser = parse_freeze, value_name = "FROM/UNTIL")]
+    pub freeze: Vec<Freeze>,
+    /// Devices that update at once, at most
+    #[arg(long, value_name = "COUNT")]
+    pub max_updating: Option<u32>,
+    /// Devices of each site that update at once, at most
+    #[arg(long, value_name = "COUNT")]
+    pub max_updating_per_site: Option<u32>,
+    /// Another operator must agree before this wave, from 1; may be given several times
+    #[arg(long, value_name = "WAVE")]
+    pub approve_before: Vec<u32>,
+    /// A device not heard of for so long holds no wave up, and is told later; 0s: none is
+    /// [default: 7d]
+    #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+    pub away_after: Option<u32>,
+    /// Whether a device that was told and never asked counts as failed or is left behind: fail or
+    /// leave [default: fail]
+    #[arg(long, value_parser = parse_unheard, value_name = "WHAT")]
+    pub unheard: Option<Unheard>,
     /// Let the next wave start only when a wave is shown to be no worse in use
     #[arg(long)]
     pub wave_gate: bool,
@@ -122,19 +163,38 @@ pub struct PolicyArgs {
 pub struct Waves(pub Vec<WaveSize>);
 
 fn parse_waves(given: &str) -> Result<Waves, String> {
-    let one = |part: &str| match part.trim() {
-        "rest" => Some(WaveSize::Rest),
-        part => match part.strip_suffix('%') {
-            Some(share) => {
-                share.parse().ok().filter(|share| (1..=100).contains(share)).map(WaveSize::Percent)
-            }
-            None => part.parse().ok().filter(|count| *count > 0).map(WaveSize::Count),
-        },
-    };
-    let waves: Option<Vec<WaveSize>> = given.split(',').map(one).collect();
-    waves.map(Waves).ok_or_else(|| {
-        format!("`{given}` are no waves: write numbers, shares and `rest`, such as 1,25%,rest")
-    })
+    let waves: Result<Vec<WaveSize>, _> = given.split(',').map(str::parse).collect();
+    waves.map(Waves).map_err(|error| format!("{error}; waves look like 1,25%,rest"))
+}
+
+fn parse_per(given: &str) -> Result<WavePer, String> {
+    match given {
+        "fleet" => Ok(WavePer::Fleet),
+        "class" => Ok(WavePer::Class),
+        "site" => Ok(WavePer::Site),
+        _ => Err(format!("`{given}` is none of fleet, class and site")),
+    }
+}
+
+fn parse_unheard(given: &str) -> Result<Unheard, String> {
+    match given {
+        "fail" => Ok(Unheard::Fail),
+        "leave" => Ok(Unheard::Leave),
+        _ => Err(format!("`{given}` is neither fail nor leave")),
+    }
+}
+
+fn parse_freeze(given: &str) -> Result<Freeze, String> {
+    let moment = |text: &str| text.trim().parse().ok();
+    given
+        .split_once('/')
+        .and_then(|(from, until)| {
+            let (from, until) = (moment(from)?, moment(until)?);
+            Some(Freeze { from, until, reason: String::new() })
+        })
+        .ok_or_else(|| {
+            format!("`{given}` is no freeze: write 2026-12-20T00:00:00Z/2026-12-27T00:00:00Z")
+        })
 }
 
 fn parse_seconds(given: &str) -> Result<u32, String> {
@@ -166,16 +226,44 @@ impl PolicyArgs {
         GatePolicy { allow, patience_s: self.wave_gate_patience, ..usual }
     }
 
-    /// As the hub wants it.
-    pub fn policy(&self) -> RolloutPolicy {
-        RolloutPolicy {
-            selector: self.to.clone(),
-            waves: self.waves.0.clone(),
-            max_failures: self.max_failures,
-            bake_s: self.bake,
-            confirm_timeout_s: self.confirm_timeout,
-            gate: self.wave_gate.then(|| self.gate_policy()),
+    /// As the hub wants it: the policy file, and the options over it.
+    pub fn policy(&self) -> Result<RolloutPolicy> {
+        let mut policy = match &self.policy {
+            None => RolloutPolicy::default(),
+            Some(path) => {
+                let shown = path.display();
+                let text = std::fs::read_to_string(path)
+                    .user(|| format!("read the policy file {shown}"))?;
+                toml::from_str(&text).map_err(|error| {
+                    Failure::user(format!("policy file {shown}: {error}"))
+                        .hint("docs/rollouts.md shows every key")
+                })?
+            }
+        };
+        fn set<T: Clone>(target: &mut T, given: Option<&T>) {
+            if let Some(given) = given {
+                *target = given.clone();
+            }
         }
+        set(&mut policy.selector, self.to.as_ref());
+        set(&mut policy.waves, self.waves.as_ref().map(|waves| &waves.0));
+        set(&mut policy.per, self.per.as_ref());
+        set(&mut policy.max_failures, self.max_failures.as_ref());
+        set(&mut policy.bake_s, self.bake.as_ref());
+        set(&mut policy.confirm_timeout_s, self.confirm_timeout.as_ref());
+        policy.schedule.start_at = self.start_at.or(policy.schedule.start_at);
+        policy.schedule.freezes.extend(self.freeze.iter().cloned());
+        policy.limits.updating = self.max_updating.or(policy.limits.updating);
+        policy.limits.updating_per_site =
+            self.max_updating_per_site.or(policy.limits.updating_per_site);
+        let steps = self.approve_before.iter().map(|wave| ApprovalStep { wave: *wave, by: vec![] });
+        policy.approvals.extend(steps);
+        if self.wave_gate {
+            policy.gate = Some(self.gate_policy());
+        }
+        set(&mut policy.stragglers.away_after_s, self.away_after.as_ref());
+        set(&mut policy.stragglers.unheard, self.unheard.as_ref());
+        Ok(policy)
     }
 }
 
@@ -184,7 +272,7 @@ impl Rollout {
         let hub = session.hub()?;
         match self {
             Self::Start { model, version, policy, watch } => {
-                let rollout = start(&hub, model, version, policy.policy()).await?;
+                let rollout = start(&hub, model, version, policy.policy()?).await?;
                 if watch {
                     return finish(session, &follow(session, &hub, &rollout.id).await?);
                 }
@@ -221,6 +309,14 @@ impl Rollout {
             }
             Self::Pause { id } => act(session, &hub, id, "pause").await,
             Self::Resume { id } => act(session, &hub, id, "resume").await,
+            Self::Approve { id, wave } => {
+                let id = find(&hub, id).await?.id;
+                let path = format!("/v1/rollouts/{id}/approve");
+                let what = format!("approve wave {wave} of the rollout {id}");
+                let body = NewApproval { wave };
+                let rollout: RolloutFacts = hub.call(Method::POST, &path, &body, &what).await?;
+                session.out.show(&rollout, || status(&rollout))
+            }
             Self::Abort { id } => act(session, &hub, id, "abort").await,
             Self::Rollback { id } => act(session, &hub, id, "rollback").await,
         }
@@ -445,6 +541,7 @@ pub fn outcome(outcome: &Outcome) -> String {
             units::bytes(*budget_bytes)
         ),
         Outcome::Quarantined => "left out: this model failed here before".to_owned(),
+        Outcome::Away => "away: takes it when it comes back".to_owned(),
     }
 }
 
@@ -465,6 +562,45 @@ mod tests {
         );
         for bad in ["", "0", "101%", "0%", "1,,rest", "all", "-1"] {
             assert!(parse_waves(bad).is_err(), "{bad}");
+        }
+        for bad in ["", "2026-01-01", "2026-01-01T00:00:00Z", "/", "now/then"] {
+            assert!(parse_freeze(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn options_win_over_the_policy_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.toml");
+        let text = include_str!("../../../../testdata/policy.toml");
+        std::fs::write(&file, text).unwrap();
+        let args = PolicyArgs {
+            policy: Some(file.clone()),
+            waves: Some(parse_waves("2").unwrap()),
+            max_updating: Some(7),
+            ..PolicyArgs::default()
+        };
+        let policy = args.policy().unwrap();
+        assert_eq!(policy.waves, [WaveSize::Count(2)]);
+        assert_eq!(policy.limits.updating, Some(7));
+        assert_eq!(policy.limits.updating_per_site, Some(2));
+        assert_eq!(policy.selector.to_string(), "class=small");
+        assert_eq!((policy.per, policy.bake_s), (WavePer::Site, 3600));
+        assert_eq!(policy.approvals[0].by, ["ann", "bob"]);
+        assert_eq!(policy.schedule.freezes[0].reason, "holidays");
+        assert_eq!(policy.stragglers.unheard, Unheard::Leave);
+        // What the documentation shows is this very file.
+        let docs = include_str!("../../../../docs/rollouts.md");
+        assert!(docs.contains(text), "docs/rollouts.md and testdata/policy.toml differ");
+        for (bad, why) in [
+            ("selecter = 'all'", "unknown field"),
+            ("waves = ['0']", "a wave is a number"),
+            ("schedule.start_at = 'soon'", "soon"),
+        ] {
+            std::fs::write(&file, bad).unwrap();
+            let args = PolicyArgs { policy: Some(file.clone()), ..PolicyArgs::default() };
+            let line = args.policy().unwrap_err().line();
+            assert!(line.contains("policy.toml") && line.contains(why), "{line}");
         }
     }
 }

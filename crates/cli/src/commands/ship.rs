@@ -30,7 +30,7 @@ pub struct Ship {
     pub model: PathBuf,
     /// Which devices, and how
     #[command(flatten)]
-    pub policy: PolicyArgs,
+    pub policy: Box<PolicyArgs>,
     /// The model line [default: from the model's own name]
     #[arg(long)]
     pub name: Option<ModelName>,

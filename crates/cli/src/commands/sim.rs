@@ -107,7 +107,7 @@ struct SpecArgs {
     #[arg(long)]
     settle: bool,
     #[command(flatten)]
-    policy: PolicyArgs,
+    policy: Box<PolicyArgs>,
     #[command(flatten)]
     release: ReleaseArgs,
     #[command(flatten)]
@@ -342,7 +342,7 @@ impl SpecArgs {
             spec.rollouts.push(RolloutSpec {
                 at: Time(self.release.at * 1_000),
                 version: version.unwrap_or(semver::Version::new(1, 1, 0)),
-                policy: self.policy.policy(),
+                policy: self.policy.policy()?,
                 health,
             });
         } else if self.release.bad.is_some() {

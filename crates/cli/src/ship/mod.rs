@@ -102,7 +102,8 @@ fn choose_version(
 
 /// The classes that a selector is about: those it names, or all of them.
 fn choose_classes(all: Vec<DeviceClass>, ship: &Ship) -> Result<Vec<DeviceClass>> {
-    let named = ship.policy.to.values_of("class");
+    let policy = ship.policy.policy()?;
+    let named = policy.selector.values_of("class");
     for wanted in &named {
         if !all.iter().any(|class| class.name.as_str() == *wanted) {
             let known = report::join(&all.iter().map(|class| &class.name).collect::<Vec<_>>());
@@ -418,7 +419,7 @@ async fn roll_out(
     if ship.until < Until::Rollout {
         return Ok(());
     }
-    let policy = ship.policy.policy();
+    let policy = ship.policy.policy()?;
     if !ship.yes && !confirmed(&format!("Roll {name} {version} out to {}?", policy.selector))? {
         return Err(Failure::user("nothing was rolled out; the release stays")
             .hint(format!("slm rollout start {name} {version} --to '{}'", policy.selector)));

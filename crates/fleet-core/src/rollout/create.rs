@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use slmops_api::rollout::{
-    NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, WaveSize,
+    NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, WavePer, WaveSize,
 };
 use slmops_api::{DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
-use super::{RolloutError, RolloutRecord, assign, decide, state_name};
+use super::{RolloutError, RolloutRecord, assign, decide, rules, state_name};
 use crate::blueprint::CONFIRM_TIMEOUT_S;
 use crate::fit::Fit;
 use crate::words::{count, list};
@@ -80,15 +80,7 @@ pub fn create(
     // Devices that get nothing take no place in a wave.
     let (mut going, mut staying): (Vec<_>, Vec<_>) =
         devices.into_iter().partition(|device| device.outcome == Outcome::Pending);
-    let sizes = wave_sizes(&asked.policy.waves, going.len());
-    let mut next = 0;
-    for (wave, size) in sizes.iter().enumerate() {
-        for device in &mut going[next..next + size] {
-            device.wave = wave as u32;
-        }
-        next += size;
-    }
-    let waves = (sizes.len() as u32).max(1);
+    let waves = number_waves(&mut going, &asked.policy, world);
     for device in &mut staying {
         device.wave = waves - 1;
     }
@@ -99,16 +91,18 @@ pub fn create(
         count(chosen.len(), "device"),
         going.len()
     )];
-    for wave in 0..sizes.len() {
+    for wave in 0..waves {
         let names: Vec<String> = going
             .iter()
-            .filter(|device| device.wave == wave as u32)
+            .filter(|device| device.wave == wave)
             .map(|device| match &device.variant {
                 Some(variant) => format!("{} ({variant})", device.name),
                 None => device.name.clone(),
             })
             .collect();
-        because.push(format!("wave {}: {}", wave + 1, list(&names, NAMES_SHOWN)));
+        if !names.is_empty() {
+            because.push(format!("wave {}: {}", wave + 1, list(&names, NAMES_SHOWN)));
+        }
     }
     because.extend(uncovered(world, &going));
     for device in staying.iter().take(NAMES_SHOWN) {
@@ -127,6 +121,7 @@ pub fn create(
         decisions: vec![],
         waiting_for: "the first wave to start".to_owned(),
         gate: None,
+        approvals: vec![],
         created_at: world.now,
         created_by: created_by.to_owned(),
         updated_at: world.now,
@@ -134,7 +129,7 @@ pub fn create(
     for other in &superseded {
         because.push(format!("takes the place of the halted rollout {}", other.rollout.id));
     }
-    let what = format!("created for {title}, {}", count(sizes.len(), "wave"));
+    let what = format!("created for {title}, {}", count(waves as usize, "wave"));
     decide(&mut rollout, world.now, what, because);
     let record = RolloutRecord {
         rollout,
@@ -185,7 +180,7 @@ fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
             return refuse(format!("allowed loss {metric} = {loss} is not within 1 to 10000"));
         }
     }
-    Ok(())
+    rules::validate(policy)
 }
 
 /// The devices that the selector means.
@@ -305,6 +300,36 @@ pub(super) fn entry(
         }
     }
     entry
+}
+
+/// What a device's wave is counted within; none is the whole fleet, or no site.
+pub(super) fn group_of(device: &FleetDevice, per: WavePer) -> Option<String> {
+    match per {
+        WavePer::Fleet => None,
+        WavePer::Class => Some(device.class.to_string()),
+        WavePer::Site => device.labels.get("site").cloned(),
+    }
+}
+
+/// Gives each device its wave, in the order of `going`, and sorts them by it. Returns how many waves
+/// there are, which is at least one.
+fn number_waves(going: &mut [RolloutDevice], policy: &RolloutPolicy, world: &World<'_>) -> u32 {
+    let mut groups: BTreeMap<Option<String>, Vec<usize>> = BTreeMap::new();
+    for (index, part) in going.iter().enumerate() {
+        let group = world.device(&part.device).and_then(|device| group_of(device, policy.per));
+        groups.entry(group).or_default().push(index);
+    }
+    let mut waves = 1;
+    for members in groups.values() {
+        let sizes = wave_sizes(&policy.waves, members.len());
+        waves = waves.max(sizes.len() as u32);
+        let numbers = sizes.iter().enumerate().flat_map(|(wave, size)| vec![wave as u32; *size]);
+        for (index, wave) in members.iter().zip(numbers) {
+            going[*index].wave = wave;
+        }
+    }
+    going.sort_by_key(|part| part.wave);
+    waves
 }
 
 /// How many devices each wave takes; none is empty, and what is left forms one more.

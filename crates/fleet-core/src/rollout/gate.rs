@@ -11,10 +11,10 @@ use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
 use slmops_api::{ClassName, DeviceId};
 use slmops_artifact::Digest;
 
-use super::step::{StepOutcome, clock, halted_waits, take_back};
+use super::step::{StepOutcome, halted_waits, take_back};
 use super::{RolloutRecord, decide, earlier};
 use crate::gate::{Compared, FIRST_LOOKS_S, Stratum, harm, look, next_look_in_s};
-use crate::words::count;
+use crate::words::{clock, count};
 use crate::world::{FleetDevice, World};
 
 /// Devices of a wave that are compared, at most.

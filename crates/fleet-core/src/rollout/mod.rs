@@ -9,6 +9,7 @@ mod assign;
 mod create;
 mod gate;
 mod operate;
+mod rules;
 mod step;
 mod words;
 
@@ -118,6 +119,14 @@ pub enum RolloutError {
         /// The devices they share.
         devices: String,
     },
+    /// An approval that is not needed, or not by this operator.
+    #[error("rollout {id}: {why}")]
+    Approval {
+        /// The rollout.
+        id: RolloutId,
+        /// Why it is refused.
+        why: String,
+    },
     /// The rollout's state does not allow it.
     #[error("rollout {id} is {state}: it cannot be {wanted}")]
     State {
@@ -139,6 +148,9 @@ impl RolloutError {
             Self::Overlap { other, .. } => format!(
                 "wait for it (`slm rollout watch {other}`), end it (`slm rollout abort {other}`), or choose other devices"
             ),
+            Self::Approval { id, .. } => {
+                format!("`slm rollout status {id}` shows what it waits for")
+            }
             Self::State { id, .. } => format!("`slm rollout why {id}` tells how it came to that"),
         }
     }

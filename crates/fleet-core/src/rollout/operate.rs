@@ -2,6 +2,7 @@
 
 use slmops_api::rollout::{Outcome, Rollout, RolloutState};
 
+use super::rules::approval;
 use super::{RolloutError, RolloutRecord, Target, TargetState, Targets, decide, state_name};
 use crate::words::count;
 use crate::world::World;
@@ -15,6 +16,11 @@ pub enum Command {
     Resume,
     /// End it where it stands.
     Abort,
+    /// Agree that a wave starts, from 1.
+    Approve {
+        /// The wave.
+        wave: u32,
+    },
     /// Take it back: its devices get a new generation that names what they ran before.
     Rollback,
 }
@@ -26,6 +32,7 @@ impl Command {
             Self::Pause => "paused",
             Self::Resume => "resumed",
             Self::Abort => "aborted",
+            Self::Approve { .. } => "approved",
             Self::Rollback => "rolled back",
         }
     }
@@ -58,6 +65,9 @@ pub fn command(
         (Command::Resume, RolloutState::Running) => (state, true),
         (Command::Abort, RolloutState::Aborted) => (state, true),
         (Command::Abort, _) if !state.is_final() => (RolloutState::Aborted, false),
+        (Command::Approve { wave }, _) if !state.is_final() => {
+            (state, !approval::approve(&mut record.rollout, wave, by, world.now)?)
+        }
         (Command::Rollback, RolloutState::RolledBack) => (state, true),
         (Command::Rollback, _) => (RolloutState::RolledBack, false),
         _ => return Err(refused()),
@@ -80,7 +90,11 @@ pub fn command(
     if next.is_final() {
         rollout.waiting_for = String::new();
     }
-    decide(rollout, world.now, command.past().to_owned(), because);
+    let what = match command {
+        Command::Approve { wave } => format!("approved wave {wave}"),
+        command => command.past().to_owned(),
+    };
+    decide(rollout, world.now, what, because);
     Ok((record, targets))
 }
 

@@ -4,16 +4,18 @@ use std::collections::BTreeMap;
 
 use jiff::{SignedDuration, Timestamp};
 use slmops_api::device::{DesiredModel, Failure, Phase};
-use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
+use slmops_api::model::NewRelease;
+use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState, Unheard};
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
 use super::create::{entry, is_selected, late_wave, leave_out, selected};
 use super::gate::{self, Verdict};
+use super::rules::{Hold, Rules, absence};
 use super::words::{failure_evidence, failure_words, phase_words};
 use super::{Look, RolloutRecord, Target, assign, decide, earlier};
 use crate::fit::Fit;
-use crate::words::{count, list, seconds};
+use crate::words::{clock, count, list, seconds};
 use crate::world::{FleetDevice, World};
 
 /// Names listed in one line, at most.
@@ -159,10 +161,12 @@ fn observe(
     let timeout_s = i64::from(record.rollout.asked.policy.confirm_timeout_s);
     // Whoever was told then or earlier has had its time; nobody, where time does not reach back.
     let told_by = now.checked_sub(SignedDuration::from_secs(timeout_s)).ok();
+    let unheard = record.rollout.asked.policy.stragglers.unheard;
     let mut failed = Vec::new();
     for (index, part) in record.rollout.devices.iter_mut().enumerate() {
         let updating = part.outcome == Outcome::Updating;
-        if !updating && part.outcome != Outcome::Confirmed {
+        let told_and_away = part.outcome == Outcome::Away && part.generation.is_some();
+        if !updating && !told_and_away && part.outcome != Outcome::Confirmed {
             continue;
         }
         let late = updating && part.started_at.is_some_and(|at| told_by.is_some_and(|by| at <= by));
@@ -181,7 +185,15 @@ fn observe(
                 }
                 continue;
             }
-            Evidence::None if late && part.outcome == Outcome::Updating => Failure::Timeout,
+            Evidence::None if late && part.outcome == Outcome::Updating => {
+                if unheard == Unheard::Leave && !has_asked(part, device) {
+                    part.outcome = Outcome::Away;
+                    part.finished_at = Some(now);
+                    outcome.changed = true;
+                    continue;
+                }
+                Failure::Timeout
+            }
             Evidence::None => continue,
         };
         part.outcome = Outcome::Failed { failure };
@@ -245,6 +257,13 @@ fn follow_refit(part: &mut RolloutDevice, device: &FleetDevice, now: Timestamp) 
         part.fit = device.desired.reason.clone();
     }
     refitted
+}
+
+/// Whether the device has heard what it was told.
+fn has_asked(part: &RolloutDevice, device: &FleetDevice) -> bool {
+    let heard = device.report.as_ref().map_or(0, |report| report.generation);
+    part.generation.is_some_and(|told| heard >= told)
+        || part.started_at.is_some_and(|at| device.last_seen > at)
 }
 
 enum Evidence {
@@ -350,14 +369,21 @@ fn blames_model(failure: &Failure) -> bool {
 fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
     loop {
         gate::choose(record, world, outcome);
-        start(record, world, outcome);
+        let holds = start(record, world, outcome);
         let wave = record.rollout.current_wave;
         let in_wave: Vec<&RolloutDevice> =
             record.rollout.devices.iter().filter(|part| part.wave == wave).collect();
         let updating: Vec<&RolloutDevice> =
             in_wave.iter().copied().filter(|part| part.outcome == Outcome::Updating).collect();
-        if !updating.is_empty() {
-            record.rollout.waiting_for = waits_for_devices(record, world, &updating);
+        if !updating.is_empty() || !holds.is_empty() {
+            for (hold, _) in &holds {
+                outcome.deadline = earlier(outcome.deadline, hold.until);
+            }
+            record.rollout.waiting_for = waits_for_devices(record, world, &updating, &holds);
+            return;
+        }
+        if let Some(away) = nobody_there(record) {
+            record.rollout.waiting_for = away;
             return;
         }
         let bake_s = record.rollout.asked.policy.bake_s;
@@ -392,113 +418,144 @@ fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutc
             record.rollout.current_wave += 1;
             continue;
         }
-        finish(record, world);
+        finish(record, world, outcome);
         return;
     }
+}
+
+/// Nobody was there to try the release: without one that confirms it no other wave starts.
+fn nobody_there(record: &RolloutRecord) -> Option<String> {
+    let parts = || record.rollout.devices.iter();
+    let tried =
+        |part: &RolloutDevice| matches!(part.outcome, Outcome::Confirmed | Outcome::Failed { .. });
+    if parts().any(tried) {
+        return None;
+    }
+    let away: Vec<&str> = parts()
+        .filter(|part| part.outcome == Outcome::Away)
+        .map(|part| part.name.as_str())
+        .collect();
+    (!away.is_empty()).then(|| {
+        format!("a device that can try it: {} away (stragglers)", list(&away, NAMES_SHOWN))
+    })
 }
 
 fn waits_for_devices(
     record: &RolloutRecord,
     world: &World<'_>,
     updating: &[&RolloutDevice],
+    holds: &[(Hold, usize)],
 ) -> String {
-    let names: Vec<String> = updating
-        .iter()
-        .take(NAMES_SHOWN)
-        .map(|part| {
-            let phase = world.device(&part.device).map_or("unknown", |device| {
-                match (&device.report, part.generation) {
-                    (Some(report), Some(told)) if report.generation >= told => {
-                        phase_words(&report.phase)
-                    }
-                    _ => "has not asked yet",
-                }
-            });
-            format!("{} ({phase})", part.name)
-        })
-        .collect();
-    let first = first_straggles_at(record, updating.iter().copied());
-    let limit = first.map(|at| format!("; fails at {}", clock(at))).unwrap_or_default();
-    let more = updating.len() - names.len();
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let mut waits = Vec::new();
+    if !updating.is_empty() {
+        let names: Vec<String> =
+            updating.iter().take(NAMES_SHOWN).map(|part| at_work(part, world)).collect();
+        let first = first_straggles_at(record, updating.iter().copied());
+        let limit = first.map(|at| format!("; fails at {}", clock(at))).unwrap_or_default();
+        let more = updating.len() - names.len();
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        waits.push(format!("{}{more} to confirm{limit}", names.join(", ")));
+    }
+    for (hold, devices) in holds {
+        let verb = if *devices == 1 { "waits" } else { "wait" };
+        waits.push(format!("{} {verb} for {}", count(*devices, "device"), hold.why));
+    }
     format!(
-        "wave {} of {}: {}{more} to confirm{limit}",
+        "wave {} of {}: {}",
         record.rollout.current_wave + 1,
         record.rollout.waves,
-        names.join(", ")
+        waits.join("; ")
     )
 }
 
-pub(super) fn clock(at: Timestamp) -> String {
-    at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+fn at_work(part: &RolloutDevice, world: &World<'_>) -> String {
+    let phase = world.device(&part.device).map_or("unknown", |device| {
+        match (&device.report, part.generation) {
+            (Some(report), Some(told)) if report.generation >= told => phase_words(&report.phase),
+            _ => "has not asked yet",
+        }
+    });
+    format!("{} ({phase})", part.name)
 }
 
-/// Tells the pending devices of the current wave.
-fn start(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
+/// Tells the pending devices of the current wave, as far as the rules let it. Returns what holds the
+/// others up, and how many devices each.
+fn start(
+    record: &mut RolloutRecord,
+    world: &World<'_>,
+    outcome: &mut StepOutcome,
+) -> Vec<(Hold, usize)> {
     let asked = record.rollout.asked.clone();
     let wave = record.rollout.current_wave;
-    let Some(release) = world.release(&asked.model, &asked.version) else { return };
+    let release = world.release(&asked.model, &asked.version);
+    let Some(release) = release else { return Vec::new() };
+    let pending = |part: &&RolloutDevice| part.wave == wave && part.outcome == Outcome::Pending;
+    let waiting = record.rollout.devices.iter().filter(pending).count();
+    let holds = if waiting > 0 { Rules::hold_wave(record, world) } else { Vec::new() };
+    if !holds.is_empty() {
+        return holds.into_iter().map(|hold| (hold, waiting)).collect();
+    }
+    outcome.changed |= absence::rearrange(record, world);
+    let in_wave = |part: &RolloutDevice| part.wave == wave;
+    let goes_on =
+        record.rollout.devices.iter().any(|part| in_wave(part) && part.started_at.is_some());
+    let mut rules = Rules::new(record, world);
+    let mut held: Vec<(Hold, usize)> = Vec::new();
     let mut started = Vec::new();
-    for part in &mut record.rollout.devices {
-        if part.wave != wave || part.outcome != Outcome::Pending {
+    let mut before = std::mem::take(&mut record.before);
+    let offer = Offer {
+        world,
+        release,
+        confirm_timeout_s: asked.policy.confirm_timeout_s,
+        reason: format!(
+            "release {} by rollout {}, wave {}",
+            asked.version,
+            record.rollout.id,
+            wave + 1
+        ),
+    };
+    for part in record.rollout.devices.iter_mut().filter(|part| in_wave(part)) {
+        if part.outcome != Outcome::Pending {
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
-        outcome.changed = true;
-        // Its budget or blueprint may have changed since the rollout was made.
-        let fresh = entry(device, release, world);
-        part.variant = fresh.variant;
-        part.manifest = fresh.manifest;
-        part.fit = fresh.fit;
-        if fresh.outcome != Outcome::Pending {
-            part.outcome = fresh.outcome;
-            part.finished_at = Some(world.now);
+        if let Some(hold) = rules.hold(device) {
+            match held.iter_mut().find(|(known, _)| *known == hold) {
+                Some((_, devices)) => *devices += 1,
+                None => held.push((hold, 1)),
+            }
             continue;
         }
-        let (fit, runtime) = assign::fit_device(device, release);
-        let Fit::Fits { index, .. } = fit else { continue };
-        let model = assign::desired_model(release, &release.variants[index], &runtime);
-        part.outcome = Outcome::Updating;
-        part.started_at = Some(world.now);
-        if assign::same(&device.desired, Some(&model), &runtime) && !device.is_ahead() {
-            // It is told this already: what it reported counts.
-            part.generation = Some(device.desired.generation);
-        } else {
-            part.generation = Some(device.next_generation());
-            let before = assign::way_back(world, device, device.desired.model.clone(), None);
-            if before.as_ref().is_none_or(|before| before.manifest != model.manifest) {
-                record.before.insert(device.id.clone(), before);
-            }
-            let reason = format!(
-                "release {} by rollout {}, wave {}: {}",
-                asked.version,
-                record.rollout.id,
-                wave + 1,
-                part.fit
-            );
-            let confirm_timeout_s = asked.policy.confirm_timeout_s;
-            let target = Target::Model { model, confirm_timeout_s, reason };
-            outcome.targets.insert(device.id.clone(), target);
+        outcome.changed = true;
+        if offer.tell(part, device, &mut before, outcome) {
+            part.outcome = Outcome::Updating;
+            rules.told(device);
+            started.push(format!("{} gets {}", part.name, part.fit));
         }
-        started.push(format!("{} gets {}", part.name, part.fit));
     }
+    record.before = before;
     if started.is_empty() {
-        return;
+        return held;
     }
-    let what = format!(
-        "started wave {} of {}: {}",
-        wave + 1,
-        record.rollout.waves,
-        count(started.len(), "device")
-    );
-    let more = started.len().saturating_sub(NAMES_SHOWN);
-    started.truncate(NAMES_SHOWN);
-    if more > 0 {
-        started.push(format!("and {more} more"));
+    // A wave that limits stretch starts once; who was told when is with the devices.
+    if !goes_on {
+        let held: usize = held.iter().map(|(_, devices)| devices).sum();
+        let of = if held > 0 { format!(" of {}", started.len() + held) } else { String::new() };
+        let what = format!(
+            "started wave {} of {}: {}{of}",
+            wave + 1,
+            record.rollout.waves,
+            count(started.len(), "device")
+        );
+        let more = started.len().saturating_sub(NAMES_SHOWN);
+        started.truncate(NAMES_SHOWN);
+        if more > 0 {
+            started.push(format!("and {more} more"));
+        }
+        let mut because = evidence_so_far(record, wave);
+        because.extend(started);
+        decide(&mut record.rollout, world.now, what, because);
     }
-    let mut because = evidence_so_far(record, wave);
-    because.extend(started);
-    decide(&mut record.rollout, world.now, what, because);
     // Confirmations that are known already count in this very step.
     for part in &mut record.rollout.devices {
         if part.outcome != Outcome::Updating || outcome.targets.contains_key(&part.device) {
@@ -510,6 +567,83 @@ fn start(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcom
             part.finished_at = Some(world.now);
         }
     }
+    held
+}
+
+/// What a rollout's devices are told.
+struct Offer<'a> {
+    world: &'a World<'a>,
+    release: &'a NewRelease,
+    confirm_timeout_s: u32,
+    reason: String,
+}
+
+impl Offer<'_> {
+    /// Tells a device; its outcome is the caller's. False where there is nothing for it, which is its
+    /// outcome then.
+    fn tell(
+        &self,
+        part: &mut RolloutDevice,
+        device: &FleetDevice,
+        before: &mut BTreeMap<DeviceId, Option<DesiredModel>>,
+        outcome: &mut StepOutcome,
+    ) -> bool {
+        // Its budget or blueprint may have changed since the rollout was made.
+        let fresh = entry(device, self.release, self.world);
+        part.variant = fresh.variant;
+        part.manifest = fresh.manifest;
+        part.fit = fresh.fit;
+        let (fit, runtime) = assign::fit_device(device, self.release);
+        let (Outcome::Pending, Fit::Fits { index, .. }) = (&fresh.outcome, fit) else {
+            part.outcome = fresh.outcome;
+            part.finished_at = Some(self.world.now);
+            return false;
+        };
+        let model = assign::desired_model(self.release, &self.release.variants[index], &runtime);
+        part.started_at = Some(self.world.now);
+        if assign::same(&device.desired, Some(&model), &runtime) && !device.is_ahead() {
+            // It is told this already: what it reported counts.
+            part.generation = Some(device.desired.generation);
+            return true;
+        }
+        part.generation = Some(device.next_generation());
+        let ran = assign::way_back(self.world, device, device.desired.model.clone(), None);
+        if ran.as_ref().is_none_or(|ran| ran.manifest != model.manifest) {
+            before.insert(device.id.clone(), ran);
+        }
+        let reason = format!("{}: {}", self.reason, part.fit);
+        let confirm_timeout_s = self.confirm_timeout_s;
+        let target = Target::Model { model, confirm_timeout_s, reason };
+        outcome.targets.insert(device.id.clone(), target);
+        true
+    }
+}
+
+/// Tells the devices that are away, once all others are done: they take it when they come back.
+/// Returns how many.
+fn tell_away(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) -> usize {
+    let asked = &record.rollout.asked;
+    let Some(release) = world.release(&asked.model, &asked.version) else { return 0 };
+    let offer = Offer {
+        world,
+        release,
+        confirm_timeout_s: asked.policy.confirm_timeout_s,
+        reason: format!(
+            "release {} by rollout {}, while it was away",
+            asked.version, record.rollout.id
+        ),
+    };
+    let mut told = 0;
+    for part in &mut record.rollout.devices {
+        if part.outcome != Outcome::Away {
+            continue;
+        }
+        let Some(device) = world.device(&part.device) else { continue };
+        let tells =
+            part.generation.is_none() && offer.tell(part, device, &mut record.before, outcome);
+        told += usize::from(tells || part.generation.is_some());
+    }
+    told
 }
 
 fn evidence_so_far(record: &RolloutRecord, wave: u32) -> Vec<String> {
@@ -529,7 +663,7 @@ fn evidence_so_far(record: &RolloutRecord, wave: u32) -> Vec<String> {
     }
 }
 
-fn finish(record: &mut RolloutRecord, world: &World<'_>) {
+fn finish(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
     let number = |wanted: fn(&Outcome) -> bool| {
         record.rollout.devices.iter().filter(|part| wanted(&part.outcome)).count()
     };
@@ -557,6 +691,13 @@ fn finish(record: &mut RolloutRecord, world: &World<'_>) {
         record.rollout.waiting_for = halted_waits(&record.rollout.id);
         "halted: no device confirmed it"
     } else {
+        let away = tell_away(record, world, outcome);
+        if away > 0 {
+            because.push(format!(
+                "{} away: told, and take it when they come back",
+                count(away, "device")
+            ));
+        }
         record.rollout.state = RolloutState::Completed;
         record.rollout.waiting_for = String::new();
         "completed"

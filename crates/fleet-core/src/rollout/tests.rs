@@ -7,7 +7,10 @@ use slmops_api::device::{DeviceReport, Failure, InstalledModel, Phase, Rejection
 use slmops_api::evidence::{Evidence, EvidenceCounts};
 use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::probe::ProbeResult;
-use slmops_api::rollout::{NewRollout, Outcome, RolloutPolicy, WaveSize};
+use slmops_api::rollout::{
+    ApprovalStep, Freeze, Limits, NewRollout, Outcome, RolloutDevice, RolloutPolicy, Schedule,
+    Stragglers, Unheard, WavePer, WaveSize,
+};
 use slmops_api::runtime::RuntimeConfig;
 
 use super::*;
@@ -177,8 +180,12 @@ impl Fleet {
     }
 
     fn operate(&mut self, id: &RolloutId, with: Command) -> Result<(), RolloutError> {
+        self.operate_as(id, with, "token test")
+    }
+
+    fn operate_as(&mut self, id: &RolloutId, with: Command, by: &str) -> Result<(), RolloutError> {
         let record = self.record(id).clone();
-        let (changed, targets) = command(&record, with, "token test", &self.world())?;
+        let (changed, targets) = command(&record, with, by, &self.world())?;
         let known = self.rollouts.iter_mut().find(|r| r.rollout.id == *id).unwrap();
         *known = changed.clone();
         let mut records = self.active();
@@ -272,6 +279,28 @@ impl Fleet {
             Some(model) => format!("{} {}", model.version, model.variant),
             None => "nothing".to_owned(),
         }
+    }
+
+    /// Puts a device into a site.
+    fn site(&mut self, device: usize, site: &str) {
+        self.devices[device].labels.insert("site".to_owned(), site.to_owned());
+    }
+
+    /// Numbers of the devices that are told this version.
+    fn on(&self, version: &str) -> Vec<usize> {
+        (0..self.devices.len()).filter(|device| self.told(*device).starts_with(version)).collect()
+    }
+
+    /// Lets devices be heard of, without news.
+    fn hear(&mut self, devices: &[usize]) {
+        for device in devices {
+            self.devices[*device].last_seen = self.now;
+        }
+        self.tick();
+    }
+
+    fn at(&self, seconds: i64) -> Timestamp {
+        self.now.checked_add(SignedDuration::from_secs(seconds)).unwrap()
     }
 
     /// Brings every device to 1.0.0.
@@ -642,6 +671,247 @@ fn device_ahead_of_a_restored_hub_is_heard() {
     assert_eq!(fleet.told(0), "1.0.0 q8_0");
 }
 
+#[test]
+fn the_first_wave_speaks_for_every_class() {
+    let mut fleet = Fleet::new(&[600, 600, 600, 360, 360, 240]);
+    let policy = RolloutPolicy { per: WavePer::Class, ..RolloutPolicy::default() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0, 3, 5]);
+    assert!(!why(fleet.rollout(&id)).contains("not covered"));
+    fleet.confirm(0);
+    fleet.confirm(3);
+    assert_eq!(fleet.on("1.0.0"), [0, 3, 5]);
+    fleet.confirm(5);
+    assert_eq!(fleet.on("1.0.0"), [0, 1, 2, 3, 4, 5]);
+    assert_eq!(fleet.rollout(&id).waves, 2);
+}
+
+#[test]
+fn shares_are_of_each_site() {
+    let mut fleet = Fleet::new(&[600; 9]);
+    for device in 0..4 {
+        fleet.site(device, "berlin");
+    }
+    for device in 4..8 {
+        fleet.site(device, "oslo");
+    }
+    // The last one has no site, and is a group of its own.
+    let policy = RolloutPolicy {
+        per: WavePer::Site,
+        waves: vec![WaveSize::Percent(50)],
+        ..RolloutPolicy::default()
+    };
+    fleet.start("1.0.0", policy).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0, 1, 4, 5, 8]);
+}
+
+#[test]
+fn it_starts_when_scheduled_and_rests_in_a_freeze() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let freeze =
+        Freeze { from: fleet.at(7000), until: fleet.at(9000), reason: "Black Friday".to_owned() };
+    let schedule = Schedule { start_at: Some(fleet.at(3600)), freezes: vec![freeze] };
+    let policy = RolloutPolicy { schedule, confirm_timeout_s: 9000, ..RolloutPolicy::default() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0_usize; 0]);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert_eq!(
+        waits,
+        "wave 1 of 2: 1 device waits for its start at 2026-01-01 01:00:00 UTC (schedule.start_at)"
+    );
+    assert_eq!(fleet.deadline, Some(fleet.at(3600)));
+    fleet.pass_s(3600);
+    assert_eq!(fleet.on("1.0.0"), [0]);
+    // Told before the freeze, it goes on; the next wave waits.
+    fleet.pass_s(3500);
+    fleet.confirm(0);
+    assert_eq!(fleet.on("1.0.0"), [0]);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(waits.contains("the end of a freeze (Black Friday) at 2026-01-01 02:30:00"), "{waits}");
+    fleet.pass_s(1900);
+    assert_eq!(fleet.on("1.0.0"), [0, 1]);
+}
+
+#[test]
+fn a_wave_waits_for_who_must_agree() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    let step = |wave, by: &[&str]| ApprovalStep {
+        wave,
+        by: by.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    let policy = RolloutPolicy {
+        waves: vec![WaveSize::Count(1), WaveSize::Count(1)],
+        approvals: vec![step(2, &[]), step(3, &["ann"])],
+        ..RolloutPolicy::default()
+    };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    fleet.confirm(0);
+    assert_eq!(fleet.on("1.0.0"), [0]);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(
+        waits.contains("approval by anybody but token test: `slm rollout approve r0 --wave 2`")
+    );
+    // Not by who made it, not for a wave that needs none, not by who is not named.
+    for (by, wave) in [("token test", 2), ("token ann", 1), ("token bob", 3), ("ann", 3)] {
+        let error = fleet.operate_as(&id, Command::Approve { wave }, by).unwrap_err();
+        assert!(matches!(error, RolloutError::Approval { .. }), "{error}");
+    }
+    // Ahead of time, and twice.
+    for _ in 0..2 {
+        fleet.operate_as(&id, Command::Approve { wave: 3 }, "token ann").unwrap();
+    }
+    assert_eq!(fleet.on("1.0.0"), [0]);
+    fleet.operate_as(&id, Command::Approve { wave: 2 }, "token bob").unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0, 1]);
+    fleet.confirm(1);
+    assert_eq!(fleet.on("1.0.0"), [0, 1, 2]);
+    assert_eq!(fleet.rollout(&id).approvals.len(), 2);
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("approved wave 2\n      - asked by token bob"), "{text}");
+    fleet.confirm(2);
+    assert!(matches!(
+        fleet.operate_as(&id, Command::Approve { wave: 2 }, "token bob"),
+        Err(RolloutError::State { wanted: "approved", .. })
+    ));
+}
+
+#[test]
+fn no_more_devices_update_at_once_than_may() {
+    let mut fleet = Fleet::new(&[600; 7]);
+    for device in 0..4 {
+        fleet.site(device, "berlin");
+    }
+    let limits = Limits { updating: Some(4), updating_per_site: Some(2) };
+    let policy = RolloutPolicy { limits, max_failures: 1, ..all_at_once() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0, 1, 4, 5]);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(
+        waits.contains("3 devices wait for one of 4 devices that may update at once"),
+        "{waits}"
+    );
+    fleet.confirm(4);
+    assert_eq!(fleet.on("1.0.0"), [0, 1, 4, 5, 6]);
+    fleet.confirm(5);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(waits.contains("2 devices wait for one of 2 devices of their site"), "{waits}");
+    // A device that failed makes room, too.
+    fleet.fail(0);
+    assert!(fleet.told(2).starts_with("1.0.0"));
+    fleet.confirm(1);
+    assert!(fleet.told(3).starts_with("1.0.0"));
+    for device in [2, 3, 6] {
+        fleet.confirm(device);
+    }
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+    // One decision for the wave, however long it was stretched.
+    let started = |decision: &&Decision| decision.what.starts_with("started wave");
+    let started: Vec<&Decision> = fleet.rollout(&id).decisions.iter().filter(started).collect();
+    assert_eq!(started.len(), 1);
+    assert_eq!(started[0].what, "started wave 1 of 1: 4 devices of 7");
+}
+
+const DAY_S: i64 = 24 * 3600;
+
+#[test]
+fn devices_that_are_away_hold_nobody_up_and_take_it_when_they_are_back() {
+    let mut fleet = Fleet::new(&[600; 4]);
+    fleet.settle_on_1_0_0();
+    fleet.pass_s(60 * DAY_S);
+    fleet.hear(&[2, 3]);
+    // The one that is to be the canary falls silent before its wave starts.
+    let schedule = Schedule { start_at: Some(fleet.at(10 * DAY_S)), ..Schedule::default() };
+    let policy = RolloutPolicy { schedule, ..RolloutPolicy::default() };
+    let id = fleet.start("1.1.0", policy).unwrap();
+    assert_eq!(fleet.rollout(&id).devices[0].name, "dev-2");
+    fleet.pass_s(9 * DAY_S);
+    fleet.hear(&[3]);
+    fleet.pass_s(DAY_S);
+    assert_eq!(fleet.on("1.1.0"), [3], "another takes the place of the canary");
+    fleet.confirm(3);
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Completed, "{}", why(rollout));
+    let text = why(rollout);
+    assert!(text.contains("3 devices away: told, and take it when they come back"), "{text}");
+    assert!(text.contains("dev-0  q8_0, generation 3: away"), "{text}");
+    // What they find is the newest release, and going back is known.
+    assert_eq!(fleet.on("1.1.0"), [0, 1, 2, 3]);
+    fleet.pass_s(300 * DAY_S);
+    fleet.confirm(0);
+    assert_eq!(fleet.told(0), "1.1.0 q8_0");
+    fleet.operate(&id, Command::Rollback).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0, 1, 2, 3]);
+}
+
+#[test]
+fn a_device_that_comes_back_joins_the_wave_that_is_out() {
+    let mut fleet = Fleet::new(&[600; 3]);
+    fleet.pass_s(30 * DAY_S);
+    fleet.hear(&[0]);
+    let policy = RolloutPolicy { confirm_timeout_s: 604_800, ..all_at_once() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0]);
+    fleet.hear(&[2]);
+    assert_eq!(fleet.on("1.0.0"), [0, 2]);
+    fleet.confirm(0);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Running);
+    fleet.confirm(2);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+}
+
+#[test]
+fn a_release_that_nobody_could_try_is_not_completed() {
+    let mut fleet = Fleet::new(&[600; 2]);
+    fleet.pass_s(30 * DAY_S);
+    let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Running);
+    assert!(rollout.waiting_for.contains("a device that can try it"), "{}", rollout.waiting_for);
+    fleet.hear(&[1]);
+    assert_eq!(fleet.on("1.0.0"), [1]);
+    fleet.confirm(1);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+}
+
+#[test]
+fn a_device_that_never_asked_can_be_left_behind() {
+    let mut fleet = Fleet::new(&[600; 3]);
+    let stragglers = Stragglers { unheard: Unheard::Leave, ..Stragglers::default() };
+    let policy = RolloutPolicy { stragglers, confirm_timeout_s: 60, ..all_at_once() };
+    let id = fleet.start("1.0.0", policy.clone()).unwrap();
+    fleet.confirm(0);
+    fleet.report(1, Phase::Staged);
+    fleet.pass_s(59);
+    fleet.confirm(1);
+    fleet.pass_s(1);
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Completed, "{}", why(rollout));
+    assert_eq!(rollout.devices[2].outcome, Outcome::Away);
+    // One that asked and did not confirm is a failure all the same.
+    let id = fleet.start("1.1.0", policy).unwrap();
+    fleet.report(1, Phase::Staged);
+    fleet.pass_s(60);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
+}
+
+#[test]
+fn rules_out_of_bounds() {
+    let mut fleet = Fleet::new(&[600]);
+    let mut check = |toml: &str, why: &str| {
+        let policy: RolloutPolicy = toml::from_str(toml).unwrap();
+        let error = fleet.start("1.0.0", policy).unwrap_err().to_string();
+        assert!(error.contains(why), "{toml}: {error}");
+    };
+    check("limits.updating = 0", "would let no device update");
+    check("limits.updating_per_site = 0", "would let no device update");
+    check("stragglers.away_after_s = 40000000", "more than 8784 h");
+    check("approvals = [{ wave = 0 }]", "waves are 1 to 100");
+    check("approvals = [{ wave = 2 }, { wave = 2 }]", "two approvals before wave 2");
+    check("approvals = [{ wave = 2, by = [''] }]", "names of tokens");
+    let freeze = "from = '2026-01-02T00:00:00Z', until = '2026-01-01T00:00:00Z'";
+    check(&format!("schedule.freezes = [{{ {freeze} }}]"), "ends before it begins");
+}
+
 /// What may happen to a fleet.
 #[derive(Clone, Debug)]
 enum Happening {
@@ -697,10 +967,24 @@ fn check_invariants(fleet: &Fleet, halted_before: &BTreeSet<RolloutId>) {
         let told = rollout.devices.iter().filter(|d| d.generation.is_some()).count();
         // A share is of the devices at the start, of which some may have been shut out since.
         let most = limit(&rollout.asked.policy, fleet.devices.len(), rollout.current_wave);
+        // At most the three classes each count by themselves; who is away is told at the end.
+        let most = match rollout.asked.policy.per {
+            WavePer::Fleet => most,
+            WavePer::Class | WavePer::Site => most.saturating_mul(3),
+        };
+        let most = if rollout.state.is_final() { usize::MAX } else { most };
+        // A device whose budget changed gets another variant by that, not by the rollout.
+        let updating =
+            |d: &&RolloutDevice| d.outcome == Outcome::Updating && !d.fit.starts_with("release ");
+        let updating = rollout.devices.iter().filter(updating).count();
+        let at_once = rollout.asked.policy.limits.updating.unwrap_or(u32::MAX) as usize;
+        assert!(updating <= at_once, "{updating} update at once:\n{}", why(rollout));
         assert!(told <= most, "{told} told, {most} allowed:\n{}", why(rollout));
         for device in &rollout.devices {
             assert!(
-                device.generation.is_none() || device.wave <= rollout.current_wave,
+                device.generation.is_none()
+                    || device.wave <= rollout.current_wave
+                    || rollout.state.is_final(),
                 "{} was told before its wave:\n{}",
                 device.name,
                 why(rollout)
@@ -753,10 +1037,22 @@ proptest! {
         waves in prop::collection::vec(wave(), 0..4),
         max_failures in 0..2_u32,
         bake_s in prop_oneof![Just(0_u32), 1..300_u32],
+        per in prop_oneof![Just(WavePer::Fleet), Just(WavePer::Class)],
+        updating in prop::option::of(1..4_u32),
+        away_after_s in prop_oneof![Just(0_u32), 300..2000_u32],
+        leave in any::<bool>(),
         happenings in prop::collection::vec(happening(), 0..60),
     ) {
+        let unheard = if leave { Unheard::Leave } else { Unheard::Fail };
         let policy = RolloutPolicy {
-            waves, max_failures, bake_s, confirm_timeout_s: 300, ..RolloutPolicy::default()
+            waves,
+            per,
+            max_failures,
+            bake_s,
+            confirm_timeout_s: 300,
+            limits: Limits { updating, ..Limits::default() },
+            stragglers: Stragglers { away_after_s, unheard },
+            ..RolloutPolicy::default()
         };
         let mut fleet = Fleet::new(&budgets);
         let versions = ["1.0.0", "1.1.0", "1.2.0"];

@@ -105,6 +105,7 @@ fn outcome_words(part: &RolloutDevice) -> String {
             crate::fit::no_fit(*smallest_bytes, *budget_bytes)
         }
         Outcome::Quarantined => "quarantined".to_owned(),
+        Outcome::Away => "away: takes it when it comes back".to_owned(),
     }
 }
 

@@ -107,6 +107,7 @@ impl From<StoreError> for ApiError {
                     RolloutError::Policy(_) => (StatusCode::UNPROCESSABLE_ENTITY, "rollout-policy"),
                     RolloutError::NoRelease(_) => (StatusCode::NOT_FOUND, "not-found"),
                     RolloutError::Overlap { .. } => (StatusCode::CONFLICT, "rollout-overlap"),
+                    RolloutError::Approval { .. } => (StatusCode::FORBIDDEN, "rollout-approval"),
                     RolloutError::State { .. } => (StatusCode::CONFLICT, "rollout-state"),
                 };
                 let title = "The rollout cannot be made or changed like this";

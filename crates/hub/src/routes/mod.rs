@@ -140,6 +140,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/rollouts/{id}", get(rollouts::get))
         .route("/v1/rollouts/{id}/pause", post(rollouts::pause))
         .route("/v1/rollouts/{id}/resume", post(rollouts::resume))
+        .route("/v1/rollouts/{id}/approve", post(rollouts::approve))
         .route("/v1/rollouts/{id}/abort", post(rollouts::abort))
         .route("/v1/rollouts/{id}/rollback", post(rollouts::rollback))
         .route("/v1/rollouts/{id}/why", get(rollouts::why))

@@ -24,7 +24,7 @@ use super::{devices, fleet, metrics, operators, releases, rollouts};
         fleet::blueprints, fleet::put_blueprint, fleet::delete_blueprint, fleet::events,
         releases::create, releases::list, releases::get,
         rollouts::create, rollouts::list, rollouts::get, rollouts::why, rollouts::pause,
-        rollouts::resume, rollouts::abort, rollouts::rollback,
+        rollouts::resume, rollouts::approve, rollouts::abort, rollouts::rollback,
         operators::whoami, operators::audit, operators::verify_audit, operators::tokens, operators::create_token,
         operators::delete_token, operators::keys, operators::add_key, operators::health,
         metrics::show, show,

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use slmops_api::problem::Problem;
-use slmops_api::rollout::{NewRollout, Rollout};
+use slmops_api::rollout::{NewApproval, NewRollout, Rollout};
 use slmops_api::{Page, RolloutId};
 use slmops_fleet_core::rollout::Command;
 
@@ -102,6 +102,20 @@ pub async fn resume(
     Path(id): Path<RolloutId>,
 ) -> Result<Json<Rollout>, ApiError> {
     command(&state, &operator, id, Command::Resume).await
+}
+
+/// Agree that a wave starts. Agreeing again changes nothing.
+#[utoipa::path(post, path = "/v1/rollouts/{id}/approve", tag = "rollouts",
+    params(("id" = String, Path)), request_body = NewApproval,
+    responses((status = 200, body = Rollout), (status = 403, body = Problem),
+        (status = 404, body = Problem), (status = 409, body = Problem)))]
+pub async fn approve(
+    State(state): State<AppState>,
+    AsOperator(operator): AsOperator,
+    Path(id): Path<RolloutId>,
+    Body(NewApproval { wave }): Body<NewApproval>,
+) -> Result<Json<Rollout>, ApiError> {
+    command(&state, &operator, id, Command::Approve { wave }).await
 }
 
 /// End a rollout where it stands.

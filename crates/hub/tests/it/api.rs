@@ -92,6 +92,52 @@ async fn release_goes_out_in_waves_and_a_damaged_one_is_stopped() {
 }
 
 #[tokio::test]
+async fn a_wave_waits_for_an_approval_that_is_audited() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let mut devices = [rig.join("one", 600).await, rig.join("two", 600).await];
+    rig.release("1.0.0").await;
+    let token = async |name: &str| {
+        let made = rig.post("/v1/tokens", json!({ "name": name, "role": "operator" })).await;
+        made["secret"].as_str().unwrap().to_owned()
+    };
+    let (ann, bob) = (token("ann").await, token("bob").await);
+    let rollout =
+        rig.rollout("1.0.0", json!({ "approvals": [{ "wave": 2, "by": ["ann"] }] })).await;
+    let id = rollout["id"].as_str().unwrap().to_owned();
+    devices[0].wait_for_generation(2).await;
+    devices[0].report(Phase::Confirmed).await;
+    let path = format!("/v1/rollouts/{id}/approve");
+    let approve = async |wave: u32, token: &str| {
+        rig.status(Method::POST, &path, json!({ "wave": wave }), Some(token)).await.as_u16()
+    };
+    assert_eq!(approve(2, &bob).await, 403);
+    assert_eq!(approve(1, &ann).await, 403);
+    assert_eq!(rig.status(Method::POST, &path, json!({}), Some(&ann)).await.as_u16(), 400);
+    assert!(devices[1].desired().await.model.is_none());
+    assert_eq!(approve(2, &ann).await, 200);
+    assert_eq!(approve(2, &ann).await, 200);
+    assert!(devices[1].wait_for_generation(2).await.model.is_some());
+    devices[1].report(Phase::Confirmed).await;
+    let done = rig.wait_for_state(&id, "completed").await;
+    assert_eq!(done["approvals"][0]["by"], "token ann");
+    let audit = rig.get("/v1/audit?limit=500").await;
+    let approved = |entry: &&Value| entry["action"] == "rollout.approve";
+    let approved: Vec<&Value> =
+        audit["items"].as_array().unwrap().iter().filter(approved).collect();
+    assert_eq!(approved.len(), 1, "{audit}");
+    assert_eq!(approved[0]["details"], json!({ "wave": 2 }));
+    assert_eq!(approve(2, &ann).await, 409);
+
+    // Rules out of bounds are refused with the reason.
+    let policy = json!({ "limits": { "updating": 0 } });
+    let body = json!({ "model": "m", "version": "1.0.0", "policy": policy });
+    let refused =
+        rig.send(Method::POST, "/v1/rollouts", body, StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert!(refused["detail"].as_str().unwrap().contains("limits.updating = 0"), "{refused}");
+}
+
+#[tokio::test]
 async fn long_poll_wakes_for_a_change_and_only_for_one() {
     let rig = Rig::start().await;
     let device = rig.join("one", 600).await;

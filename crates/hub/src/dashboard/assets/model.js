@@ -16,6 +16,7 @@ export const STATES = {
   pending: { tone: "mute", mark: "ring", label: "pending" },
   no_fit: { tone: "warn", mark: "bang", label: "no fit" },
   quarantined: { tone: "warn", mark: "bang", label: "quarantined" },
+  away: { tone: "mute", mark: "ring", label: "away" },
   running: { tone: "busy", mark: "arrow", label: "running" },
   paused: { tone: "warn", mark: "pause", label: "paused" },
   halted: { tone: "bad", mark: "bang", label: "halted" },

@@ -316,6 +316,7 @@ function member(device) {
     failed: took && `after ${took}`,
     no_fit: `needs ${bytes(device.smallest_bytes)}, offers ${bytes(device.budget_bytes)}`,
     quarantined: "failed here before",
+    away: "takes it when it is back",
   }[device.outcome];
   return h(
     "li.member",

@@ -93,6 +93,7 @@ const PARTS = [
   ["failed", "bad"],
   ["no_fit", "warn"],
   ["quarantined", "warn"],
+  ["away", "mute"],
 ];
 
 /** The devices' outcomes as one bar. */
