@@ -2,7 +2,7 @@
 # Installs what this machine lacks, by its package manager, saying first what and why.
 # usage: scripts/setup.sh [build] [model] [test]
 #   build  compilers for slm and slm-agent    model  what fetches the demo's model
-#   test   cargo-nextest, cargo-deny and a headless Chromium
+#   test   cargo-nextest, cargo-deny, a headless Chromium and a PostgreSQL server
 # Quick and silent about what is there already; safe to run again.
 set -euo pipefail
 export PATH="$HOME/.cargo/bin:$PATH"
@@ -35,6 +35,7 @@ have_clang_headers() {
     || [ "$(uname)" = Darwin ]
 }
 have_chromium() { have chromium || have chromium-browser || have google-chrome || have chrome; }
+have_postgres() { have initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null; }
 have_pip() { have python3 && { python3 -m pip --version >/dev/null 2>&1 || python3 -c 'import ensurepip, venv' 2>/dev/null; }; }
 
 if have apt-get; then manager=apt
@@ -61,6 +62,8 @@ name_of() {
     apt:chromedriver) echo chromium-driver ;; dnf:chromedriver) echo chromedriver ;;
     pacman:chromedriver) echo chromium ;; apk:chromedriver) echo chromium-chromedriver ;;
     brew:chromedriver) echo --cask chromedriver ;;
+    apt:postgresql) echo postgresql ;; dnf:postgresql) echo postgresql-server ;;
+    *:postgresql) echo postgresql ;;
     *:certificates) echo ca-certificates ;;
   esac
 }
@@ -80,6 +83,7 @@ fi
 if wants test; then
   have_chromium || need chromium "chromium: the tests open every dashboard page in it"
   have chromedriver || need chromedriver "chromedriver: drives that browser"
+  have_postgres || need postgresql "postgresql: the tests of the store run over it, in a private folder"
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then

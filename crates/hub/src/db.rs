@@ -1,18 +1,27 @@
-//! The hub's SQLite database: opening, locking, migrating, and transactions off the async runtime.
+//! The hub's database: opening, locking, migrating, and transactions off the async runtime. SQLite
+//! and PostgreSQL are two drivers below one [`Tx`]; statements are written once, for both.
 //! It never knows what the tables mean: each component brings its own [`Schema`].
 //! Start reading at [`Database::open`], then [`Database::write`].
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Transaction, TransactionBehavior};
+use rusqlite::TransactionBehavior;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+mod postgres;
+mod sqlite;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+mod value;
+
+pub use postgres::Postgres;
+pub use sqlite::FolderLock;
+use value::RowOf;
+pub(crate) use value::params;
+pub use value::{Cell, Column, Row, ToValue, Value};
 
 /// The database's file in the hub's data folder.
 pub const DATABASE_FILE: &str = "hub.db";
@@ -22,13 +31,14 @@ pub const LOCK_FILE: &str = "hub.lock";
 const READERS: usize = 4;
 /// How long a statement waits for a lock that another process (a backup, `sqlite3`) holds.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Statements that each connection keeps prepared.
-const STATEMENT_CACHE: usize = 256;
-/// The longest process id read from a lock file, in bytes.
-const MAX_LOCK_BYTES: u64 = 32;
 
 /// The tables of one component, as numbered migrations: the first is number 1. A migration that has
 /// been released is never edited; a change is a new one at the end.
+///
+/// They are written in SQLite's words, of which PostgreSQL gets its own: `INTEGER` (`BIGINT`),
+/// `BLOB` (`BYTEA`), `TEXT` (compared byte by byte), `INTEGER PRIMARY KEY` with or without
+/// `AUTOINCREMENT` (an identity), `STRICT` and `WITHOUT ROWID` (nothing). Both engines read the
+/// rest as it is; see the migration tests.
 #[derive(Clone, Copy, Debug)]
 pub struct Schema {
     /// Whose tables these are, such as `registry`; the key in `schema_version`.
@@ -75,12 +85,11 @@ pub enum DbError {
     },
     /// A newer hub wrote the database.
     #[error(
-        "database {}: tables of `{component}` have version {found}, this program knows up to {known}\nhint: a newer slm has used this folder; run that version or newer, or restore a backup from before the upgrade",
-        path.display()
+        "database {database}: tables of `{component}` have version {found}, this program knows up to {known}\nhint: a newer slm has used this database; run that version or newer, or restore a backup from before the upgrade"
     )]
     NewerSchema {
         /// The database.
-        path: PathBuf,
+        database: String,
         /// Whose tables.
         component: String,
         /// The version in the database.
@@ -105,7 +114,7 @@ pub enum DbError {
     DiskFull,
     /// The database cannot be written. The transaction was rolled back.
     #[error(
-        "the hub's database is read-only\nhint: check the owner and mode of {DATABASE_FILE} and whether its file system is mounted read-only"
+        "the hub's database is read-only\nhint: check the owner and mode of {DATABASE_FILE} and whether its file system is mounted read-only; with PostgreSQL, whether the server is a standby"
     )]
     ReadOnly,
     /// Another program kept the database locked. The transaction was rolled back.
@@ -114,9 +123,56 @@ pub enum DbError {
         BUSY_TIMEOUT.as_secs()
     )]
     Busy,
-    /// Any other failure of the engine. The transaction was rolled back.
+    /// Any other failure of SQLite. The transaction was rolled back.
     #[error("database: {0}")]
     Sqlite(#[source] rusqlite::Error),
+    /// Any other failure of PostgreSQL. The transaction was rolled back.
+    #[error("database: {}", postgres::words(.0))]
+    Postgres(#[source] tokio_postgres::Error),
+    /// PostgreSQL cannot be reached, or went away. A transaction that was being committed may or may
+    /// not have been; every other one was rolled back.
+    #[error(
+        "PostgreSQL cannot be reached: {}\nhint: is the server up? The hub goes on by itself when it is",
+        postgres::words(.0)
+    )]
+    Unreachable(#[source] tokio_postgres::Error),
+    /// PostgreSQL does not answer.
+    #[error(
+        "PostgreSQL has not answered for {seconds} s\nhint: is the network to the server up? The hub goes on by itself when it is"
+    )]
+    Silent {
+        /// How long it was waited for.
+        seconds: u64,
+        /// The cause.
+        source: tokio::time::error::Elapsed,
+    },
+    /// The database's URL cannot be used.
+    #[error(
+        "the database's URL cannot be used: {reason}\nhint: write postgres://USER@HOST:PORT/DATABASE?sslrootcert=FILE, and give the password by PGPASSWORD or SLM_DATABASE_PASSWORD_FILE"
+    )]
+    Url {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Another hub writes to the PostgreSQL database.
+    #[error(
+        "database {database} is in use by another hub\nhint: stop that hub, or give this one a database of its own"
+    )]
+    DatabaseInUse {
+        /// Which one.
+        database: String,
+    },
+    /// A column holds something else than this program wrote.
+    #[error("database: column {index}: {source}")]
+    Column {
+        /// Its place in the row, from 0.
+        index: usize,
+        /// What is wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Text with a zero byte, which PostgreSQL cannot keep.
+    #[error("a text contains a zero byte\nhint: send plain text")]
+    ZeroByte,
     /// The hub is going down.
     #[error("the hub is shutting down")]
     ShuttingDown,
@@ -125,22 +181,16 @@ pub enum DbError {
     Panicked,
 }
 
-impl From<rusqlite::Error> for DbError {
-    fn from(error: rusqlite::Error) -> Self {
-        match error.sqlite_error_code() {
-            Some(ErrorCode::DiskFull) => Self::DiskFull,
-            Some(ErrorCode::ReadOnly) => Self::ReadOnly,
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy,
-            _ => Self::Sqlite(error),
-        }
-    }
-}
-
 impl DbError {
     /// Whether a constraint of the tables (unique, foreign key, check) refused a change.
     pub fn is_constraint(&self) -> bool {
-        matches!(self, Self::Sqlite(error)
-            if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation))
+        match self {
+            Self::Sqlite(error) => {
+                error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation)
+            }
+            Self::Postgres(error) => postgres::is_constraint(error),
+            _ => false,
+        }
     }
 }
 
@@ -151,21 +201,33 @@ pub struct Database {
 }
 
 struct Inner {
-    path: PathBuf,
+    source: Source,
     writer: Pool,
     readers: Pool,
-    _lock: FolderLock,
 }
 
-/// Connections, and as many permits to use one.
+/// Where connections come from.
+enum Source {
+    Sqlite { path: PathBuf, _lock: FolderLock },
+    Postgres { server: Box<Postgres>, handle: Handle },
+}
+
+enum Connection {
+    Sqlite(rusqlite::Connection),
+    Postgres(postgres::Connection),
+}
+
+/// Places for connections, and as many permits to use one. A place is empty until it is needed, and
+/// again when its connection is lost.
 struct Pool {
     permits: Arc<Semaphore>,
-    connections: Mutex<Vec<Connection>>,
+    places: Mutex<Vec<Option<Connection>>>,
+    writes: bool,
 }
 
 impl Database {
-    /// Opens (or makes) the database in `folder`: takes the folder's lock, checks the file, and
-    /// brings every component's tables up to date. Blocking: call it at start, or from a thread.
+    /// Opens (or makes) the SQLite database in `folder`: takes the folder's lock, checks the file,
+    /// and brings every component's tables up to date. Blocking: call it at start, or from a thread.
     ///
     /// # Errors
     /// A folder that cannot be written or is in use, a damaged file, tables of a newer program, or
@@ -175,32 +237,34 @@ impl Database {
             .map_err(|source| DbError::Folder { path: folder.to_owned(), source })?;
         let lock = FolderLock::acquire(folder)?;
         let path = folder.join(DATABASE_FILE);
-        let mut writer = connect(&path).map_err(|error| name_damage(&path, error))?;
-        check_integrity(&path, &writer)?;
-        migrate(&path, &mut writer, schemas)?;
-        let mut readers = Vec::with_capacity(READERS);
-        for _ in 0..READERS {
-            let reader = connect(&path)?;
-            reader.pragma_update(None, "query_only", true)?;
-            readers.push(reader);
-        }
-        let inner = Inner {
-            path,
-            writer: Pool::new(vec![writer]),
-            readers: Pool::new(readers),
-            _lock: lock,
-        };
-        Ok(Self { inner: Arc::new(inner) })
+        let mut writer = Connection::Sqlite(sqlite::open(&path)?);
+        migrate(&path.display().to_string(), &mut writer, schemas)?;
+        Ok(Self::over(Source::Sqlite { path, _lock: lock }, writer))
     }
 
-    /// Where the database's file is.
-    pub fn path(&self) -> &Path {
-        &self.inner.path
+    /// Opens a PostgreSQL database, which must exist: takes the right to write to it, and brings
+    /// every component's tables up to date. Blocking, and within a runtime: call it from a thread
+    /// for blocking work.
+    ///
+    /// # Errors
+    /// A server that cannot be reached or refuses, a database that another hub uses, tables of a
+    /// newer program, or a migration that fails.
+    pub fn open_postgres(server: Postgres, schemas: &[Schema]) -> Result<Self, DbError> {
+        let handle = Handle::current();
+        let mut writer = Connection::Postgres(server.connect(&handle, true)?);
+        migrate(&server.to_string(), &mut writer, schemas)?;
+        Ok(Self::over(Source::Postgres { server: Box::new(server), handle }, writer))
+    }
+
+    fn over(source: Source, writer: Connection) -> Self {
+        let writer = Pool::new(vec![Some(writer)], true);
+        let readers = Pool::new((0..READERS).map(|_| None).collect(), false);
+        Self { inner: Arc::new(Inner { source, writer, readers }) }
     }
 
     /// Runs `change` in a transaction that excludes every other writer, on a thread for blocking
-    /// work. When this returns `Ok`, the change is on the disk (`synchronous = FULL`); on `Err`
-    /// nothing was changed.
+    /// work. When this returns `Ok`, the change is on the disk; on `Err` nothing was changed, but
+    /// for [`DbError::Unreachable`], which leaves open whether a commit arrived.
     ///
     /// Not cancellation safe: once begun, a change is carried out even if the caller goes away.
     ///
@@ -208,13 +272,13 @@ impl Database {
     /// What `change` returns, or [`DbError`] from the transaction itself.
     pub async fn write<T, E>(
         &self,
-        change: impl FnOnce(&Transaction<'_>) -> Result<T, E> + Send + 'static,
+        change: impl FnOnce(&Tx<'_>) -> Result<T, E> + Send + 'static,
     ) -> Result<T, E>
     where
         T: Send + 'static,
         E: From<DbError> + Send + 'static,
     {
-        self.run(|inner| &inner.writer, TransactionBehavior::Immediate, change).await
+        self.run(|inner| &inner.writer, change).await
     }
 
     /// Runs `query` over one consistent snapshot, on a thread for blocking work.
@@ -223,20 +287,19 @@ impl Database {
     /// What `query` returns, or [`DbError`] from the transaction itself.
     pub async fn read<T, E>(
         &self,
-        query: impl FnOnce(&Transaction<'_>) -> Result<T, E> + Send + 'static,
+        query: impl FnOnce(&Tx<'_>) -> Result<T, E> + Send + 'static,
     ) -> Result<T, E>
     where
         T: Send + 'static,
         E: From<DbError> + Send + 'static,
     {
-        self.run(|inner| &inner.readers, TransactionBehavior::Deferred, query).await
+        self.run(|inner| &inner.readers, query).await
     }
 
     async fn run<T, E>(
         &self,
         pool: fn(&Inner) -> &Pool,
-        behavior: TransactionBehavior,
-        body: impl FnOnce(&Transaction<'_>) -> Result<T, E> + Send + 'static,
+        body: impl FnOnce(&Tx<'_>) -> Result<T, E> + Send + 'static,
     ) -> Result<T, E>
     where
         T: Send + 'static,
@@ -247,14 +310,14 @@ impl Database {
         let inner = Arc::clone(&self.inner);
         let work = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            let mut lent = pool(&inner).take();
-            let connection = lent.connection.as_mut().expect("a permit stands for a connection");
-            // Dropping an unfinished transaction (error or panic) rolls it back.
-            let transaction =
-                connection.transaction_with_behavior(behavior).map_err(DbError::from)?;
-            let value = body(&transaction)?;
-            transaction.commit().map_err(DbError::from)?;
-            Ok(value)
+            let pool = pool(&inner);
+            let mut lent = pool.take();
+            let mut connection = inner.source.ready(lent.connection.take(), pool.writes)?;
+            let result = transact(&mut connection, pool.writes, body);
+            // What panicked or was lost is not put back; the next who needs one opens it again.
+            let lost = matches!(&connection, Connection::Postgres(open) if open.is_closed());
+            lent.connection = (!lost).then_some(connection);
+            result
         });
         match work.await {
             Ok(result) => result,
@@ -264,19 +327,194 @@ impl Database {
     }
 }
 
-impl Pool {
-    fn new(connections: Vec<Connection>) -> Self {
-        let permits = Arc::new(Semaphore::new(connections.len()));
-        Self { permits, connections: Mutex::new(connections) }
-    }
-
-    fn take(&self) -> Lent<'_> {
-        let mut free = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        Lent { connection: free.pop(), pool: self }
+impl Source {
+    /// A connection that answers: the one at hand, or a new one.
+    fn ready(&self, at_hand: Option<Connection>, writes: bool) -> Result<Connection, DbError> {
+        match (self, at_hand) {
+            (Self::Sqlite { .. }, Some(connection)) => Ok(connection),
+            (Self::Sqlite { path, .. }, None) if writes => {
+                Ok(Connection::Sqlite(sqlite::open(path)?))
+            }
+            (Self::Sqlite { path, .. }, None) => Ok(Connection::Sqlite(sqlite::open_reader(path)?)),
+            (Self::Postgres { .. }, Some(Connection::Postgres(open))) if !open.is_closed() => {
+                Ok(Connection::Postgres(open))
+            }
+            (Self::Postgres { server, handle }, _) => {
+                Ok(Connection::Postgres(server.connect(handle, writes)?))
+            }
+        }
     }
 }
 
-/// A connection in use; goes back to its pool even when the user panics.
+/// One transaction: committed if `body` returns `Ok`, rolled back otherwise.
+fn transact<T, E: From<DbError>>(
+    connection: &mut Connection,
+    writes: bool,
+    body: impl FnOnce(&Tx<'_>) -> Result<T, E>,
+) -> Result<T, E> {
+    match connection {
+        Connection::Sqlite(connection) => {
+            let behavior = match writes {
+                true => TransactionBehavior::Immediate,
+                false => TransactionBehavior::Deferred,
+            };
+            // Dropping an unfinished transaction (error or panic) rolls it back.
+            let transaction =
+                connection.transaction_with_behavior(behavior).map_err(DbError::from)?;
+            let tx = Tx(TxOf::Sqlite(transaction));
+            let value = body(&tx)?;
+            let TxOf::Sqlite(transaction) = tx.0 else { unreachable!("it was just made") };
+            transaction.commit().map_err(DbError::from)?;
+            Ok(value)
+        }
+        Connection::Postgres(connection) => {
+            connection.begin(writes)?;
+            // A panic drops the connection, and the server rolls back.
+            let result = body(&Tx(TxOf::Postgres(connection)));
+            match &result {
+                Ok(_) => connection.end(true)?,
+                Err(_) if connection.is_closed() => {}
+                Err(_) => connection.end(false)?,
+            }
+            result
+        }
+    }
+}
+
+/// A transaction under way. Statements number their parameters `?1`, `?2`, …; see
+/// `params!`.
+pub struct Tx<'c>(TxOf<'c>);
+
+enum TxOf<'c> {
+    Sqlite(rusqlite::Transaction<'c>),
+    Postgres(&'c postgres::Connection),
+}
+
+impl Tx<'_> {
+    /// Runs one statement; the number of rows that it changed.
+    ///
+    /// # Errors
+    /// What the database says. The transaction must then end.
+    pub fn execute(&self, sql: &str, params: &[Value<'_>]) -> Result<usize, DbError> {
+        match &self.0 {
+            TxOf::Sqlite(tx) => {
+                Ok(tx.prepare_cached(sql)?.execute(rusqlite::params_from_iter(params))?)
+            }
+            TxOf::Postgres(connection) => connection.execute(sql, params),
+        }
+    }
+
+    /// Gives every row of a query to `read`, until there is no more or it returns `false`. Rows of
+    /// SQLite are read one by one.
+    ///
+    /// # Errors
+    /// What the database or `read` says.
+    pub fn each<E: From<DbError>>(
+        &self,
+        sql: &str,
+        params: &[Value<'_>],
+        mut read: impl FnMut(&Row<'_>) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        match &self.0 {
+            TxOf::Sqlite(tx) => {
+                let mut statement = tx.prepare_cached(sql).map_err(DbError::from)?;
+                let params = rusqlite::params_from_iter(params);
+                let mut rows = statement.query(params).map_err(DbError::from)?;
+                while let Some(row) = rows.next().map_err(DbError::from)? {
+                    if !read(&Row(RowOf::Sqlite(row)))? {
+                        break;
+                    }
+                }
+            }
+            TxOf::Postgres(connection) => {
+                for row in &connection.query(sql, params)? {
+                    if !read(&Row(RowOf::Postgres(row)))? {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every row of a query, each read by `read`.
+    ///
+    /// # Errors
+    /// What the database or `read` says.
+    pub fn query<T, E: From<DbError>>(
+        &self,
+        sql: &str,
+        params: &[Value<'_>],
+        mut read: impl FnMut(&Row<'_>) -> Result<T, E>,
+    ) -> Result<Vec<T>, E> {
+        let mut found = Vec::new();
+        self.each(sql, params, |row| {
+            found.push(read(row)?);
+            Ok::<_, E>(true)
+        })?;
+        Ok(found)
+    }
+
+    /// The first row of a query, if it has any.
+    ///
+    /// # Errors
+    /// What the database or `read` says.
+    pub fn first<T, E: From<DbError>>(
+        &self,
+        sql: &str,
+        params: &[Value<'_>],
+        mut read: impl FnMut(&Row<'_>) -> Result<T, E>,
+    ) -> Result<Option<T>, E> {
+        let mut found = None;
+        self.each(sql, params, |row| {
+            found = Some(read(row)?);
+            Ok::<_, E>(false)
+        })?;
+        Ok(found)
+    }
+
+    /// Whether a query has any row.
+    ///
+    /// # Errors
+    /// What the database says.
+    pub fn exists(&self, sql: &str, params: &[Value<'_>]) -> Result<bool, DbError> {
+        Ok(self.first(sql, params, |_| Ok::<_, DbError>(()))?.is_some())
+    }
+
+    /// Runs definitions of tables, as a [`Schema`] writes them, and other statements without
+    /// parameters.
+    ///
+    /// # Errors
+    /// What the database says.
+    pub fn batch(&self, sql: &str) -> Result<(), DbError> {
+        match &self.0 {
+            TxOf::Sqlite(tx) => Ok(tx.execute_batch(sql)?),
+            TxOf::Postgres(connection) => connection.batch(&postgres::definitions(sql)),
+        }
+    }
+
+    /// The number under `key` of a JSON object in the text `column`, as SQL.
+    pub fn json_integer(&self, column: &str, key: &str) -> String {
+        match &self.0 {
+            TxOf::Sqlite(_) => format!("json_extract({column}, '$.{key}')"),
+            TxOf::Postgres(_) => format!("CAST(CAST({column} AS json) ->> '{key}' AS BIGINT)"),
+        }
+    }
+}
+
+impl Pool {
+    fn new(places: Vec<Option<Connection>>, writes: bool) -> Self {
+        let permits = Arc::new(Semaphore::new(places.len()));
+        Self { permits, places: Mutex::new(places), writes }
+    }
+
+    fn take(&self) -> Lent<'_> {
+        let mut free = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        Lent { connection: free.pop().expect("a permit stands for a place"), pool: self }
+    }
+}
+
+/// A place in use; goes back to its pool even when the user panics.
 struct Lent<'a> {
     connection: Option<Connection>,
     pool: &'a Pool,
@@ -284,146 +522,50 @@ struct Lent<'a> {
 
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        let mut free = self.pool.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        free.extend(self.connection.take());
+        let mut free = self.pool.places.lock().unwrap_or_else(PoisonError::into_inner);
+        free.push(self.connection.take());
     }
 }
 
-/// The right to use a data folder; released when dropped, and by the system when the process dies.
-#[derive(Debug)]
-pub struct FolderLock {
-    _file: File,
-}
-
-impl FolderLock {
-    /// Takes the lock of `folder`, which must exist.
-    ///
-    /// # Errors
-    /// [`DbError::InUse`] if another process (or another part of this one) has it.
-    pub fn acquire(folder: &Path) -> Result<Self, DbError> {
-        let path = folder.join(LOCK_FILE);
-        let failed = |source| DbError::Folder { path: path.clone(), source };
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(failed)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut text = String::new();
-                let holder = (&file).take(MAX_LOCK_BYTES).read_to_string(&mut text);
-                let holder = holder.ok().and_then(|_| text.trim().parse().ok());
-                return Err(DbError::InUse { path: folder.to_owned(), holder });
-            }
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
-        }
-        // For the message of whoever comes second; the lock itself does not depend on it.
-        let note = file.set_len(0).and_then(|()| file.rewind());
-        let note = note.and_then(|()| writeln!(file, "{}", std::process::id()));
-        note.map_err(failed)?;
-        Ok(Self { _file: file })
-    }
-}
-
-fn connect(path: &Path) -> Result<Connection, DbError> {
-    let connection = Connection::open(path)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
-    connection.set_prepared_statement_cache_capacity(STATEMENT_CACHE);
-    let mode: String =
-        connection.pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0))?;
-    if mode != "wal" {
-        let source = std::io::Error::other(format!(
-            "SQLite cannot use write-ahead logging here (journal mode `{mode}`)"
-        ));
-        return Err(DbError::Folder { path: path.to_owned(), source });
-    }
-    connection.pragma_update(None, "synchronous", "full")?;
-    connection.pragma_update(None, "foreign_keys", true)?;
-    connection.pragma_update(None, "trusted_schema", false)?;
-    Ok(connection)
-}
-
-fn check_integrity(path: &Path, connection: &Connection) -> Result<(), DbError> {
-    let finding = connection
-        .query_row("PRAGMA quick_check(1)", [], |row| row.get::<_, String>(0))
-        .map_err(|error| name_damage(path, error.into()))?;
-    if finding == "ok" {
-        return Ok(());
-    }
-    Err(DbError::Damaged { path: path.to_owned(), finding })
-}
-
-/// Turns the engine's "malformed" and "not a database" into the error that says what to do.
-fn name_damage(path: &Path, error: DbError) -> DbError {
-    match error {
-        DbError::Sqlite(source)
-            if matches!(
-                source.sqlite_error_code(),
-                Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
-            ) =>
-        {
-            DbError::Damaged { path: path.to_owned(), finding: source.to_string() }
-        }
-        other => other,
-    }
-}
-
-fn migrate(path: &Path, connection: &mut Connection, schemas: &[Schema]) -> Result<(), DbError> {
-    connection.execute_batch(
-        "CREATE TABLE IF NOT EXISTS schema_version (
-             component TEXT PRIMARY KEY,
-             version INTEGER NOT NULL
-         ) STRICT",
-    )?;
-    refuse_newer(path, connection, schemas)?;
-    for schema in schemas {
-        let found = version_of(connection, schema.component)?;
-        for (number, sql) in (1_u32..).zip(schema.migrations).skip(found as usize) {
-            let failed = |error: rusqlite::Error| DbError::Migration {
-                component: schema.component,
-                number,
-                source: Box::new(error.into()),
-            };
-            let mut step = || -> rusqlite::Result<()> {
-                let transaction =
-                    connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-                transaction.execute_batch(sql)?;
-                transaction.execute(
-                    "INSERT INTO schema_version (component, version) VALUES (?1, ?2)
-                     ON CONFLICT (component) DO UPDATE SET version = excluded.version",
-                    (schema.component, number),
-                )?;
-                transaction.commit()
-            };
-            step().map_err(failed)?;
-            tracing::info!(component = schema.component, number, "migrated tables");
-        }
-    }
-    Ok(())
-}
-
-fn version_of(connection: &Connection, component: &str) -> rusqlite::Result<u32> {
-    connection
-        .query_row("SELECT version FROM schema_version WHERE component = ?1", [component], |row| {
-            row.get(0)
+fn migrate(database: &str, connection: &mut Connection, schemas: &[Schema]) -> Result<(), DbError> {
+    // Every component is checked before the first migration runs: a refusal changes nothing.
+    let versions = transact(connection, true, |tx| {
+        tx.batch(
+            "CREATE TABLE IF NOT EXISTS schema_version (
+                 component TEXT PRIMARY KEY,
+                 version INTEGER NOT NULL
+             ) STRICT",
+        )?;
+        tx.query("SELECT component, version FROM schema_version", params![], |row| {
+            Ok::<(String, u32), DbError>((row.get(0)?, row.get(1)?))
         })
-        .optional()
-        .map(Option::unwrap_or_default)
-}
-
-/// Checks every component before the first migration runs, so that a refusal changes nothing.
-fn refuse_newer(path: &Path, connection: &Connection, schemas: &[Schema]) -> Result<(), DbError> {
-    let mut statement = connection.prepare("SELECT component, version FROM schema_version")?;
-    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    for row in rows {
-        let (component, found): (String, u32) = row?;
+    })?;
+    for (component, found) in &versions {
         let schema = schemas.iter().find(|schema| schema.component == component);
         let known = schema.map_or(0, |schema| schema.migrations.len() as u32);
-        if found > known {
-            return Err(DbError::NewerSchema { path: path.to_owned(), component, found, known });
+        if *found > known {
+            let (database, component) = (database.to_owned(), component.clone());
+            return Err(DbError::NewerSchema { database, component, found: *found, known });
+        }
+    }
+    for schema in schemas {
+        let found = versions.iter().find(|(component, _)| component == schema.component);
+        let found = found.map_or(0, |(_, version)| *version as usize);
+        for (number, sql) in (1_u32..).zip(schema.migrations).skip(found) {
+            let step = transact(connection, true, |tx| {
+                tx.batch(sql)?;
+                tx.execute(
+                    "INSERT INTO schema_version (component, version) VALUES (?1, ?2)
+                     ON CONFLICT (component) DO UPDATE SET version = excluded.version",
+                    params![schema.component, number],
+                )
+            });
+            step.map_err(|error: DbError| DbError::Migration {
+                component: schema.component,
+                number,
+                source: Box::new(error),
+            })?;
+            tracing::info!(component = schema.component, number, "migrated tables");
         }
     }
     Ok(())

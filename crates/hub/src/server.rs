@@ -22,13 +22,13 @@ use crate::auth::{
     Auth, AuthError, HubSecret, LookupError, Operator, Principals, SecretHash, new_operator_token,
 };
 use crate::blobs::{BlobError, Blobs};
-use crate::db::{Database, DbError};
+use crate::db::{Database, DbError, FolderLock, Postgres};
 use crate::durable;
 use crate::engine::Engine;
 use crate::events::{Board, Events};
 use crate::registry::{self, Registry, RegistryError};
 use crate::routes::{self, AppState, Metrics, Shared};
-use crate::store::{By, SCHEMA, SqliteStore, Store, StoreError, record_registry};
+use crate::store::{By, SCHEMA, SqlStore, Store, StoreError, record_registry};
 use crate::tls::{CA_CERTIFICATE_FILE, Tls, TlsError};
 
 /// The file of the first administrator's token in the data folder (mode 0600).
@@ -53,6 +53,8 @@ const DEFAULT_CLASSES: [(&str, u64, &str, &str); 3] = [
 pub struct HubConfig {
     /// Where everything is kept; made if absent.
     pub data_dir: PathBuf,
+    /// Where the tables are, if not in a SQLite file in `data_dir`.
+    pub database: Option<Postgres>,
     /// Where HTTPS answers; none for plain HTTP alone.
     pub listen: Option<SocketAddr>,
     /// Where plain HTTP answers; loopback addresses only.
@@ -143,6 +145,8 @@ pub struct RunningHub {
     listeners: Vec<JoinHandle<Result<(), HubError>>>,
     engine: Option<JoinHandle<()>>,
     stop: watch::Sender<bool>,
+    /// The folder's, where the database is elsewhere and does not hold it.
+    _lock: Option<FolderLock>,
 }
 
 impl Hub {
@@ -163,12 +167,21 @@ impl Hub {
         let folder = config.data_dir.clone();
         durable::create_private_folder(&folder)
             .map_err(|source| HubError::File { path: folder.clone(), source })?;
-        let opened = folder.clone();
+        let (opened, server) = (folder.clone(), config.database.clone());
         let schemas = [SCHEMA, registry::SCHEMA];
-        let db = tokio::task::spawn_blocking(move || Database::open(&opened, &schemas))
-            .await
-            .map_err(|_| DbError::Panicked)??;
-        let store: Arc<dyn Store> = Arc::new(SqliteStore::new(db.clone()));
+        let open = move || -> Result<_, DbError> {
+            match server {
+                None => Ok((Database::open(&opened, &schemas)?, None)),
+                Some(server) => {
+                    // Blobs and secrets are in the folder all the same.
+                    let lock = FolderLock::acquire(&opened)?;
+                    Ok((Database::open_postgres(server, &schemas)?, Some(lock)))
+                }
+            }
+        };
+        let (db, lock) =
+            tokio::task::spawn_blocking(open).await.map_err(|_| DbError::Panicked)??;
+        let store: Arc<dyn Store> = Arc::new(SqlStore::new(db.clone()));
         let first_start = first_start(&store, &folder).await?;
 
         let mut names = config.names.clone();
@@ -252,6 +265,7 @@ impl Hub {
             listeners,
             engine: Some(engine),
             stop,
+            _lock: lock,
         })
     }
 }

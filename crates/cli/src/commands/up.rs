@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::Serialize;
+use slmops_hub::db::Postgres;
 use slmops_hub::{Hub as HubServer, HubConfig, RunningHub};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -25,6 +26,9 @@ pub struct Up {
     /// Where the hub keeps everything [default: SLM_HOME/hub]
     #[arg(long, value_name = "DIR", env = "SLM_DATA", hide_env_values = true)]
     pub data: Option<PathBuf>,
+    /// Keep the tables in PostgreSQL: postgres://USER@HOST/DATABASE; see docs/configuration.md
+    #[arg(long, value_name = "URL", env = "SLM_DATABASE", hide_env_values = true)]
+    pub database: Option<String>,
     /// Where HTTPS answers, for devices and operators; port 0 takes a free one
     #[arg(
         long,
@@ -48,6 +52,22 @@ pub struct Up {
     pub public_url: Option<String>,
 }
 
+/// Where the tables are, with a password that no other user of this machine can read.
+fn database(url: &str) -> Result<Postgres> {
+    let password = match std::env::var("PGPASSWORD") {
+        Ok(password) => Some(password),
+        Err(_) => match std::env::var_os("SLM_DATABASE_PASSWORD_FILE") {
+            Some(path) => {
+                let text = std::fs::read_to_string(&path)
+                    .user(|| format!("read `{}`", PathBuf::from(&path).display()))?;
+                Some(text.trim_end_matches(['\r', '\n']).to_owned())
+            }
+            None => None,
+        },
+    };
+    Postgres::parse(url, password.as_deref()).user(|| "use --database".to_owned())
+}
+
 /// What is said when the hub is ready.
 #[derive(Serialize)]
 struct Ready {
@@ -69,6 +89,7 @@ impl Up {
             std::path::absolute(&data).user(|| format!("find the folder `{}`", data.display()))?;
         let config = HubConfig {
             data_dir: data.clone(),
+            database: self.database.as_deref().map(database).transpose()?,
             listen: Some(self.listen),
             http: Some(self.http),
             names: self.names()?,

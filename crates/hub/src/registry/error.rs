@@ -55,12 +55,6 @@ pub enum RegistryError {
     Observer(#[source] ObserverError),
 }
 
-impl From<rusqlite::Error> for RegistryError {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Db(error.into())
-    }
-}
-
 impl RegistryError {
     fn refused(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         Self::Refused { status, code, message: message.into() }
@@ -169,6 +163,7 @@ impl RegistryError {
                 (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN")
             }
             Self::Blob(_) => (StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN"),
+            Self::Db(DbError::ZeroByte) => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
             Self::Db(_) | Self::Observer(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),
         }
     }

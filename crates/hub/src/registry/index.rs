@@ -1,13 +1,12 @@
 //! What the registry remembers, in SQL: repositories, which blobs they have, manifests, tags,
 //! referrers and unfinished uploads. Each function runs inside the caller's transaction.
 
-use rusqlite::{OptionalExtension as _, Transaction, params};
 use slmops_artifact::Digest;
 
 use super::error::RegistryError;
 use super::manifest::{Descriptor, Parsed};
 use super::name::{Reference, RepositoryName};
-use crate::db::Schema;
+use crate::db::{DbError, Row, Schema, Tx, params};
 
 /// The registry's tables.
 pub const SCHEMA: Schema = Schema {
@@ -70,7 +69,7 @@ pub const SCHEMA: Schema = Schema {
     "],
 };
 
-type Result<T> = std::result::Result<T, RegistryError>;
+type Result<T, E = RegistryError> = std::result::Result<T, E>;
 
 /// A repository's row.
 #[derive(Clone, Copy)]
@@ -87,46 +86,46 @@ pub struct StoredManifest {
     pub content: Vec<u8>,
 }
 
-pub(super) fn find(tx: &Transaction<'_>, name: &RepositoryName) -> Result<Option<Repository>> {
-    let mut statement =
-        tx.prepare_cached("SELECT id FROM registry_repositories WHERE name = ?1")?;
-    Ok(statement.query_row([name.as_str()], |row| row.get(0).map(Repository)).optional()?)
+pub(super) fn find(tx: &Tx<'_>, name: &RepositoryName) -> Result<Option<Repository>> {
+    let sql = "SELECT id FROM registry_repositories WHERE name = ?1";
+    tx.first(sql, params![name.as_str()], |row| Ok(Repository(row.get(0)?)))
 }
 
-pub(super) fn find_or_make(tx: &Transaction<'_>, name: &RepositoryName) -> Result<Repository> {
+pub(super) fn find_or_make(tx: &Tx<'_>, name: &RepositoryName) -> Result<Repository> {
     if let Some(found) = find(tx, name)? {
         return Ok(found);
     }
-    tx.execute("INSERT INTO registry_repositories (name) VALUES (?1)", [name.as_str()])?;
-    Ok(Repository(tx.last_insert_rowid()))
+    let sql = "INSERT INTO registry_repositories (name) VALUES (?1) RETURNING id";
+    let made = tx.first(sql, params![name.as_str()], |row| row.get(0))?;
+    Ok(Repository(made.expect("an insert returns its row")))
 }
 
-pub(super) fn catalogue(tx: &Transaction<'_>, after: &str, limit: u32) -> Result<Vec<String>> {
-    let mut statement = tx.prepare_cached(
+pub(super) fn catalogue(tx: &Tx<'_>, after: &str, limit: u32) -> Result<Vec<String>> {
+    tx.query(
         "SELECT name FROM registry_repositories AS r WHERE name > ?1
          AND EXISTS (SELECT 1 FROM registry_manifests AS m WHERE m.repository = r.id)
          ORDER BY name LIMIT ?2",
-    )?;
-    let names = statement.query_map(params![after, limit], |row| row.get(0))?;
-    Ok(names.collect::<rusqlite::Result<_>>()?)
+        params![after, limit],
+        |row| Ok(row.get(0)?),
+    )
 }
 
 pub(super) fn tags(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     after: &str,
     limit: u32,
 ) -> Result<Vec<String>> {
-    let mut statement = tx.prepare_cached(
+    tx.query(
         "SELECT name FROM registry_tags WHERE repository = ?1 AND name > ?2 ORDER BY name LIMIT ?3",
-    )?;
-    let names = statement.query_map(params![repository.0, after, limit], |row| row.get(0))?;
-    Ok(names.collect::<rusqlite::Result<_>>()?)
+        params![repository.0, after, limit],
+        |row| Ok(row.get(0)?),
+    )
 }
 
 /// Says that a repository has a blob, whose bytes must be on the disk already.
 pub(super) fn add_blob(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     digest: &Digest,
     size_bytes: u64,
@@ -141,31 +140,22 @@ pub(super) fn add_blob(
 
 /// The size of a blob that a repository has, in bytes.
 pub(super) fn blob_size(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     digest: &Digest,
 ) -> Result<Option<u64>> {
-    let mut statement = tx.prepare_cached(
-        "SELECT size_bytes FROM registry_blobs WHERE repository = ?1 AND digest = ?2",
-    )?;
-    let size = statement.query_row(params![repository.0, digest.to_string()], |row| row.get(0));
-    Ok(size.optional()?.map(i64::cast_unsigned))
+    let sql = "SELECT size_bytes FROM registry_blobs WHERE repository = ?1 AND digest = ?2";
+    tx.first(sql, params![repository.0, digest.to_string()], size_of)
 }
 
 /// The size of a blob that any repository has, in bytes.
-pub(super) fn blob_size_anywhere(tx: &Transaction<'_>, digest: &Digest) -> Result<Option<u64>> {
-    let mut statement =
-        tx.prepare_cached("SELECT size_bytes FROM registry_blobs WHERE digest = ?1 LIMIT 1")?;
-    let size = statement.query_row([digest.to_string()], |row| row.get(0));
-    Ok(size.optional()?.map(i64::cast_unsigned))
+pub(super) fn blob_size_anywhere(tx: &Tx<'_>, digest: &Digest) -> Result<Option<u64>> {
+    let sql = "SELECT size_bytes FROM registry_blobs WHERE digest = ?1 LIMIT 1";
+    tx.first(sql, params![digest.to_string()], size_of)
 }
 
 /// Takes a blob from a repository; whether no repository has it now.
-pub(super) fn remove_blob(
-    tx: &Transaction<'_>,
-    repository: Repository,
-    digest: &Digest,
-) -> Result<bool> {
+pub(super) fn remove_blob(tx: &Tx<'_>, repository: Repository, digest: &Digest) -> Result<bool> {
     if let Some(manifest) = needed_by(tx, repository, digest)? {
         return Err(RegistryError::in_use(&format!(
             "blob {digest} is part of manifest {manifest}"
@@ -181,21 +171,15 @@ pub(super) fn remove_blob(
     Ok(blob_size_anywhere(tx, digest)?.is_none())
 }
 
-fn needed_by(
-    tx: &Transaction<'_>,
-    repository: Repository,
-    target: &Digest,
-) -> Result<Option<String>> {
-    let mut statement = tx.prepare_cached(
-        "SELECT manifest FROM registry_references WHERE repository = ?1 AND target = ?2 LIMIT 1",
-    )?;
-    let found = statement.query_row(params![repository.0, target.to_string()], |row| row.get(0));
-    Ok(found.optional()?)
+fn needed_by(tx: &Tx<'_>, repository: Repository, target: &Digest) -> Result<Option<String>> {
+    let sql =
+        "SELECT manifest FROM registry_references WHERE repository = ?1 AND target = ?2 LIMIT 1";
+    tx.first(sql, params![repository.0, target.to_string()], |row| Ok(row.get(0)?))
 }
 
 /// Stores a manifest after checking that everything it needs is here.
 pub(super) fn put_manifest(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     manifest: &StoredManifest,
     parsed: &Parsed,
@@ -240,7 +224,7 @@ pub(super) fn put_manifest(
 }
 
 pub(super) fn put_tag(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     tag: &str,
     manifest: &Digest,
@@ -253,20 +237,18 @@ pub(super) fn put_tag(
     Ok(())
 }
 
-fn manifest_size(
-    tx: &Transaction<'_>,
-    repository: Repository,
-    digest: &Digest,
-) -> Result<Option<u64>> {
-    let mut statement = tx.prepare_cached(
-        "SELECT length(content) FROM registry_manifests WHERE repository = ?1 AND digest = ?2",
-    )?;
-    let size = statement.query_row(params![repository.0, digest.to_string()], |row| row.get(0));
-    Ok(size.optional()?.map(i64::cast_unsigned))
+fn manifest_size(tx: &Tx<'_>, repository: Repository, digest: &Digest) -> Result<Option<u64>> {
+    let sql =
+        "SELECT length(content) FROM registry_manifests WHERE repository = ?1 AND digest = ?2";
+    tx.first(sql, params![repository.0, digest.to_string()], size_of)
+}
+
+fn size_of(row: &Row<'_>) -> Result<u64> {
+    Ok(row.get::<i64>(0)?.cast_unsigned())
 }
 
 pub(super) fn manifest(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     reference: &Reference,
 ) -> Result<Option<StoredManifest>> {
@@ -281,20 +263,18 @@ pub(super) fn manifest(
              WHERE t.repository = ?1 AND t.name = ?2"
         }
     };
-    let mut statement = tx.prepare_cached(sql)?;
-    let found = statement.query_row(params![repository.0, reference.to_string()], |row| {
+    tx.first(sql, params![repository.0, reference.to_string()], |row| {
         Ok(StoredManifest {
             digest: digest_at(row, 0)?,
             media_type: row.get(1)?,
             content: row.get(2)?,
         })
-    });
-    Ok(found.optional()?)
+    })
 }
 
 /// Removes a tag, or a manifest with all of its tags; what was removed.
 pub(super) fn remove_manifest(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     reference: &Reference,
 ) -> Result<()> {
@@ -322,51 +302,41 @@ pub(super) fn remove_manifest(
 
 /// Manifests whose subject is `subject`, in order of their digests.
 pub(super) fn referrers(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     repository: Repository,
     subject: &Digest,
     artifact_type: Option<&str>,
     after: &str,
     limit: u32,
 ) -> Result<Vec<Descriptor>> {
-    let mut statement = tx.prepare_cached(
-        "SELECT digest, media_type, length(content), artifact_type, annotations
+    let sql = "SELECT digest, media_type, length(content), artifact_type, annotations
          FROM registry_manifests
          WHERE repository = ?1 AND subject = ?2 AND digest > ?3
-         AND (?4 IS NULL OR artifact_type = ?4)
-         ORDER BY digest LIMIT ?5",
-    )?;
-    let asked = params![repository.0, subject.to_string(), after, artifact_type, limit];
-    let found = statement.query_map(asked, |row| {
+         AND (CAST(?4 AS TEXT) IS NULL OR artifact_type = ?4)
+         ORDER BY digest LIMIT ?5";
+    let subject = subject.to_string();
+    let asked = params![repository.0, subject, after, artifact_type, limit];
+    tx.query(sql, asked, |row| {
         let annotations: Option<String> = row.get(4)?;
         Ok(Descriptor {
             digest: digest_at(row, 0)?,
             media_type: row.get(1)?,
-            size: row.get::<_, i64>(2)?.cast_unsigned(),
+            size: row.get::<i64>(2)?.cast_unsigned(),
             artifact_type: row.get(3)?,
             annotations: annotations.and_then(|json| serde_json::from_str(&json).ok()),
         })
-    })?;
-    Ok(found.collect::<rusqlite::Result<_>>()?)
-}
-
-fn digest_at(row: &rusqlite::Row<'_>, index: usize) -> rusqlite::Result<Digest> {
-    let text: String = row.get(index)?;
-    text.parse().map_err(|error| {
-        rusqlite::Error::FromSqlConversionFailure(
-            index,
-            rusqlite::types::Type::Text,
-            Box::<slmops_artifact::digest::ParseDigestError>::new(error),
-        )
     })
 }
 
-pub(super) fn add_upload(
-    tx: &Transaction<'_>,
-    repository: Repository,
-    id: &str,
-    now_s: i64,
-) -> Result<()> {
+fn digest_at(row: &Row<'_>, index: usize) -> Result<Digest, DbError> {
+    let text: String = row.get(index)?;
+    text.parse().map_err(|error: slmops_artifact::digest::ParseDigestError| DbError::Column {
+        index,
+        source: error.into(),
+    })
+}
+
+pub(super) fn add_upload(tx: &Tx<'_>, repository: Repository, id: &str, now_s: i64) -> Result<()> {
     tx.execute(
         "INSERT INTO registry_uploads (id, repository, started_at_s) VALUES (?1, ?2, ?3)",
         params![id, repository.0, now_s],
@@ -374,30 +344,28 @@ pub(super) fn add_upload(
     Ok(())
 }
 
-pub(super) fn count_uploads(tx: &Transaction<'_>) -> Result<u32> {
-    Ok(tx.query_row("SELECT count(*) FROM registry_uploads", [], |row| row.get(0))?)
+pub(super) fn count_uploads(tx: &Tx<'_>) -> Result<u32> {
+    let count = tx.first("SELECT count(*) FROM registry_uploads", params![], |row| row.get(0))?;
+    Ok(count.unwrap_or_default())
 }
 
-pub(super) fn has_upload(tx: &Transaction<'_>, repository: Repository, id: &str) -> Result<bool> {
-    let mut statement =
-        tx.prepare_cached("SELECT 1 FROM registry_uploads WHERE id = ?1 AND repository = ?2")?;
-    Ok(statement.exists(params![id, repository.0])?)
+pub(super) fn has_upload(tx: &Tx<'_>, repository: Repository, id: &str) -> Result<bool> {
+    let sql = "SELECT 1 FROM registry_uploads WHERE id = ?1 AND repository = ?2";
+    Ok(tx.exists(sql, params![id, repository.0])?)
 }
 
-pub(super) fn remove_upload(tx: &Transaction<'_>, id: &str) -> Result<()> {
-    tx.execute("DELETE FROM registry_uploads WHERE id = ?1", [id])?;
+pub(super) fn remove_upload(tx: &Tx<'_>, id: &str) -> Result<()> {
+    tx.execute("DELETE FROM registry_uploads WHERE id = ?1", params![id])?;
     Ok(())
 }
 
 /// Forgets uploads begun before `before_s`.
-pub(super) fn expire_uploads(tx: &Transaction<'_>, before_s: i64) -> Result<()> {
-    tx.execute("DELETE FROM registry_uploads WHERE started_at_s < ?1", [before_s])?;
+pub(super) fn expire_uploads(tx: &Tx<'_>, before_s: i64) -> Result<()> {
+    tx.execute("DELETE FROM registry_uploads WHERE started_at_s < ?1", params![before_s])?;
     Ok(())
 }
 
 /// The ids of all uploads.
-pub(super) fn uploads(tx: &Transaction<'_>) -> Result<Vec<String>> {
-    let mut statement = tx.prepare_cached("SELECT id FROM registry_uploads")?;
-    let ids = statement.query_map([], |row| row.get(0))?;
-    Ok(ids.collect::<rusqlite::Result<_>>()?)
+pub(super) fn uploads(tx: &Tx<'_>) -> Result<Vec<String>> {
+    tx.query("SELECT id FROM registry_uploads", params![], |row| Ok(row.get(0)?))
 }

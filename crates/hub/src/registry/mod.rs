@@ -29,7 +29,6 @@ use axum::routing::any;
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use http_body_util::BodyExt as _;
-use rusqlite::Transaction;
 use serde::Deserialize;
 use slmops_api::audit::Role;
 use slmops_artifact::Digest;
@@ -43,7 +42,7 @@ use self::uploads::Sessions;
 pub use self::uploads::{MAX_UPLOADS, UPLOAD_EXPIRES_AFTER};
 use crate::auth::{Auth, AuthError, Caller};
 use crate::blobs::{self, Blobs};
-use crate::db::Database;
+use crate::db::{Database, Tx};
 
 #[cfg(test)]
 mod tests;
@@ -77,8 +76,7 @@ pub struct Change {
 pub type ObserverError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Told of each change inside the transaction that makes it; an error undoes the change.
-pub type OnChange =
-    Arc<dyn Fn(&Transaction<'_>, &Change) -> Result<(), ObserverError> + Send + Sync>;
+pub type OnChange = Arc<dyn Fn(&Tx<'_>, &Change) -> Result<(), ObserverError> + Send + Sync>;
 
 /// The registry. Clones share it.
 #[derive(Clone)]
@@ -170,7 +168,7 @@ impl Registry {
         reference: &Reference,
     ) -> Result<Option<StoredManifest>> {
         let (repository, reference) = (repository.clone(), reference.clone());
-        let read = move |tx: &Transaction<'_>| match index::find(tx, &repository)? {
+        let read = move |tx: &Tx<'_>| match index::find(tx, &repository)? {
             Some(repository) => index::manifest(tx, repository, &reference),
             None => Ok(None),
         };
@@ -188,7 +186,7 @@ impl Registry {
         artifact_type: Option<&str>,
     ) -> Result<Vec<Descriptor>> {
         let (repository, kind) = (repository.clone(), artifact_type.map(str::to_owned));
-        let read = move |tx: &Transaction<'_>| match index::find(tx, &repository)? {
+        let read = move |tx: &Tx<'_>| match index::find(tx, &repository)? {
             Some(repository) => {
                 index::referrers(tx, repository, &subject, kind.as_deref(), "", MAX_PAGE)
             }
@@ -223,7 +221,7 @@ impl Registry {
         digest: &Digest,
     ) -> Result<Option<u64>> {
         let (repository, digest) = (repository.clone(), *digest);
-        let read = move |tx: &Transaction<'_>| match index::find(tx, &repository)? {
+        let read = move |tx: &Tx<'_>| match index::find(tx, &repository)? {
             Some(repository) => index::blob_size(tx, repository, &digest),
             None => Ok(None),
         };

@@ -11,6 +11,7 @@ use super::manifest::{INDEX_MEDIA_TYPE, Index};
 use super::name::{Reference, RepositoryName};
 use super::{CONTENT_DIGEST, Call, MAX_PAGE, Registry, Result, index, range, value};
 use crate::blobs::BlobError;
+use crate::db::Tx;
 
 impl Registry {
     pub(super) async fn get_blob(
@@ -73,7 +74,7 @@ impl Registry {
         let limit = page_size(call)?;
         let after = call.params.last.clone().unwrap_or_default();
         let repository = name.clone();
-        let read = move |tx: &rusqlite::Transaction<'_>| match index::find(tx, &repository)? {
+        let read = move |tx: &Tx<'_>| match index::find(tx, &repository)? {
             Some(found) => index::tags(tx, found, &after, limit + 1),
             None => Err(RegistryError::name_unknown(repository.as_str())),
         };
@@ -86,7 +87,7 @@ impl Registry {
     pub(super) async fn get_catalogue(&self, call: &Call<'_>) -> Result<Response> {
         let limit = page_size(call)?;
         let after = call.params.last.clone().unwrap_or_default();
-        let read = move |tx: &rusqlite::Transaction<'_>| index::catalogue(tx, &after, limit + 1);
+        let read = move |tx: &Tx<'_>| index::catalogue(tx, &after, limit + 1);
         let mut names = self.inner.db.read(read).await?;
         let next = cut(&mut names, limit).map(|last| format!("n={limit}&last={last}"));
         let body = json!({ "repositories": names });
@@ -105,7 +106,7 @@ impl Registry {
         let after = call.params.last.clone().unwrap_or_default();
         let kind = call.params.artifact_type.clone().filter(|kind| !kind.is_empty());
         let (repository, wanted) = (name.clone(), kind.clone());
-        let read = move |tx: &rusqlite::Transaction<'_>| match index::find(tx, &repository)? {
+        let read = move |tx: &Tx<'_>| match index::find(tx, &repository)? {
             Some(found) => {
                 index::referrers(tx, found, &subject, wanted.as_deref(), &after, limit + 1)
             }

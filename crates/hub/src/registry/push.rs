@@ -4,7 +4,6 @@ use axum::body::Body;
 use axum::http::{Response as HttpResponse, StatusCode, header};
 use axum::response::Response;
 use http_body_util::BodyExt as _;
-use rusqlite::Transaction;
 use slmops_artifact::Digest;
 
 use super::error::RegistryError;
@@ -13,6 +12,7 @@ use super::manifest::{MAX_MANIFEST_BYTES, Parsed};
 use super::name::{Reference, RepositoryName};
 use super::{CONTENT_DIGEST, Call, Change, OnChange, Registry, Result, value};
 use crate::blobs::{BlobError, IDLE_TIMEOUT};
+use crate::db::Tx;
 
 impl Registry {
     pub(super) async fn put_manifest(
@@ -121,7 +121,7 @@ impl Registry {
     }
 }
 
-fn tell(tx: &Transaction<'_>, on_change: Option<&OnChange>, change: &Change) -> Result<()> {
+fn tell(tx: &Tx<'_>, on_change: Option<&OnChange>, change: &Change) -> Result<()> {
     on_change.map_or(Ok(()), |tell| tell(tx, change)).map_err(RegistryError::Observer)
 }
 

@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::manifest::INDEX_MEDIA_TYPE;
 use super::*;
 use crate::auth::{HubSecret, LookupError, Operator, Principals, SecretHash};
-use crate::db::DbError;
+use crate::db::{DbError, params};
 
 mod kills;
 
@@ -59,10 +59,14 @@ impl Server {
     }
 
     async fn observed(folder: &std::path::Path, on_change: Option<OnChange>) -> Self {
-        // The client wants a default provider even for plain HTTP; a second install is no harm.
-        let _ = rustls::crypto::ring::default_provider().install_default();
         // A server that was stopped just now may still close its connections.
         let db = wait_for(|| async { Database::open(folder, &[SCHEMA]).ok() }).await;
+        Self::over(db, folder, on_change).await
+    }
+
+    async fn over(db: Database, folder: &std::path::Path, on_change: Option<OnChange>) -> Self {
+        // The client wants a default provider even for plain HTTP; a second install is no harm.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let auth = Auth::new(HubSecret::generate(), Arc::new(Known));
         let blobs = Blobs::open(folder).unwrap();
         let registry = Registry::with_observer(db, blobs, auth, on_change);
@@ -192,9 +196,71 @@ macro_rules! server {
     };
 }
 
-#[tokio::test]
-async fn callers_and_roles() {
-    server!(server);
+macro_rules! every_check {
+    ($then:ident) => {
+        $then! {
+            callers_and_roles,
+            blobs_in_one_piece_and_in_chunks,
+            chunks_out_of_order_are_refused_and_change_nothing,
+            a_wrong_digest_ends_the_upload,
+            an_upload_can_be_cancelled,
+            writers_of_one_upload_take_turns,
+            parts_of_blobs,
+            blobs_are_mounted_from_other_repositories,
+            bad_manifests_are_refused,
+            an_index_needs_its_manifests,
+            tags_and_catalogue_come_in_pages,
+            referrers_are_listed_by_type,
+            deleting,
+            hostile_paths_and_lengths,
+            a_sweep_removes_what_kills_left_and_nothing_else,
+            lost_bytes_are_not_here_until_they_are_pushed_again,
+        }
+    };
+}
+
+mod over_sqlite {
+    use super::*;
+
+    macro_rules! one_test_each {
+        ($($check:ident),+ $(,)?) => {
+            $(
+                #[tokio::test]
+                async fn $check() {
+                    server!(server);
+                    super::$check(server).await;
+                }
+            )+
+        };
+    }
+
+    every_check!(one_test_each);
+}
+
+mod over_postgres {
+    use super::*;
+
+    macro_rules! in_turn {
+        ($($check:ident),+ $(,)?) => {
+            /// One server, a database for each check.
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn every_check() {
+                let postgres = crate::db::tests::Server::start();
+                $(
+                    let folder = tempfile::tempdir().unwrap();
+                    let place = postgres.database(stringify!($check));
+                    let open = move || Database::open_postgres(place, &[SCHEMA]);
+                    let db = tokio::task::spawn_blocking(open).await.unwrap().unwrap();
+                    super::$check(Server::over(db, folder.path(), None).await).await;
+                )+
+            }
+        };
+    }
+
+    every_check!(in_turn);
+}
+
+async fn callers_and_roles(server: Server) {
     let url = |path: &str| format!("http://{}{path}", server.address);
     let bare = server.client.get(url("/v2/")).send().await.unwrap();
     assert_eq!(header_of(&bare, "www-authenticate"), "Basic realm=\"slmops\"");
@@ -228,9 +294,7 @@ async fn callers_and_roles() {
     }
 }
 
-#[tokio::test]
-async fn blobs_in_one_piece_and_in_chunks() {
-    server!(server);
+async fn blobs_in_one_piece_and_in_chunks(server: Server) {
     let all: &[u8] = b"0123456789abcdef";
     let digest = Digest::of(all);
     // In the first request.
@@ -274,9 +338,7 @@ async fn blobs_in_one_piece_and_in_chunks() {
     assert_eq!(refusal(response, StatusCode::NOT_FOUND).await, "BLOB_UNKNOWN");
 }
 
-#[tokio::test]
-async fn chunks_out_of_order_are_refused_and_change_nothing() {
-    server!(server);
+async fn chunks_out_of_order_are_refused_and_change_nothing(server: Server) {
     let location = server.begin("m").await;
     let patch = |range: &'static str, bytes: &'static [u8]| {
         server.request("PATCH", &location).header("content-range", range).body(bytes).send()
@@ -301,9 +363,7 @@ async fn chunks_out_of_order_are_refused_and_change_nothing() {
     expect(put.send().await.unwrap(), StatusCode::CREATED).await;
 }
 
-#[tokio::test]
-async fn a_wrong_digest_ends_the_upload() {
-    server!(server);
+async fn a_wrong_digest_ends_the_upload(server: Server) {
     for digest in ["", "?digest=", "?digest=sha256:00", "?digest=md5:00"] {
         let location = server.begin("m").await;
         let put = server.request("PUT", &format!("{location}{digest}")).body("abc");
@@ -325,9 +385,7 @@ async fn a_wrong_digest_ends_the_upload() {
     assert_eq!(server.registry.inner.blobs.list().count().await, 0);
 }
 
-#[tokio::test]
-async fn an_upload_can_be_cancelled() {
-    server!(server);
+async fn an_upload_can_be_cancelled(server: Server) {
     let location = server.begin("m").await;
     server.request("PATCH", &location).body("abc").send().await.unwrap();
     let cancelled = server.request("DELETE", &location).send().await.unwrap();
@@ -374,9 +432,7 @@ async fn an_upload_goes_on_after_a_restart_and_a_cut_connection() {
     expect(put.send().await.unwrap(), StatusCode::CREATED).await;
 }
 
-#[tokio::test]
-async fn writers_of_one_upload_take_turns() {
-    server!(server);
+async fn writers_of_one_upload_take_turns(server: Server) {
     let location = server.begin("m").await;
     let send = || server.request("PATCH", &location).body(vec![b'x'; 100_000]).send();
     let sent = futures_util::future::join_all((0..8).map(|_| send())).await;
@@ -388,9 +444,7 @@ async fn writers_of_one_upload_take_turns() {
     expect(put.send().await.unwrap(), StatusCode::CREATED).await;
 }
 
-#[tokio::test]
-async fn parts_of_blobs() {
-    server!(server);
+async fn parts_of_blobs(server: Server) {
     let digest = server.push_blob("m", b"0123456789").await;
     let path = format!("/v2/m/blobs/{digest}");
     let ranged = |range: &'static str| server.request("GET", &path).header("range", range).send();
@@ -409,9 +463,7 @@ async fn parts_of_blobs() {
     assert_eq!(response.bytes().await.unwrap(), "");
 }
 
-#[tokio::test]
-async fn blobs_are_mounted_from_other_repositories() {
-    server!(server);
+async fn blobs_are_mounted_from_other_repositories(server: Server) {
     let digest = server.push_blob("from", b"shared").await;
     let post = async |query: String| {
         let post = server.request("POST", &format!("/v2/to/blobs/uploads/?{query}"));
@@ -467,9 +519,7 @@ async fn manifests_by_tag_and_digest() {
     expect(server.get("/v2/models/m/manifests/1.0.0").await, StatusCode::OK).await;
 }
 
-#[tokio::test]
-async fn bad_manifests_are_refused() {
-    server!(server);
+async fn bad_manifests_are_refused(server: Server) {
     server.push_artifact("m", "good", b"weights").await;
     let good = artifact(b"weights");
     let with = |change: &dyn Fn(&mut Value)| {
@@ -520,9 +570,7 @@ async fn bad_manifests_are_refused() {
     assert_eq!(refusal(tags, StatusCode::NOT_FOUND).await, "NAME_UNKNOWN");
 }
 
-#[tokio::test]
-async fn an_index_needs_its_manifests() {
-    server!(server);
+async fn an_index_needs_its_manifests(server: Server) {
     let child = server.push_artifact("m", "1", b"weights").await;
     let size = artifact(b"weights").to_string().len();
     let index = |digest: Digest| {
@@ -541,9 +589,7 @@ async fn an_index_needs_its_manifests() {
     assert_eq!(refusal(kept, StatusCode::CONFLICT).await, "DENIED");
 }
 
-#[tokio::test]
-async fn tags_and_catalogue_come_in_pages() {
-    server!(server);
+async fn tags_and_catalogue_come_in_pages(server: Server) {
     for tag in ["b", "a", "C", "d"] {
         server.push_artifact("m/x", tag, b"weights").await;
     }
@@ -574,9 +620,7 @@ async fn tags_and_catalogue_come_in_pages() {
     expect(server.get("/v2/m/x/tags/list?n=-1").await, StatusCode::BAD_REQUEST).await;
 }
 
-#[tokio::test]
-async fn referrers_are_listed_by_type() {
-    server!(server);
+async fn referrers_are_listed_by_type(server: Server) {
     let subject = server.push_artifact("m", "1", b"weights").await;
     let path = format!("/v2/m/referrers/{subject}");
     let list = async |path: &str| {
@@ -631,9 +675,7 @@ async fn referrers_are_listed_by_type() {
     assert_eq!(found.len(), 2);
 }
 
-#[tokio::test]
-async fn deleting() {
-    server!(server);
+async fn deleting(server: Server) {
     let first = server.push_artifact("a", "1", b"weights").await;
     let delete = async |path: String| server.request("DELETE", &path).send().await.unwrap();
     let weights = Digest::of(b"weights");
@@ -660,9 +702,7 @@ async fn deleting() {
     expect(delete("/v2/nobody/manifests/1".to_owned()).await, StatusCode::NOT_FOUND).await;
 }
 
-#[tokio::test]
-async fn hostile_paths_and_lengths() {
-    server!(server);
+async fn hostile_paths_and_lengths(server: Server) {
     let digest = Digest::of(b"x");
     let auth = format!("Host: x\r\nConnection: close\r\nAuthorization: Bearer {ADMIN}\r\n");
     for path in [
@@ -747,9 +787,7 @@ async fn changes_are_told_in_their_transaction() {
     assert_eq!(*told.lock().unwrap(), expected);
 }
 
-#[tokio::test]
-async fn a_sweep_removes_what_kills_left_and_nothing_else() {
-    server!(server);
+async fn a_sweep_removes_what_kills_left_and_nothing_else(server: Server) {
     let kept = server.push_artifact("m", "1", b"weights").await;
     let location = server.begin("m").await;
     server.request("PATCH", &location).body("half").send().await.unwrap();
@@ -767,19 +805,15 @@ async fn a_sweep_removes_what_kills_left_and_nothing_else() {
     expect(server.get(&format!("/v2/m/blobs/{}", Digest::of(b"weights"))).await, StatusCode::OK)
         .await;
     // An old upload is forgotten.
-    db.write(|tx| {
-        Ok::<_, DbError>(tx.execute("UPDATE registry_uploads SET started_at_s = 0", [])?)
-    })
-    .await
-    .unwrap();
+    db.write(|tx| tx.execute("UPDATE registry_uploads SET started_at_s = 0", params![]))
+        .await
+        .unwrap();
     server.registry.sweep().await.unwrap();
     assert!(blobs.staged().await.unwrap().is_empty());
     expect(server.get(&location).await, StatusCode::NOT_FOUND).await;
 }
 
-#[tokio::test]
-async fn lost_bytes_are_not_here_until_they_are_pushed_again() {
-    server!(server);
+async fn lost_bytes_are_not_here_until_they_are_pushed_again(server: Server) {
     let digest = server.push_blob("m", b"weights").await;
     server.registry.inner.blobs.delete(&digest).await.unwrap();
     let path = format!("/v2/m/blobs/{digest}");

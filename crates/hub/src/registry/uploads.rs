@@ -12,7 +12,6 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
 use http_body_util::BodyStream;
 use jiff::{SignedDuration, Timestamp};
-use rusqlite::Transaction;
 use slmops_artifact::Digest;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMappedMutexGuard, OwnedMutexGuard};
 
@@ -20,6 +19,7 @@ use super::error::{RegistryError, received};
 use super::name::{RepositoryName, parse_digest};
 use super::{CONTENT_DIGEST, Call, Registry, Result, index, range};
 use crate::blobs::{self, BlobError, MAX_BLOB_BYTES, Staged};
+use crate::db::Tx;
 
 /// Unfinished uploads in all repositories together.
 pub const MAX_UPLOADS: u32 = 1000;
@@ -95,7 +95,7 @@ impl Registry {
     ) -> Result<bool> {
         let _keep = self.inner.bytes_in_use.read().await;
         let name = name.clone();
-        let mount = move |tx: &Transaction<'_>| {
+        let mount = move |tx: &Tx<'_>| {
             let size = match &from {
                 None => index::blob_size_anywhere(tx, &digest)?,
                 Some(from) => match index::find(tx, from)? {
@@ -116,7 +116,7 @@ impl Registry {
         let mut tried_expiry = false;
         loop {
             let (name, new) = (name.clone(), id.clone());
-            let begin = move |tx: &Transaction<'_>| {
+            let begin = move |tx: &Tx<'_>| {
                 if index::count_uploads(tx)? >= MAX_UPLOADS {
                     return Err(RegistryError::too_many_uploads(MAX_UPLOADS));
                 }
@@ -284,7 +284,7 @@ impl Registry {
 
     async fn check_upload(&self, name: &RepositoryName, id: &str) -> Result<()> {
         let (name, upload) = (name.clone(), id.to_owned());
-        let check = move |tx: &Transaction<'_>| match index::find(tx, &name)? {
+        let check = move |tx: &Tx<'_>| match index::find(tx, &name)? {
             Some(repository) => index::has_upload(tx, repository, &upload),
             None => Ok(false),
         };

@@ -120,7 +120,13 @@ impl From<StoreError> for ApiError {
                 tracing::error!(%error, "database");
                 let (status, kind) = match error {
                     DbError::DiskFull => (StatusCode::INSUFFICIENT_STORAGE, "disk-full"),
-                    DbError::Busy | DbError::ShuttingDown | DbError::ReadOnly => {
+                    DbError::ZeroByte => (StatusCode::BAD_REQUEST, "bad-request"),
+                    DbError::Busy
+                    | DbError::ShuttingDown
+                    | DbError::ReadOnly
+                    | DbError::Unreachable(_)
+                    | DbError::Silent { .. }
+                    | DbError::DatabaseInUse { .. } => {
                         (StatusCode::SERVICE_UNAVAILABLE, "unavailable")
                     }
                     _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),

@@ -1,7 +1,5 @@
 //! What every store must do, whatever it stores in. Each check gets an empty store.
 
-use std::future::Future;
-
 use slmops_api::audit::Role;
 use slmops_api::device::{DesiredModel, Failure, Phase, Rejection, Telemetry};
 use slmops_api::model::ModelShape;
@@ -11,81 +9,76 @@ use slmops_fleet_core::rollout;
 use slmops_fleet_core::world::World;
 
 use super::*;
+use crate::db::{Database, params};
 
-macro_rules! conformance {
-    ($with:path: $($check:ident),+ $(,)?) => {
-        $(
-            #[tokio::test]
-            async fn $check() {
-                $with(|store| async move { super::$check(&*store).await }).await;
-            }
-        )+
+macro_rules! every_check {
+    ($then:ident) => {
+        $then! {
+            invitation_makes_one_device,
+            names_are_unique,
+            older_reports_are_ignored,
+            history_is_bounded_and_told_once,
+            releases_never_change,
+            pages_follow_each_other,
+            last_admin_stays,
+            transition_is_all_or_nothing,
+            generations_never_fall,
+            audit_names_every_change,
+            snapshot_knows_the_newest_completed_first,
+            damaged_audit_is_found,
+        }
     };
 }
 
 mod sqlite {
     use super::*;
-    use crate::db::Database;
 
-    async fn with<F: Future<Output = ()>>(check: impl FnOnce(Arc<SqliteStore>) -> F) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().to_owned();
-        let db = tokio::task::spawn_blocking(move || Database::open(&path, &[SCHEMA]));
-        check(Arc::new(SqliteStore::new(db.await.unwrap().unwrap()))).await;
+    async fn fresh(folder: &std::path::Path) -> SqlStore {
+        let folder = folder.to_owned();
+        let db = tokio::task::spawn_blocking(move || Database::open(&folder, &[SCHEMA]));
+        SqlStore::new(db.await.unwrap().unwrap())
     }
 
-    conformance!(with:
-        invitation_makes_one_device,
-        names_are_unique,
-        older_reports_are_ignored,
-        history_is_bounded_and_told_once,
-        releases_never_change,
-        pages_follow_each_other,
-        last_admin_stays,
-        transition_is_all_or_nothing,
-        generations_never_fall,
-        audit_names_every_change,
-        snapshot_knows_the_newest_completed_first,
-    );
-
-    #[tokio::test]
-    async fn damaged_audit_is_found() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().to_owned();
-        let db = tokio::task::spawn_blocking(move || Database::open(&path, &[SCHEMA]));
-        let db = db.await.unwrap().unwrap();
-        let store = SqliteStore::new(db.clone());
-        for name in ["a", "b", "c"] {
-            store.put_class(by(), class(name)).await.unwrap();
-        }
-        let verdict = store.verify_audit().await.unwrap();
-        assert_eq!((verdict.entries, &verdict.broken), (3, &None));
-        for (damage, mend, expected) in [
-            (
-                "UPDATE audit SET actor = 'nobody' WHERE sequence = 2",
-                "UPDATE audit SET actor = 'token test' WHERE sequence = 2",
-                "entry 2 was changed",
-            ),
-            (
-                "UPDATE audit SET sequence = 9 WHERE sequence = 3",
-                "UPDATE audit SET sequence = 3 WHERE sequence = 9",
-                "entry 3 is missing: 9 follows 2",
-            ),
-            (
-                "UPDATE audit SET details = '{' WHERE sequence = 1",
-                "SELECT 1",
-                "entry 1 cannot be read",
-            ),
-        ] {
-            let change = |sql: &'static str| {
-                db.write(move |tx| Ok::<_, crate::db::DbError>(tx.execute_batch(sql)?))
-            };
-            change(damage).await.unwrap();
-            let broken = store.verify_audit().await.unwrap().broken.expect(damage);
-            assert!(broken.contains(expected), "{broken}");
-            change(mend).await.unwrap();
-        }
+    macro_rules! one_test_each {
+        ($($check:ident),+ $(,)?) => {
+            $(
+                #[tokio::test]
+                async fn $check() {
+                    let folder = tempfile::tempdir().unwrap();
+                    super::$check(&fresh(folder.path()).await).await;
+                }
+            )+
+        };
     }
+
+    every_check!(one_test_each);
+}
+
+mod postgres {
+    use super::*;
+    use crate::db::tests::Server;
+
+    async fn fresh(server: &Server, name: &str) -> SqlStore {
+        let place = server.database(name);
+        let db = tokio::task::spawn_blocking(move || Database::open_postgres(place, &[SCHEMA]));
+        SqlStore::new(db.await.unwrap().unwrap())
+    }
+
+    macro_rules! in_turn {
+        ($($check:ident),+ $(,)?) => {
+            /// One server, a database for each check.
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn every_check() {
+                let server = Server::start();
+                $(
+                    let store = fresh(&server, stringify!($check)).await;
+                    super::$check(&store).await;
+                )+
+            }
+        };
+    }
+
+    every_check!(in_turn);
 }
 
 fn at(second: i64) -> Timestamp {
@@ -567,4 +560,36 @@ async fn snapshot_knows_the_newest_completed_first(store: &impl Store) {
     assert_eq!(also.rollouts.len(), 1);
     transition(store, put(rollout_record("r1", "1.0.0", RolloutState::RolledBack))).await.unwrap();
     assert_eq!(store.snapshot(vec![]).await.unwrap().completed.len(), 1);
+}
+
+async fn damaged_audit_is_found(store: &SqlStore) {
+    for name in ["a", "b", "c"] {
+        store.put_class(by(), class(name)).await.unwrap();
+    }
+    let verdict = store.verify_audit().await.unwrap();
+    assert_eq!((verdict.entries, &verdict.broken), (3, &None));
+    for (damage, mend, expected) in [
+        (
+            "UPDATE audit SET actor = 'nobody' WHERE sequence = 2",
+            "UPDATE audit SET actor = 'token test' WHERE sequence = 2",
+            "entry 2 was changed",
+        ),
+        (
+            "UPDATE audit SET sequence = 9 WHERE sequence = 3",
+            "UPDATE audit SET sequence = 3 WHERE sequence = 9",
+            "entry 3 is missing: 9 follows 2",
+        ),
+        (
+            "UPDATE audit SET details = '{' WHERE sequence = 1",
+            "UPDATE audit SET details = details",
+            "entry 1 cannot be read",
+        ),
+    ] {
+        let change =
+            |sql: &'static str| store.database().write(move |tx| tx.execute(sql, params![]));
+        change(damage).await.unwrap();
+        let broken = store.verify_audit().await.unwrap().broken.expect(damage);
+        assert!(broken.contains(expected), "{broken}");
+        change(mend).await.unwrap();
+    }
 }

@@ -3,7 +3,7 @@
 //! Each method is one transaction; when it returns `Ok`, its change and the audit entries that
 //! record it are durable together. The store never decides: [`Store::transition`] hands a
 //! consistent [`Snapshot`] to the caller's decision and persists what comes back.
-//! Start reading at [`Store`], then `sqlite.rs`; `conformance.rs` says what every store must do.
+//! Start reading at [`Store`], then `sql.rs`; `conformance.rs` says what every store must do.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -30,9 +30,9 @@ use crate::db::DbError;
 
 #[cfg(test)]
 mod conformance;
-mod sqlite;
+mod sql;
 
-pub use sqlite::{SCHEMA, SqliteStore, record_registry};
+pub use sql::{SCHEMA, SqlStore, record_registry};
 
 /// The most entries of one page.
 pub const MAX_PAGE: u32 = 500;
@@ -83,12 +83,6 @@ pub enum StoreError {
         /// The cause.
         source: serde_json::Error,
     },
-}
-
-impl From<rusqlite::Error> for StoreError {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Db(error.into())
-    }
 }
 
 /// Who does something, and when; it goes into the audit log.

@@ -544,6 +544,7 @@ fn openapi_document_is_checked_in() {
 async fn hub_refuses_what_would_not_work() {
     let folder = tempfile::tempdir().unwrap();
     let config = |http: Option<&str>, listen: Option<&str>| HubConfig {
+        database: None,
         data_dir: folder.path().join("hub"),
         listen: listen.map(|address| address.parse().unwrap()),
         http: http.map(|address| address.parse().unwrap()),

@@ -19,6 +19,7 @@ const DATA_VARIABLE: &str = "SLMOPS_TEST_HUB_DATA";
 async fn hub_process() {
     let Some(data_dir) = std::env::var_os(DATA_VARIABLE) else { return };
     let config = HubConfig {
+        database: None,
         data_dir: data_dir.into(),
         listen: None,
         http: Some("127.0.0.1:0".parse().unwrap()),

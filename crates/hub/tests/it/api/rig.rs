@@ -61,6 +61,7 @@ impl Rig {
     pub async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = HubConfig {
+            database: None,
             data_dir: folder.path().join("hub"),
             listen: Some("127.0.0.1:0".parse().unwrap()),
             http: Some("127.0.0.1:0".parse().unwrap()),

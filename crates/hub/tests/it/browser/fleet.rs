@@ -48,6 +48,7 @@ impl RealHub {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let folder = tempfile::tempdir().expect("a folder");
         let config = HubConfig {
+            database: None,
             data_dir: folder.path().join("hub"),
             listen: None,
             http: Some("127.0.0.1:0".parse().expect("an address")),

@@ -1,11 +1,10 @@
-//! The store over SQLite.
+//! The store over SQL, for every database that [`Database`] has a driver for.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
-use rusqlite::{OptionalExtension as _, Row, Transaction, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -29,7 +28,7 @@ use super::{
     StoreFuture, StoredDevice, Transition,
 };
 use crate::auth::SecretHash;
-use crate::db::{Database, Schema};
+use crate::db::{Database, Row, Schema, Tx, Value, params};
 use crate::registry;
 
 /// The store's tables. Documents are JSON of the API's own types; columns beside them are what
@@ -112,9 +111,9 @@ pub const SCHEMA: Schema = Schema {
 /// Device names tried when a host name is taken: `pi`, `pi-2`, … `pi-1000`.
 const MAX_NAME_SUFFIX: u32 = 1000;
 
-/// The store over SQLite.
+/// The store over SQL.
 #[derive(Clone)]
-pub struct SqliteStore {
+pub struct SqlStore {
     db: Database,
     /// Releases are immutable, and large with their reports: each is read once.
     releases: Arc<Mutex<ReleaseCache>>,
@@ -122,22 +121,27 @@ pub struct SqliteStore {
 
 type ReleaseCache = BTreeMap<(ModelName, semver::Version), (Arc<Release>, Arc<NewRelease>)>;
 
-impl SqliteStore {
+impl SqlStore {
     /// A store over an open database that was migrated with [`SCHEMA`].
     pub fn new(db: Database) -> Self {
         Self { db, releases: Arc::default() }
     }
 
+    #[cfg(test)]
+    pub(super) fn database(&self) -> &Database {
+        &self.db
+    }
+
     fn write<T: Send + 'static>(
         &self,
-        change: impl FnOnce(&Transaction<'_>) -> Result<T, StoreError> + Send + 'static,
+        change: impl FnOnce(&Tx<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> StoreFuture<'_, T> {
         Box::pin(self.db.write(change))
     }
 
     fn read<T: Send + 'static>(
         &self,
-        query: impl FnOnce(&Transaction<'_>) -> Result<T, StoreError> + Send + 'static,
+        query: impl FnOnce(&Tx<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> StoreFuture<'_, T> {
         Box::pin(self.db.read(query))
     }
@@ -170,20 +174,24 @@ where
     })
 }
 
-/// Collects the rows of a query, each read by `read`.
+/// Every row of a query.
 fn collect<T>(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     sql: &str,
-    params: impl rusqlite::Params,
-    mut read: impl FnMut(&Row<'_>) -> Result<T, StoreError>,
+    params: &[Value<'_>],
+    read: impl FnMut(&Row<'_>) -> Result<T, StoreError>,
 ) -> Result<Vec<T>, StoreError> {
-    let mut statement = tx.prepare_cached(sql)?;
-    let mut rows = statement.query(params)?;
-    let mut found = Vec::new();
-    while let Some(row) = rows.next()? {
-        found.push(read(row)?);
-    }
-    Ok(found)
+    tx.query(sql, params, read)
+}
+
+/// The first row of a query.
+fn first<T>(
+    tx: &Tx<'_>,
+    sql: &str,
+    params: &[Value<'_>],
+    read: impl FnMut(&Row<'_>) -> Result<T, StoreError>,
+) -> Result<Option<T>, StoreError> {
+    tx.first(sql, params, read)
 }
 
 /// Turns one entry more than asked for into a cursor.
@@ -216,7 +224,7 @@ const DEVICE_COLUMNS: &str = "id, name, public_key, site, labels, facts, desired
                               enrolled_at, last_seen, revoked";
 
 fn device_of(row: &Row<'_>) -> Result<StoredDevice, StoreError> {
-    let text = |index: usize| row.get::<_, String>(index);
+    let text = |index: usize| row.get::<String>(index);
     let site: Option<String> = row.get(3)?;
     let report: Option<String> = row.get(7)?;
     Ok(StoredDevice {
@@ -234,13 +242,11 @@ fn device_of(row: &Row<'_>) -> Result<StoredDevice, StoreError> {
     })
 }
 
-fn find_device(tx: &Transaction<'_>, id_or_name: &str) -> Result<StoredDevice, StoreError> {
+fn find_device(tx: &Tx<'_>, id_or_name: &str) -> Result<StoredDevice, StoreError> {
     for key in ["id", "name"] {
         let sql = format!("SELECT {DEVICE_COLUMNS} FROM devices WHERE {key} = ?1");
-        let mut statement = tx.prepare_cached(&sql)?;
-        let mut rows = statement.query([id_or_name])?;
-        if let Some(row) = rows.next()? {
-            return device_of(row);
+        if let Some(device) = first(tx, &sql, params![id_or_name], device_of)? {
+            return Ok(device);
         }
     }
     let shown: String = id_or_name.chars().take(100).collect();
@@ -248,31 +254,33 @@ fn find_device(tx: &Transaction<'_>, id_or_name: &str) -> Result<StoredDevice, S
 }
 
 fn add_event(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     device: &DeviceId,
     at: Timestamp,
     generation: u64,
     what: &str,
 ) -> Result<(), StoreError> {
-    tx.prepare_cached(
+    tx.execute(
         "INSERT INTO device_events (device, at, generation, what) VALUES (?1, ?2, ?3, ?4)",
-    )?
-    .execute(params![device.as_str(), at.to_string(), generation as i64, what])?;
-    tx.prepare_cached(
+        params![device.as_str(), at.to_string(), generation as i64, what],
+    )?;
+    tx.execute(
         "DELETE FROM device_events WHERE device = ?1 AND sequence <= (
              SELECT sequence FROM device_events WHERE device = ?1
              ORDER BY sequence DESC LIMIT 1 OFFSET ?2)",
-    )?
-    .execute(params![device.as_str(), MAX_EVENTS_PER_DEVICE])?;
+        params![device.as_str(), MAX_EVENTS_PER_DEVICE],
+    )?;
     Ok(())
 }
 
 /// Adds an entry to the audit chain, inside the transaction that it records.
-fn append_audit(tx: &Transaction<'_>, by: &By, draft: AuditDraft) -> Result<(), StoreError> {
-    let last = tx
-        .prepare_cached("SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1")?
-        .query_row([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))
-        .optional()?;
+fn append_audit(tx: &Tx<'_>, by: &By, draft: AuditDraft) -> Result<(), StoreError> {
+    let last = first(
+        tx,
+        "SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1",
+        params![],
+        |row| Ok((row.get::<i64>(0)?, row.get::<String>(1)?)),
+    )?;
     let (sequence, previous) = match last {
         Some((sequence, hash)) => (sequence as u64 + 1, column("audit", &hash)?),
         None => (1, Digest::from([0; 32])),
@@ -288,20 +296,20 @@ fn append_audit(tx: &Transaction<'_>, by: &By, draft: AuditDraft) -> Result<(), 
         hash: previous,
     };
     entry.hash = entry.computed_hash();
-    tx.prepare_cached(
+    tx.execute(
         "INSERT INTO audit (sequence, at, actor, action, object, details, previous, hash)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-    )?
-    .execute(params![
-        entry.sequence as i64,
-        entry.at.to_string(),
-        entry.actor,
-        entry.action,
-        entry.object,
-        entry.details.to_string(),
-        entry.previous.to_string(),
-        entry.hash.to_string(),
-    ])?;
+        params![
+            entry.sequence as i64,
+            entry.at.to_string(),
+            entry.actor,
+            entry.action,
+            entry.object,
+            entry.details.to_string(),
+            entry.previous.to_string(),
+            entry.hash.to_string(),
+        ],
+    )?;
     Ok(())
 }
 
@@ -309,7 +317,7 @@ fn append_audit(tx: &Transaction<'_>, by: &By, draft: AuditDraft) -> Result<(), 
 ///
 /// # Errors
 /// If the entry cannot be added; the change must then not be made either.
-pub fn record_registry(tx: &Transaction<'_>, change: &registry::Change) -> Result<(), StoreError> {
+pub fn record_registry(tx: &Tx<'_>, change: &registry::Change) -> Result<(), StoreError> {
     let by = By { actor: change.actor.clone(), at: Timestamp::now() };
     let details = json!({ "digest": change.digest });
     append_audit(tx, &by, draft(change.action, &change.object, details))
@@ -320,9 +328,9 @@ fn draft(action: &'static str, object: impl ToString, details: serde_json::Value
 }
 
 fn audit_of(row: &Row<'_>) -> Result<AuditEntry, StoreError> {
-    let text = |index: usize| row.get::<_, String>(index);
+    let text = |index: usize| row.get::<String>(index);
     Ok(AuditEntry {
-        sequence: row.get::<_, i64>(0)? as u64,
+        sequence: row.get::<i64>(0)? as u64,
         at: column("audit", &text(1)?)?,
         actor: text(2)?,
         action: text(3)?,
@@ -353,43 +361,44 @@ fn layer_of(kind: &str, name: &str) -> Result<Layer, StoreError> {
     })
 }
 
-fn load_classes(tx: &Transaction<'_>) -> Result<Vec<DeviceClass>, StoreError> {
-    collect(tx, "SELECT class FROM classes ORDER BY name", [], |row| {
-        from_json("classes", &row.get::<_, String>(0)?)
+fn load_classes(tx: &Tx<'_>) -> Result<Vec<DeviceClass>, StoreError> {
+    collect(tx, "SELECT class FROM classes ORDER BY name", params![], |row| {
+        from_json("classes", &row.get::<String>(0)?)
     })
 }
 
-fn load_blueprints(tx: &Transaction<'_>) -> Result<Vec<StoredBlueprint>, StoreError> {
-    collect(tx, "SELECT layer, name, toml FROM blueprints ORDER BY layer, name", [], |row| {
-        let place = layer_of(&row.get::<_, String>(0)?, &row.get::<_, String>(1)?)?;
+fn load_blueprints(tx: &Tx<'_>) -> Result<Vec<StoredBlueprint>, StoreError> {
+    collect(tx, "SELECT layer, name, toml FROM blueprints ORDER BY layer, name", params![], |row| {
+        let place = layer_of(&row.get::<String>(0)?, &row.get::<String>(1)?)?;
         Ok(StoredBlueprint { place, toml: row.get(2)? })
     })
 }
 
 fn rollout_of(row: &Row<'_>) -> Result<RolloutRecord, StoreError> {
-    from_json("rollouts", &row.get::<_, String>(0)?)
+    from_json("rollouts", &row.get::<String>(0)?)
 }
 
-fn find_rollout(tx: &Transaction<'_>, id: &RolloutId) -> Result<RolloutRecord, StoreError> {
-    let mut statement = tx.prepare_cached("SELECT rollout FROM rollouts WHERE id = ?1")?;
-    let mut rows = statement.query([id.as_str()])?;
-    match rows.next()? {
-        Some(row) => rollout_of(row),
-        None => Err(not_found("rollout", id)),
-    }
+fn find_rollout(tx: &Tx<'_>, id: &RolloutId) -> Result<RolloutRecord, StoreError> {
+    let sql = "SELECT rollout FROM rollouts WHERE id = ?1";
+    let found = first(tx, sql, params![id.as_str()], rollout_of)?;
+    found.ok_or_else(|| not_found("rollout", id))
 }
 
 fn load_snapshot(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     cache: &Mutex<ReleaseCache>,
     also: &[RolloutId],
 ) -> Result<Snapshot, StoreError> {
-    let devices =
-        collect(tx, &format!("SELECT {DEVICE_COLUMNS} FROM devices ORDER BY name"), [], device_of)?;
+    let devices = collect(
+        tx,
+        &format!("SELECT {DEVICE_COLUMNS} FROM devices ORDER BY name"),
+        params![],
+        device_of,
+    )?;
     let mut rollouts = collect(
         tx,
         "SELECT rollout FROM rollouts WHERE final = 0 ORDER BY sequence",
-        [],
+        params![],
         rollout_of,
     )?;
     for id in also {
@@ -400,7 +409,7 @@ fn load_snapshot(
     let completed = collect(
         tx,
         "SELECT rollout FROM rollouts WHERE state = 'completed' ORDER BY completed_sequence DESC",
-        [],
+        params![],
         |row| {
             let rollout = rollout_of(row)?.rollout;
             Ok(CompletedRollout {
@@ -412,18 +421,18 @@ fn load_snapshot(
         },
     )?;
     let keys: Vec<(ModelName, semver::Version)> =
-        collect(tx, "SELECT model, version FROM releases", [], |row| {
-            let model = column("releases", &row.get::<_, String>(0)?)?;
-            Ok((model, column("releases", &row.get::<_, String>(1)?)?))
+        collect(tx, "SELECT model, version FROM releases", params![], |row| {
+            let model = column("releases", &row.get::<String>(0)?)?;
+            Ok((model, column("releases", &row.get::<String>(1)?)?))
         })?;
     let mut releases = BTreeMap::new();
     for (model, version) in keys {
         let (_, release) = load_release(tx, cache, &model, &version)?;
         releases.insert((model, version), release);
     }
-    let quarantine = collect(tx, "SELECT manifest, class FROM quarantine", [], |row| {
-        let manifest = column("quarantine", &row.get::<_, String>(0)?)?;
-        Ok((manifest, column("quarantine", &row.get::<_, String>(1)?)?))
+    let quarantine = collect(tx, "SELECT manifest, class FROM quarantine", params![], |row| {
+        let manifest = column("quarantine", &row.get::<String>(0)?)?;
+        Ok((manifest, column("quarantine", &row.get::<String>(1)?)?))
     })?;
     Ok(Snapshot {
         devices,
@@ -437,7 +446,7 @@ fn load_snapshot(
 }
 
 fn load_release(
-    tx: &Transaction<'_>,
+    tx: &Tx<'_>,
     cache: &Mutex<ReleaseCache>,
     model: &ModelName,
     version: &semver::Version,
@@ -446,10 +455,12 @@ fn load_release(
     if let Some(found) = cache.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
         return Ok(found.clone());
     }
-    let text: Option<String> = tx
-        .prepare_cached("SELECT release FROM releases WHERE model = ?1 AND version = ?2")?
-        .query_row([model.as_str(), &version.to_string()], |row| row.get(0))
-        .optional()?;
+    let text: Option<String> = first(
+        tx,
+        "SELECT release FROM releases WHERE model = ?1 AND version = ?2",
+        params![model.as_str(), version.to_string()],
+        |row| Ok(row.get(0)?),
+    )?;
     let text = text.ok_or_else(|| not_found("release", format!("{model} {version}")))?;
     let release: Release = from_json("releases", &text)?;
     let inner = Arc::new(release.release.clone());
@@ -529,11 +540,7 @@ fn report_events(before: Option<&DeviceReport>, report: &DeviceReport) -> Vec<St
     events
 }
 
-fn persist_transition(
-    tx: &Transaction<'_>,
-    by: &By,
-    transition: &Transition,
-) -> Result<(), StoreError> {
+fn persist_transition(tx: &Tx<'_>, by: &By, transition: &Transition) -> Result<(), StoreError> {
     for entry in &transition.audit {
         append_audit(tx, by, entry.clone())?;
     }
@@ -553,34 +560,31 @@ fn persist_transition(
             append_audit(tx, &hub, draft("rollout.decide", &rollout.id, details))?;
         }
         let completed = rollout.state == RolloutState::Completed;
-        tx.prepare_cached(
+        tx.execute(
             "INSERT INTO rollouts (id, state, final, completed_sequence, rollout)
              VALUES (?1, ?2, ?3, CASE WHEN ?4 THEN
                  (SELECT COALESCE(MAX(completed_sequence), 0) + 1 FROM rollouts) END, ?5)
              ON CONFLICT (id) DO UPDATE SET state = excluded.state, final = excluded.final,
-                 completed_sequence = COALESCE(completed_sequence, excluded.completed_sequence),
+                 completed_sequence =
+                     COALESCE(rollouts.completed_sequence, excluded.completed_sequence),
                  rollout = excluded.rollout",
-        )?
-        .execute(params![
-            rollout.id.as_str(),
-            state_name(rollout.state),
-            rollout.state.is_final(),
-            completed,
-            to_json(record),
-        ])?;
+            params![
+                rollout.id.as_str(),
+                state_name(rollout.state),
+                rollout.state.is_final(),
+                completed,
+                to_json(record),
+            ],
+        )?;
     }
+    let generation = tx.json_integer("desired", "generation");
+    let assign = format!("UPDATE devices SET desired = ?2 WHERE id = ?1 AND {generation} < ?3");
     for assignment in &transition.assignments {
         let desired = &assignment.desired;
-        let changed = tx
-            .prepare_cached(
-                "UPDATE devices SET desired = ?2
-                 WHERE id = ?1 AND json_extract(desired, '$.generation') < ?3",
-            )?
-            .execute(params![
-                assignment.device.as_str(),
-                to_json(desired),
-                desired.generation as i64
-            ])?;
+        let changed = tx.execute(
+            &assign,
+            params![assignment.device.as_str(), to_json(desired), desired.generation as i64],
+        )?;
         if changed == 0 {
             return Err(conflict(
                 format!(
@@ -606,19 +610,18 @@ fn persist_transition(
         append_audit(tx, &hub, draft("device.assign", &assignment.device, details))?;
     }
     for (manifest, class) in &transition.quarantined {
-        tx.prepare_cached("INSERT OR IGNORE INTO quarantine (manifest, class) VALUES (?1, ?2)")?
-            .execute([manifest.to_string(), class.to_string()])?;
+        tx.execute(
+            "INSERT INTO quarantine (manifest, class) VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+            params![manifest.to_string(), class.to_string()],
+        )?;
         let details = json!({ "class": class });
         append_audit(tx, &hub, draft("manifest.quarantine", manifest, details))?;
     }
     Ok(())
 }
 
-fn free_name(tx: &Transaction<'_>, enrolment: &Enrolment) -> Result<String, StoreError> {
-    let taken = |name: &str| -> Result<bool, StoreError> {
-        let mut statement = tx.prepare_cached("SELECT 1 FROM devices WHERE name = ?1")?;
-        Ok(statement.exists([name])?)
-    };
+fn free_name(tx: &Tx<'_>, enrolment: &Enrolment) -> Result<String, StoreError> {
+    let taken = |name: &str| tx.exists("SELECT 1 FROM devices WHERE name = ?1", params![name]);
     if let Some(name) = &enrolment.name {
         if taken(name)? {
             return Err(conflict(
@@ -649,13 +652,13 @@ fn plain_name(hostname: &str) -> String {
     if name.is_empty() { "device".to_owned() } else { name }
 }
 
-impl Store for SqliteStore {
+impl Store for SqlStore {
     fn add_invitation(&self, by: By, invitation: NewInvitationRow) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
             let NewInvitationRow { info, secret } = invitation;
             tx.execute(
                 "INSERT INTO invitations (id, secret, info) VALUES (?1, ?2, ?3)",
-                [info.id.as_str(), &secret.to_string(), &to_json(&info)],
+                params![info.id.as_str(), &secret.to_string(), &to_json(&info)],
             )?;
             let details = json!({
                 "labels": info.labels, "site": info.site, "expires_at": info.expires_at,
@@ -667,8 +670,8 @@ impl Store for SqliteStore {
     fn invitations(&self) -> StoreFuture<'_, Vec<InvitationInfo>> {
         self.read(|tx| {
             let sql = "SELECT info, used_by FROM invitations ORDER BY sequence DESC LIMIT 500";
-            collect(tx, sql, [], |row| {
-                let mut info: InvitationInfo = from_json("invitations", &row.get::<_, String>(0)?)?;
+            collect(tx, sql, params![], |row| {
+                let mut info: InvitationInfo = from_json("invitations", &row.get::<String>(0)?)?;
                 let used_by: Option<String> = row.get(1)?;
                 info.used_by = used_by.map(|id| column("invitations", &id)).transpose()?;
                 Ok(info)
@@ -678,11 +681,12 @@ impl Store for SqliteStore {
 
     fn withdraw_invitation(&self, by: By, id: InvitationId) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
-            let used_by: Option<Option<String>> = tx
-                .query_row("SELECT used_by FROM invitations WHERE id = ?1", [id.as_str()], |row| {
-                    row.get(0)
-                })
-                .optional()?;
+            let used_by: Option<Option<String>> = first(
+                tx,
+                "SELECT used_by FROM invitations WHERE id = ?1",
+                params![id.as_str()],
+                |row| Ok(row.get(0)?),
+            )?;
             match used_by {
                 None => return Err(not_found("invitation", &id)),
                 Some(Some(device)) => {
@@ -693,7 +697,7 @@ impl Store for SqliteStore {
                 }
                 Some(None) => {}
             }
-            tx.execute("DELETE FROM invitations WHERE id = ?1", [id.as_str()])?;
+            tx.execute("DELETE FROM invitations WHERE id = ?1", params![id.as_str()])?;
             append_audit(tx, &by, draft("invitation.withdraw", &id, json!({})))
         })
     }
@@ -705,13 +709,12 @@ impl Store for SqliteStore {
                 hint: "ask an operator for a new one: `slm device invite`".to_owned(),
             };
             let id = &enrolment.invitation;
-            let row: Option<(String, String, Option<String>)> = tx
-                .query_row(
-                    "SELECT secret, info, used_by FROM invitations WHERE id = ?1",
-                    [id.as_str()],
-                    |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
-                )
-                .optional()?;
+            let row: Option<(String, String, Option<String>)> = first(
+                tx,
+                "SELECT secret, info, used_by FROM invitations WHERE id = ?1",
+                params![id.as_str()],
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+            )?;
             // An unknown invitation and a wrong secret look the same from outside.
             let unknown =
                 || refused(format!("invitation {id} is not known or its secret is wrong"));
@@ -730,10 +733,8 @@ impl Store for SqliteStore {
             if info.expires_at <= enrolment.at {
                 return Err(refused(format!("invitation {id} expired at {}", info.expires_at)));
             }
-            let known: bool = tx
-                .prepare_cached("SELECT 1 FROM devices WHERE public_key = ?1")?
-                .exists([&enrolment.public_key])?;
-            if known {
+            let sql = "SELECT 1 FROM devices WHERE public_key = ?1";
+            if tx.exists(sql, params![enrolment.public_key])? {
                 return Err(conflict(
                     "this device key is in the fleet already",
                     "the device needs no new invitation; to start afresh, use another state folder",
@@ -774,7 +775,7 @@ impl Store for SqliteStore {
             )?;
             tx.execute(
                 "UPDATE invitations SET used_by = ?2 WHERE id = ?1",
-                [id.as_str(), device.id.as_str()],
+                params![id.as_str(), device.id.as_str()],
             )?;
             add_event(tx, &device.id, enrolment.at, 1, &format!("joined by invitation {id}"))?;
             let by = By { actor: format!("device {}", device.id), at: enrolment.at };
@@ -839,7 +840,7 @@ impl Store for SqliteStore {
             let mut device = find_device(tx, id.as_str())?;
             if !device.revoked {
                 device.revoked = true;
-                tx.execute("UPDATE devices SET revoked = 1 WHERE id = ?1", [id.as_str()])?;
+                tx.execute("UPDATE devices SET revoked = 1 WHERE id = ?1", params![id.as_str()])?;
                 let generation = device.desired.generation;
                 add_event(tx, &id, by.at, generation, "shut out of the fleet")?;
                 let details = json!({ "name": device.name });
@@ -856,11 +857,13 @@ impl Store for SqliteStore {
         report: DeviceReport,
     ) -> StoreFuture<'_, ReportOutcome> {
         self.write(move |tx| {
-            let (known, before): (i64, Option<String>) = tx
-                .prepare_cached("SELECT report_sequence, report FROM devices WHERE id = ?1")?
-                .query_row([id.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
-                .optional()?
-                .ok_or_else(|| not_found("device", &id))?;
+            let found: Option<(i64, Option<String>)> = first(
+                tx,
+                "SELECT report_sequence, report FROM devices WHERE id = ?1",
+                params![id.as_str()],
+                |row| Ok((row.get(0)?, row.get(1)?)),
+            )?;
+            let (known, before) = found.ok_or_else(|| not_found("device", &id))?;
             if report.sequence <= known as u64 {
                 return Ok(ReportOutcome::Stale);
             }
@@ -870,17 +873,17 @@ impl Store for SqliteStore {
                 add_event(tx, &id, at, report.generation, &what)?;
             }
             let news = is_news(before.as_ref(), &report);
-            tx.prepare_cached(
+            tx.execute(
                 "UPDATE devices SET report = ?2, report_sequence = ?3, facts = ?4, last_seen = ?5
                  WHERE id = ?1",
-            )?
-            .execute(params![
-                id.as_str(),
-                to_json(&report),
-                report.sequence as i64,
-                to_json(&report.facts),
-                at.to_string()
-            ])?;
+                params![
+                    id.as_str(),
+                    to_json(&report),
+                    report.sequence as i64,
+                    to_json(&report.facts),
+                    at.to_string()
+                ],
+            )?;
             Ok(if news { ReportOutcome::News } else { ReportOutcome::Counters })
         })
     }
@@ -888,8 +891,10 @@ impl Store for SqliteStore {
     fn record_seen(&self, seen: Vec<(DeviceId, Timestamp)>) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
             for (id, at) in seen {
-                tx.prepare_cached("UPDATE devices SET last_seen = ?2 WHERE id = ?1")?
-                    .execute([id.as_str(), &at.to_string()])?;
+                tx.execute(
+                    "UPDATE devices SET last_seen = ?2 WHERE id = ?1",
+                    params![id.as_str(), at.to_string()],
+                )?;
             }
             Ok(())
         })
@@ -905,11 +910,11 @@ impl Store for SqliteStore {
                 params![id.as_str(), below(&request)?, limit + 1],
                 |row| {
                     let event = DeviceEvent {
-                        at: column("device_events", &row.get::<_, String>(1)?)?,
-                        generation: row.get::<_, i64>(2)? as u64,
+                        at: column("device_events", &row.get::<String>(1)?)?,
+                        generation: row.get::<i64>(2)? as u64,
                         what: row.get(3)?,
                     };
-                    Ok((row.get::<_, i64>(0)?.to_string(), event))
+                    Ok((row.get::<i64>(0)?.to_string(), event))
                 },
             )?;
             Ok(page(found, limit))
@@ -925,7 +930,7 @@ impl Store for SqliteStore {
             tx.execute(
                 "INSERT INTO classes (name, class) VALUES (?1, ?2)
                  ON CONFLICT (name) DO UPDATE SET class = excluded.class",
-                [class.name.as_str(), &to_json(&class)],
+                params![class.name.as_str(), &to_json(&class)],
             )?;
             let details = json!({
                 "min_memory_bytes": class.min_memory_bytes, "quantisation": class.quantisation,
@@ -936,7 +941,7 @@ impl Store for SqliteStore {
 
     fn delete_class(&self, by: By, name: ClassName) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
-            if tx.execute("DELETE FROM classes WHERE name = ?1", [name.as_str()])? == 0 {
+            if tx.execute("DELETE FROM classes WHERE name = ?1", params![name.as_str()])? == 0 {
                 return Err(not_found("class", &name));
             }
             append_audit(tx, &by, draft("class.delete", &name, json!({})))
@@ -953,7 +958,7 @@ impl Store for SqliteStore {
             tx.execute(
                 "INSERT INTO blueprints (layer, name, toml) VALUES (?1, ?2, ?3)
                  ON CONFLICT (layer, name) DO UPDATE SET toml = excluded.toml",
-                [layer, name, &blueprint.toml],
+                params![layer, name, &blueprint.toml],
             )?;
             let details = json!({ "toml": blueprint.toml });
             append_audit(tx, &by, draft("blueprint.put", format!("{layer}/{name}"), details))
@@ -963,8 +968,10 @@ impl Store for SqliteStore {
     fn delete_blueprint(&self, by: By, place: Layer) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
             let (layer, name) = layer_key(&place);
-            let gone =
-                tx.execute("DELETE FROM blueprints WHERE layer = ?1 AND name = ?2", [layer, name])?;
+            let gone = tx.execute(
+                "DELETE FROM blueprints WHERE layer = ?1 AND name = ?2",
+                params![layer, name],
+            )?;
             if gone == 0 {
                 return Err(not_found("blueprint", format!("{layer}/{name}")));
             }
@@ -1000,7 +1007,7 @@ impl Store for SqliteStore {
                 Release { release, created_at: by.at, created_by: by.actor.clone() };
             tx.execute(
                 "INSERT INTO releases (model, version, release) VALUES (?1, ?2, ?3)",
-                [
+                params![
                     stored.release.model.as_str(),
                     &stored.release.version.to_string(),
                     &to_json(&stored),
@@ -1026,10 +1033,10 @@ impl Store for SqliteStore {
                  ORDER BY sequence DESC LIMIT ?2",
                 params![below(&request)?, limit + 1],
                 |row| {
-                    let model = column("releases", &row.get::<_, String>(1)?)?;
-                    let version = column("releases", &row.get::<_, String>(2)?)?;
+                    let model = column("releases", &row.get::<String>(1)?)?;
+                    let version = column("releases", &row.get::<String>(2)?)?;
                     let (release, _) = load_release(tx, &cache, &model, &version)?;
-                    Ok((row.get::<_, i64>(0)?.to_string(), release))
+                    Ok((row.get::<i64>(0)?.to_string(), release))
                 },
             )?;
             Ok(page(found, limit))
@@ -1048,7 +1055,7 @@ impl Store for SqliteStore {
                 "SELECT rollout, sequence FROM rollouts WHERE sequence < ?1
                  ORDER BY sequence DESC LIMIT ?2",
                 params![below(&request)?, limit + 1],
-                |row| Ok((row.get::<_, i64>(1)?.to_string(), rollout_of(row)?)),
+                |row| Ok((row.get::<i64>(1)?.to_string(), rollout_of(row)?)),
             )?;
             Ok(page(found, limit))
         })
@@ -1078,7 +1085,7 @@ impl Store for SqliteStore {
         self.write(move |tx| {
             tx.execute(
                 "INSERT INTO tokens (id, hash, token) VALUES (?1, ?2, ?3)",
-                [token.id.as_str(), &hash.to_string(), &to_json(&token)],
+                params![token.id.as_str(), &hash.to_string(), &to_json(&token)],
             )?;
             let details = json!({
                 "name": token.name, "role": token.role, "expires_at": token.expires_at,
@@ -1089,26 +1096,25 @@ impl Store for SqliteStore {
 
     fn token(&self, hash: SecretHash) -> StoreFuture<'_, Option<Token>> {
         self.read(move |tx| {
-            let text: Option<String> = tx
-                .prepare_cached("SELECT token FROM tokens WHERE hash = ?1")?
-                .query_row([hash.to_string()], |row| row.get(0))
-                .optional()?;
+            let sql = "SELECT token FROM tokens WHERE hash = ?1";
+            let text: Option<String> =
+                first(tx, sql, params![hash.to_string()], |row| Ok(row.get(0)?))?;
             text.map(|text| from_json("tokens", &text)).transpose()
         })
     }
 
     fn tokens(&self) -> StoreFuture<'_, Vec<Token>> {
         self.read(|tx| {
-            collect(tx, "SELECT token FROM tokens ORDER BY sequence", [], |row| {
-                from_json("tokens", &row.get::<_, String>(0)?)
+            collect(tx, "SELECT token FROM tokens ORDER BY sequence", params![], |row| {
+                from_json("tokens", &row.get::<String>(0)?)
             })
         })
     }
 
     fn delete_token(&self, by: By, id: TokenId) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
-            let tokens: Vec<Token> = collect(tx, "SELECT token FROM tokens", [], |row| {
-                from_json("tokens", &row.get::<_, String>(0)?)
+            let tokens: Vec<Token> = collect(tx, "SELECT token FROM tokens", params![], |row| {
+                from_json("tokens", &row.get::<String>(0)?)
             })?;
             let token = tokens.iter().find(|token| token.id == id);
             let token = token.ok_or_else(|| not_found("token", &id))?;
@@ -1120,15 +1126,15 @@ impl Store for SqliteStore {
                     "make another first: `slm token create --role admin`",
                 ));
             }
-            tx.execute("DELETE FROM tokens WHERE id = ?1", [id.as_str()])?;
+            tx.execute("DELETE FROM tokens WHERE id = ?1", params![id.as_str()])?;
             append_audit(tx, &by, draft("token.delete", &id, json!({ "name": token.name })))
         })
     }
 
     fn keys(&self) -> StoreFuture<'_, Vec<PublisherKey>> {
         self.read(|tx| {
-            collect(tx, "SELECT key FROM publisher_keys ORDER BY id", [], |row| {
-                from_json("publisher_keys", &row.get::<_, String>(0)?)
+            collect(tx, "SELECT key FROM publisher_keys ORDER BY id", params![], |row| {
+                from_json("publisher_keys", &row.get::<String>(0)?)
             })
         })
     }
@@ -1136,8 +1142,8 @@ impl Store for SqliteStore {
     fn add_key(&self, by: By, key: PublisherKey) -> StoreFuture<'_, ()> {
         self.write(move |tx| {
             let added = tx.execute(
-                "INSERT OR IGNORE INTO publisher_keys (id, key) VALUES (?1, ?2)",
-                [key.id.as_str(), &to_json(&key)],
+                "INSERT INTO publisher_keys (id, key) VALUES (?1, ?2) ON CONFLICT DO NOTHING",
+                params![key.id.as_str(), &to_json(&key)],
             )?;
             if added == 0 {
                 return Ok(());
@@ -1163,45 +1169,53 @@ impl Store for SqliteStore {
 
     fn verify_audit(&self) -> StoreFuture<'_, AuditVerdict> {
         self.read(|tx| {
-            let sql = format!("SELECT {AUDIT_COLUMNS} FROM audit ORDER BY sequence");
-            let mut statement = tx.prepare_cached(&sql)?;
-            let mut rows = statement.query([])?;
-            let mut head = Digest::from([0; 32]);
-            let mut entries = 0_u64;
-            while let Some(row) = rows.next()? {
-                let broken = |what: String| AuditVerdict { entries, head, broken: Some(what) };
-                let expected = entries + 1;
-                let entry = match audit_of(row) {
-                    Ok(entry) => entry,
-                    Err(error) => {
-                        return Ok(broken(format!("entry {expected} cannot be read: {error}")));
-                    }
-                };
-                if entry.sequence != expected {
-                    return Ok(broken(format!(
-                        "entry {expected} is missing: {} follows {entries}",
-                        entry.sequence
-                    )));
+            let sql = format!(
+                "SELECT {AUDIT_COLUMNS} FROM audit WHERE sequence > ?1 ORDER BY sequence LIMIT ?2"
+            );
+            let mut verdict =
+                AuditVerdict { entries: 0, head: Digest::from([0; 32]), broken: None };
+            // In pieces, however long the log is.
+            loop {
+                let checked = verdict.entries;
+                let after = if checked == 0 { i64::MIN } else { checked as i64 };
+                tx.each(&sql, params![after, MAX_PAGE], |row| {
+                    verdict.broken = check_entry(audit_of(row), &mut verdict);
+                    Ok::<_, StoreError>(verdict.broken.is_none())
+                })?;
+                if verdict.broken.is_some() || verdict.entries == checked {
+                    return Ok(verdict);
                 }
-                if entry.previous != head {
-                    return Ok(broken(format!(
-                        "entry {expected} does not follow the one before: it names {}, not {}",
-                        entry.previous.short(),
-                        head.short()
-                    )));
-                }
-                let computed = entry.computed_hash();
-                if entry.hash != computed {
-                    return Ok(broken(format!(
-                        "entry {expected} was changed: its hash is {}, its content gives {}",
-                        entry.hash.short(),
-                        computed.short()
-                    )));
-                }
-                head = entry.hash;
-                entries = expected;
             }
-            Ok(AuditVerdict { entries, head, broken: None })
         })
     }
+}
+
+/// Checks the next entry of the audit chain; what is wrong with it, or it is counted.
+fn check_entry(read: Result<AuditEntry, StoreError>, verdict: &mut AuditVerdict) -> Option<String> {
+    let (entries, head) = (verdict.entries, verdict.head);
+    let expected = entries + 1;
+    let entry = match read {
+        Ok(entry) => entry,
+        Err(error) => return Some(format!("entry {expected} cannot be read: {error}")),
+    };
+    let computed = entry.computed_hash();
+    if entry.sequence != expected {
+        return Some(format!("entry {expected} is missing: {} follows {entries}", entry.sequence));
+    }
+    if entry.previous != head {
+        return Some(format!(
+            "entry {expected} does not follow the one before: it names {}, not {}",
+            entry.previous.short(),
+            head.short()
+        ));
+    }
+    if entry.hash != computed {
+        return Some(format!(
+            "entry {expected} was changed: its hash is {}, its content gives {}",
+            entry.hash.short(),
+            computed.short()
+        ));
+    }
+    (verdict.head, verdict.entries) = (entry.hash, expected);
+    None
 }
