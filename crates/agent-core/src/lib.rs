@@ -6,12 +6,14 @@
 
 mod backoff;
 mod config;
+mod counted;
 mod effect;
 mod ledger;
 mod machine;
 
 pub use backoff::MAX_RETRY_AFTER_MS;
 pub use config::{Config, Millis};
+pub use counted::Counted;
 pub use effect::{
     Death, Effect, EffectId, Event, FetchError, Loaded, Obstacle, Polled, ProbeError, Probed,
     StageError, VerifyError,

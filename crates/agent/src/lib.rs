@@ -4,7 +4,6 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
-mod counted;
 pub mod download;
 pub mod durable;
 pub mod engine;

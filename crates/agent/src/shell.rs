@@ -10,7 +10,7 @@ use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
 use rustls::time_provider::TimeProvider;
 use slmops_agent_core::{
-    Config, Core, Effect, EffectId, Event, Ledger, Millis, Obstacle, Snapshot,
+    Config, Core, Counted, Effect, EffectId, Event, Ledger, Millis, Obstacle, Snapshot,
 };
 use slmops_api::device::{DeviceFacts, DeviceReport, Phase, Telemetry};
 use slmops_api::evidence::EvidenceCounts;
@@ -18,7 +18,6 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use crate::counted::Counted;
 use crate::download::{self, Downloads};
 use crate::engine::Engine;
 use crate::error::AgentError;

@@ -10,6 +10,7 @@ use slmops_artifact::Digest;
 use slmops_fleet_core::world::Releases;
 
 use crate::spec::{Ailment, BEFORE, FleetSpec, Health, VariantSpec};
+use crate::traffic::Change;
 
 /// The size of a package's probes in bytes.
 const PROBES_BYTES: u64 = 20_000;
@@ -103,10 +104,18 @@ impl Catalog {
         (everywhere || hit < share).then_some(ailment)
     }
 
+    /// What this release changes in use.
+    pub(crate) fn change(&self, manifest: &Digest) -> Option<Change> {
+        match self.known(manifest).health {
+            Health::WorseInUse { metric, factor } => Some((metric, factor)),
+            Health::Good | Health::Bad { .. } => None,
+        }
+    }
+
     /// Whether this release must not get past its first wave: no device can confirm it.
     pub(crate) fn is_bad_everywhere(&self, manifest: &Digest) -> bool {
         match self.known(manifest).health {
-            Health::Good => false,
+            Health::Good | Health::WorseInUse { .. } => false,
             Health::Bad { ailment, share } => {
                 let everywhere = matches!(ailment, Ailment::BadSignature | Ailment::WrongBytes);
                 ailment.shows_before_confirmation() && (share >= 1.0 || everywhere)

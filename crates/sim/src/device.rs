@@ -9,6 +9,7 @@ use slmops_agent_core::{
     Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
 };
 use slmops_api::device::WaitCause;
+use slmops_api::evidence::Evidence;
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
 use slmops_artifact::Digest;
@@ -18,6 +19,7 @@ use crate::operation::{EffectKind, Moment};
 use crate::run::Sabotage;
 use crate::spec::Ailment;
 use crate::time::{SECOND, Time};
+use crate::traffic::Traffic;
 
 /// Bytes of a file that are hashed or loaded in a second.
 const DISK_BYTES_PER_S: u64 = 200_000_000;
@@ -51,7 +53,7 @@ pub(crate) enum Work {
     /// Something is heard.
     Hear(Box<Event>),
     /// A report gets to the hub.
-    Arrives { snapshot: Arc<Snapshot>, sequence: u64, reply: bool },
+    Arrives { snapshot: Arc<Snapshot>, evidence: Option<Box<Evidence>>, sequence: u64, reply: bool },
     /// The hub's thanks for a report get to the device; in which life of the hub it was stored.
     Thanks { sequence: u64, epoch: u64 },
     /// A piece of a download.
@@ -165,6 +167,8 @@ pub(crate) struct Device {
     pub durable: Durable,
     pub files: Vec<File>,
     pub sequence: u64,
+    /// Its users and what is counted of them, where somebody wants to know.
+    pub traffic: Option<Box<Traffic>>,
     /// Manifests whose signature was good.
     pub signed: Vec<Digest>,
     // --- what does not
@@ -196,6 +200,7 @@ impl Device {
             durable: Durable::default(),
             files: Vec::new(),
             sequence: 0,
+            traffic: None,
             signed: Vec::new(),
             workers: Vec::new(),
             live: None,
@@ -216,6 +221,9 @@ impl Device {
         let rng = ChaCha8Rng::seed_from_u64(mix(self.seed ^ (self.boots << 40)));
         self.clock = Clock { real: now.0, local: 0, ppm: self.clock.ppm };
         self.core = Some(Core::new(ledger, config, rng));
+        if let Some(traffic) = &mut self.traffic {
+            traffic.restart(now);
+        }
     }
 
     pub(crate) fn power_off(&mut self, until: Time) {
@@ -237,6 +245,30 @@ impl Device {
     pub(crate) fn drift(&mut self, now: Time, ppm: i32) {
         let local = if self.core.is_some() { self.clock.local(now) } else { 0 };
         self.clock = Clock { real: now.0, local, ppm: i64::from(ppm) };
+    }
+
+    /// Counts what its users asked until now.
+    pub(crate) fn count(&mut self, now: Time, catalog: &Catalog) {
+        let Some(mut traffic) = self.traffic.take() else { return };
+        let serving = self.live_worker().filter(|worker| worker.up).map(|worker| {
+            let package = &worker.deployment.package;
+            (catalog.change(&package.manifest), package.weights.size_bytes)
+        });
+        traffic.serve(now, serving);
+        self.traffic = Some(traffic);
+    }
+
+    /// What a report says of the model that runs.
+    pub(crate) fn evidence(
+        &mut self,
+        now: Time,
+        running: Option<Digest>,
+        catalog: &Catalog,
+    ) -> Option<Evidence> {
+        if !self.traffic.as_ref()?.is_fresh(now) {
+            self.count(now, catalog);
+        }
+        self.traffic.as_mut()?.evidence(running)
     }
 
     /// When it must next be looked at.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use slmops_agent_core::Snapshot;
 use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport, Phase, Telemetry};
-use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
+use slmops_api::evidence::Evidence;
+use slmops_api::rollout::{NewRollout, Outcome, Rollout, RolloutDevice, RolloutState};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_api::selector::Selector;
 use slmops_api::{ClassName, DeviceId, RolloutId};
@@ -25,8 +26,12 @@ use crate::watch::Watch;
 const DECIDE_AFTER_MS: u64 = SECOND;
 /// Decisions in a row; more would mean that they do not settle.
 const MAX_ROUNDS: u32 = 16;
+/// How often it looks although it heard nothing, where it waits for devices that are away.
+const HEARTBEAT_MS: u64 = 30 * SECOND;
 /// Who asks for rollouts.
 const OPERATOR: &str = "operator";
+/// Who approves what anybody else may.
+const APPROVER: &str = "approver";
 
 /// The hub.
 pub(crate) struct Hub {
@@ -45,7 +50,7 @@ pub(crate) struct Hub {
     everything: bool,
     decide_at: Option<Time>,
     deadline: Option<Time>,
-    unstored: Vec<(usize, Arc<Snapshot>, u64)>,
+    unstored: Vec<(usize, Arc<Snapshot>, Option<Evidence>, u64)>,
     // --- what is wrong with it
     pub is_up: bool,
     pub up_at: Time,
@@ -72,6 +77,10 @@ pub(crate) fn number_of(id: &DeviceId) -> usize {
 
 pub(crate) fn rollout_id(rollout: usize) -> RolloutId {
     format!("r{rollout}").parse().expect("a letter and a number are an id")
+}
+
+fn number_of_rollout(id: &RolloutId) -> usize {
+    id.as_str()[1..].parse().expect("the simulation gives every id")
 }
 
 impl Hub {
@@ -203,9 +212,19 @@ impl Hub {
     }
 
     /// A report that says what is known: its number and its time are noted.
-    pub(crate) fn touch(&mut self, now: Time, device: usize, sequence: u64) {
+    pub(crate) fn touch(
+        &mut self,
+        now: Time,
+        device: usize,
+        sequence: u64,
+        evidence: Option<Evidence>,
+    ) {
         self.sequences[device] = self.sequences[device].max(sequence);
-        self.devices[device].last_seen = now.timestamp();
+        let place = &mut self.devices[device];
+        place.last_seen = now.timestamp();
+        if let Some(report) = &mut place.report {
+            report.evidence = evidence;
+        }
     }
 
     /// Whether it has thanked for reports that it has yet to store, as it never should.
@@ -224,24 +243,32 @@ impl Hub {
         now: Time,
         device: usize,
         snapshot: Arc<Snapshot>,
+        evidence: Option<Evidence>,
         sequence: u64,
     ) -> Result<(), Time> {
         if let Some(lasts) = self.take_armed(Moment::Before, HubWork::Report) {
             return Err(lasts);
         }
         if self.sabotage == Some(Sabotage::ThanksBeforeStoring) {
-            self.unstored.push((device, snapshot, sequence));
+            self.unstored.push((device, snapshot, evidence, sequence));
             self.wake(now);
             return Ok(());
         }
-        self.store(now, device, snapshot, sequence);
+        self.store(now, device, snapshot, evidence, sequence);
         match self.take_armed(Moment::After, HubWork::Report) {
             Some(lasts) => Err(lasts),
             None => Ok(()),
         }
     }
 
-    fn store(&mut self, now: Time, device: usize, snapshot: Arc<Snapshot>, sequence: u64) {
+    fn store(
+        &mut self,
+        now: Time,
+        device: usize,
+        snapshot: Arc<Snapshot>,
+        evidence: Option<Evidence>,
+        sequence: u64,
+    ) {
         let place = &mut self.devices[device];
         place.last_seen = now.timestamp();
         if sequence <= self.sequences[device] {
@@ -272,6 +299,7 @@ impl Hub {
             facts: facts(place.budget_bytes),
         });
         report.sequence = sequence;
+        report.evidence = evidence;
         report.phase.clone_from(&snapshot.phase);
         if news {
             report.generation = snapshot.generation;
@@ -291,8 +319,8 @@ impl Hub {
     /// Decides until nothing changes any more, each time in one transaction.
     pub(crate) fn decide(&mut self, now: Time, catalog: &Catalog, watch: &mut Watch) -> Done {
         self.decide_at = None;
-        for (device, snapshot, sequence) in std::mem::take(&mut self.unstored) {
-            self.store(now, device, snapshot, sequence);
+        for (device, snapshot, evidence, sequence) in std::mem::take(&mut self.unstored) {
+            self.store(now, device, snapshot, evidence, sequence);
         }
         let mut told = Vec::new();
         for _ in 0..MAX_ROUNDS {
@@ -309,6 +337,7 @@ impl Hub {
                 && moved.quarantined.is_empty();
             self.deadline = moved.deadline.map(Time::at);
             if quiet {
+                self.listen_for_the_away(now);
                 return Done::Told(told);
             }
             if let Some(before) = before {
@@ -323,6 +352,18 @@ impl Hub {
         }
         watch.violation(now, "the hub's decisions do not settle".to_owned());
         Done::Told(told)
+    }
+
+    /// That a device is back is no news, so that the hub looks for it now and then.
+    fn listen_for_the_away(&mut self, now: Time) {
+        let away = |part: &RolloutDevice| part.outcome == Outcome::Away;
+        let waits = |record: &RolloutRecord| {
+            record.rollout.state == RolloutState::Running && record.rollout.devices.iter().any(away)
+        };
+        if self.active.iter().any(waits) {
+            let next = Time(now.0 + HEARTBEAT_MS);
+            self.deadline = Some(self.deadline.map_or(next, |deadline| deadline.min(next)));
+        }
     }
 
     fn plan(
@@ -379,7 +420,7 @@ impl Hub {
     ) {
         for index in moved.changed {
             let record = &self.active[index];
-            watch.rollout(now, &record.rollout);
+            watch.rollout(now, &record.rollout, &self.devices);
             if record.rollout.state != RolloutState::Running {
                 // It may be where newcomers find their model from now on, or no longer hold others.
                 self.everything = true;
@@ -465,11 +506,43 @@ impl Hub {
             self.active.retain(|known| known.rollout.id != record.rollout.id);
             self.end(record);
         }
-        watch.created(rollout, &created.record.rollout, self.devices.len());
+        watch.created(rollout, &created.record.rollout, &self.devices);
         self.active.push(created.record);
         self.everything = true;
         self.wake(now);
         Ok(())
+    }
+
+    /// Waves, from 1, that wait for somebody's approval, by the rollout's place in the specification.
+    pub(crate) fn unapproved(&self) -> Vec<(usize, u32)> {
+        let waits = |record: &RolloutRecord| {
+            let rollout = &record.rollout;
+            let wave = rollout.current_wave + 1;
+            let needed = rollout.asked.policy.approvals.iter().any(|step| step.wave == wave);
+            let given = rollout.approvals.iter().any(|approval| approval.wave == wave);
+            (needed && !given).then(|| (number_of_rollout(&rollout.id), wave))
+        };
+        self.active.iter().filter_map(waits).collect()
+    }
+
+    /// Somebody who may approves a wave. Says which devices are told something new.
+    pub(crate) fn approve(
+        &mut self,
+        now: Time,
+        rollout: usize,
+        wave: u32,
+        catalog: &Catalog,
+        watch: &mut Watch,
+    ) -> Vec<usize> {
+        let id = rollout_id(rollout);
+        let Some(record) = self.active.iter().find(|record| record.rollout.id == id).cloned()
+        else {
+            return Vec::new();
+        };
+        let mut steps = record.rollout.asked.policy.approvals.iter();
+        let named = steps.find(|step| step.wave == wave).and_then(|step| step.by.first());
+        let by = named.map_or_else(|| APPROVER.to_owned(), |name| format!("token {name}"));
+        self.carry_out(now, &record, Command::Approve { wave }, &by, catalog, watch)
     }
 
     /// Carries out a command on the newest rollout. Says which devices are told something new.
@@ -483,11 +556,23 @@ impl Hub {
         let newest = |record: &&RolloutRecord| record.rollout.created_at;
         let all = self.active.iter().chain(&self.ended);
         let Some(record) = all.max_by_key(newest).cloned() else { return Vec::new() };
+        self.carry_out(now, &record, command, OPERATOR, catalog, watch)
+    }
+
+    fn carry_out(
+        &mut self,
+        now: Time,
+        record: &RolloutRecord,
+        command: Command,
+        by: &str,
+        catalog: &Catalog,
+        watch: &mut Watch,
+    ) -> Vec<usize> {
         let world = self.world(now, catalog);
-        let Ok((changed, targets)) = rollout::command(&record, command, OPERATOR, &world) else {
+        let Ok((changed, targets)) = rollout::command(record, command, by, &world) else {
             return Vec::new();
         };
-        if changed == record {
+        if changed == *record {
             return Vec::new();
         }
         if command == Command::Resume {

@@ -31,6 +31,7 @@ mod scenario;
 mod shrink;
 mod spec;
 mod time;
+mod traffic;
 mod watch;
 
 pub use operation::{
@@ -45,7 +46,7 @@ pub use shrink::shrink;
 pub use shrink::shrink_as;
 pub use spec::{
     Ailment, FaultSpec, FleetSpec, GroupSpec, Health, LinkSpec, MAX_DEVICES, MAX_HOURS,
-    OfflineHours, RolloutSpec, SpecError, VariantSpec,
+    OfflineHours, RolloutSpec, SpecError, TrafficSpec, VariantSpec,
 };
 pub use time::{ParseTimeError, Time};
 

@@ -7,6 +7,7 @@ use slmops_agent_core::{
     Death, Effect, EffectId, Event, FetchError, Obstacle, Package, Polled, Snapshot,
 };
 use slmops_api::device::{DesiredModel, WaitCause};
+use slmops_api::evidence::Evidence;
 
 use crate::device::{Armed, Device, Pending, Piece, Work};
 use crate::operation::{EffectKind, Moment};
@@ -224,6 +225,7 @@ impl Simulation<'_> {
     fn send_report(&mut self, number: usize, id: EffectId, snapshot: Arc<Snapshot>) {
         self.devices[number].sequence += 1;
         let sequence = self.devices[number].sequence;
+        let evidence = self.evidence(number, &snapshot);
         let latency_ms = self.latency_ms(number);
         match self.request(number) {
             Fate::Lost => {}
@@ -231,16 +233,22 @@ impl Simulation<'_> {
                 self.hear_at(number, at, id, Event::Reported { id, result: Err(network()) });
             }
             Fate::Arrives { reply: true } if self.hub.knows(number, &snapshot) => {
-                self.hub.touch(self.now, number, sequence);
+                self.hub.touch(self.now, number, sequence, evidence);
                 let at = Time(self.now.0 + 2 * latency_ms);
                 let epoch = self.hub.epoch;
                 self.later(number, at, id, Work::Thanks { sequence, epoch });
             }
             Fate::Arrives { reply } => {
                 let at = Time(self.now.0 + latency_ms);
-                self.later(number, at, id, Work::Arrives { snapshot, sequence, reply });
+                let evidence = evidence.map(Box::new);
+                self.later(number, at, id, Work::Arrives { snapshot, evidence, sequence, reply });
             }
         }
+    }
+
+    fn evidence(&mut self, number: usize, snapshot: &Snapshot) -> Option<Evidence> {
+        let running = snapshot.running.as_ref().map(|running| running.manifest);
+        self.devices[number].evidence(self.now, running, &self.catalog)
     }
 
     pub(crate) fn report_arrives(
@@ -248,6 +256,7 @@ impl Simulation<'_> {
         number: usize,
         id: EffectId,
         snapshot: Arc<Snapshot>,
+        evidence: Option<Evidence>,
         sequence: u64,
         reply: bool,
     ) {
@@ -256,7 +265,7 @@ impl Simulation<'_> {
             let event = Event::Reported { id, result: Err(network()) };
             return self.hear_at(number, back, id, event);
         }
-        match self.hub.record(self.now, number, snapshot, sequence) {
+        match self.hub.record(self.now, number, snapshot, evidence, sequence) {
             Ok(()) if reply => {
                 let epoch = self.hub.epoch;
                 self.later(number, back, id, Work::Thanks { sequence, epoch });
@@ -388,6 +397,9 @@ impl Simulation<'_> {
         }
         let saves = kind == Some(EffectKind::SaveLedger);
         let activates = kind == Some(EffectKind::Activate);
+        if activates {
+            device.count(self.now, &self.catalog);
+        }
         let before = device.durable;
         let event = device.perform(self.now, effect, &self.catalog, sabotage);
         if saves {
@@ -420,7 +432,8 @@ impl Simulation<'_> {
                 self.devices[number].sequence += 1;
                 let sequence = self.devices[number].sequence;
                 // Should the hub crash of it, its device is no longer there to notice.
-                let crashed = self.hub.record(self.now, number, snapshot, sequence);
+                let evidence = self.evidence(number, &snapshot);
+                let crashed = self.hub.record(self.now, number, snapshot, evidence, sequence);
                 self.cut_power(number);
                 if let Err(lasts) = crashed {
                     self.crash_hub(lasts);
@@ -448,10 +461,15 @@ impl Simulation<'_> {
     pub(crate) fn end_worker(&mut self, number: usize, death: Death) {
         let device = &mut self.devices[number];
         let Some(id) = device.live else { return };
-        let Some(worker) = device.workers.iter_mut().find(|worker| worker.id == id) else { return };
-        if !std::mem::replace(&mut worker.up, false) {
+        let Some(worker) = device.worker(id) else { return };
+        if !worker.up {
             return;
         }
+        device.count(self.now, &self.catalog);
+        if let Some(traffic) = &mut device.traffic {
+            traffic.crashed();
+        }
+        device.workers.iter_mut().filter(|worker| worker.id == id).for_each(|it| it.up = false);
         let at = Time(self.now.0 + RESTART_MS);
         device.pending.push(Pending { at, id, work: Work::Restart });
         self.hear(number, Event::WorkerDied { worker: id, death });
@@ -466,6 +484,10 @@ impl Simulation<'_> {
             return device.pending.push(Pending { at, id, work: Work::Restart });
         }
         worker.up = true;
+        // Nobody was answered meanwhile.
+        if let Some(traffic) = &mut device.traffic {
+            traffic.serve(self.now, None);
+        }
         self.plan_crash(number);
         self.hear(number, Event::WorkerRestarted { worker: id });
     }

@@ -1,14 +1,14 @@
 //! The run: one schedule of (time, sequence), devices and hub, until the hours are over.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 
 use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{Blob, Deployment, Effect, Event, Ledger, Outcome, Polled};
 use slmops_api::device::InstalledModel;
-use slmops_api::rollout::NewRollout;
+use slmops_api::rollout::{Limits, NewRollout, Rollout, RolloutState};
 
 use crate::catalog::{Catalog, mix};
 use crate::device::{Device, Durable, Pending, Work};
@@ -19,6 +19,7 @@ use crate::report::{Collected, Report};
 use crate::scenario::Scenario;
 use crate::spec::{Ailment, SpecError};
 use crate::time::{DAY, MINUTE, SECOND, Time};
+use crate::traffic::Traffic;
 use crate::watch::{Watch, unsettled};
 
 /// All devices start within this time.
@@ -75,6 +76,8 @@ pub(crate) enum Who {
 enum Item {
     Sample,
     Create(usize),
+    /// An operator agrees to a wave, from 1, of a rollout.
+    Approve(usize, u32),
     Operation(Operation),
 }
 
@@ -96,6 +99,7 @@ pub(crate) struct Simulation<'a> {
     hub_entry: (Time, u64),
     agenda: Vec<(Time, Item)>,
     agenda_next: usize,
+    asked_to_approve: BTreeSet<(usize, u32)>,
     effects: Vec<Effect>,
     events: u64,
 }
@@ -145,6 +149,7 @@ impl<'a> Simulation<'a> {
             hub_entry: (Time(u64::MAX), 0),
             agenda: Vec::new(),
             agenda_next: 0,
+            asked_to_approve: BTreeSet::new(),
             effects: Vec::new(),
             events: 0,
         };
@@ -155,6 +160,8 @@ impl<'a> Simulation<'a> {
 
     /// Gives each device the release that is there before, as if it had confirmed it.
     fn install(&mut self) {
+        let rollouts = &self.scenario.spec.rollouts;
+        let has_gate = rollouts.iter().any(|rollout| rollout.policy.gate.is_some());
         let Done::Told(_) = self.hub.decide(self.now, &self.catalog, &mut self.watch) else {
             unreachable!("nothing is armed yet")
         };
@@ -187,6 +194,12 @@ impl<'a> Simulation<'a> {
                 for Blob { digest, size_bytes } in package.blobs() {
                     device.file(digest, size_bytes).have_bytes = size_bytes;
                 }
+            }
+            if has_gate {
+                let spec = &self.scenario.spec;
+                let installed = desired.model.as_ref().map(|it| (it.manifest, it.size_bytes));
+                let traffic = Traffic::new(&spec.traffic, spec.seed, number as u32, installed);
+                device.traffic = Some(Box::new(traffic));
             }
             device.power_at = Time(self.rng.random_range(0..STARTS_WITHIN_MS));
             self.reschedule(number);
@@ -253,11 +266,16 @@ impl<'a> Simulation<'a> {
             self.now = at;
             match who {
                 Who::Agenda => {
-                    let (_, item) = self.agenda[self.agenda_next];
-                    self.agenda_next += 1;
-                    self.events += 1;
-                    self.item(item);
-                    self.schedule_agenda();
+                    // Another entry may have been here before.
+                    if let Some((due, item)) = self.agenda.get(self.agenda_next)
+                        && *due <= at
+                    {
+                        let item = *item;
+                        self.agenda_next += 1;
+                        self.events += 1;
+                        self.item(item);
+                        self.schedule_agenda();
+                    }
                 }
                 Who::Hub if self.hub_entry.1 == sequence => {
                     self.hub_entry = (Time(u64::MAX), 0);
@@ -276,6 +294,7 @@ impl<'a> Simulation<'a> {
         match item {
             Item::Sample => self.collected.sample(self.now),
             Item::Create(rollout) => self.create(rollout),
+            Item::Approve(rollout, wave) => self.approve(rollout, wave),
             Item::Operation(operation) => self.apply(operation.action),
         }
     }
@@ -297,10 +316,40 @@ impl<'a> Simulation<'a> {
         self.collected.refused(rollout, again.clone());
         let at = Time(self.now.0 + ASK_AGAIN_MS);
         if again.is_some() && at <= self.scenario.spec.end() {
-            let place = self.agenda.partition_point(|(other, _)| *other <= at);
-            self.agenda.insert(place.max(self.agenda_next), (at, Item::Create(rollout)));
+            self.add_to_agenda(at, Item::Create(rollout));
         }
         self.reschedule_hub();
+    }
+
+    fn add_to_agenda(&mut self, at: Time, item: Item) {
+        let place = self.agenda.partition_point(|(other, _)| *other <= at);
+        self.agenda.insert(place.max(self.agenda_next), (at, item));
+        self.schedule_agenda();
+    }
+
+    /// Whoever must approve a wave hears of it when it waits for that, and takes a while.
+    fn ask_for_approvals(&mut self) {
+        for (rollout, wave) in self.hub.unapproved() {
+            if self.asked_to_approve.insert((rollout, wave)) {
+                let at = Time(self.now.0 + self.scenario.spec.approve_after.0);
+                self.add_to_agenda(at, Item::Approve(rollout, wave));
+            }
+        }
+    }
+
+    fn approve(&mut self, rollout: usize, wave: u32) {
+        match self.hub.is_up {
+            true => {
+                let (catalog, watch) = (&self.catalog, &mut self.watch);
+                let told = self.hub.approve(self.now, rollout, wave, catalog, watch);
+                self.tell(told);
+                self.reschedule_hub();
+            }
+            false => {
+                let at = Time(self.now.0 + ASK_AGAIN_MS);
+                self.add_to_agenda(at, Item::Approve(rollout, wave));
+            }
+        }
     }
 
     fn look_at_hub(&mut self) {
@@ -308,7 +357,10 @@ impl<'a> Simulation<'a> {
             self.events += 1;
             if self.hub.is_up {
                 match self.hub.decide(self.now, &self.catalog, &mut self.watch) {
-                    Done::Told(devices) => self.tell(devices),
+                    Done::Told(devices) => {
+                        self.tell(devices);
+                        self.ask_for_approvals();
+                    }
                     Done::Crashed(lasts) => self.crash_hub(lasts),
                 }
             } else {
@@ -373,8 +425,9 @@ impl<'a> Simulation<'a> {
                     self.hear(number, Event::Polled { id, result: Ok(Polled::NotModified) });
                 }
             }
-            Work::Arrives { snapshot, sequence, reply } => {
-                self.report_arrives(number, id, snapshot, sequence, reply);
+            Work::Arrives { snapshot, evidence, sequence, reply } => {
+                let evidence = evidence.map(|evidence| *evidence);
+                self.report_arrives(number, id, snapshot, evidence, sequence, reply);
             }
             Work::Thanks { sequence, epoch } => {
                 if self.is_connected(number) && self.hub.epoch == epoch {
@@ -405,12 +458,26 @@ impl<'a> Simulation<'a> {
         self.heal();
         let rollouts = self.scenario.spec.rollouts.iter();
         let longest: u64 = rollouts
+            .clone()
             .map(|it| {
-                let waves = it.policy.waves.len() as u64 + 1;
-                waves * u64::from(it.policy.bake_s + it.policy.confirm_timeout_s) * SECOND
+                let policy = &it.policy;
+                let waves = policy.waves.len() as u64 + 1;
+                // Limits make a wave take turns.
+                let turns = match policy.limits == Limits::default() {
+                    true => 1,
+                    false => u64::from(self.scenario.spec.devices()),
+                };
+                let patience_s = policy.gate.as_ref().and_then(|gate| gate.patience_s).unwrap_or(0);
+                let wave_s = turns * u64::from(policy.confirm_timeout_s)
+                    + u64::from(policy.bake_s)
+                    + u64::from(patience_s);
+                waves * (wave_s * SECOND + self.scenario.spec.approve_after.0)
             })
             .sum();
-        let end = Time(self.now.0 + REST_WITHIN_MS + longest);
+        let freezes = rollouts.clone().flat_map(|it| &it.policy.schedule.freezes);
+        let starts = rollouts.filter_map(|it| it.policy.schedule.start_at);
+        let last = freezes.map(|freeze| freeze.until).chain(starts).map(Time::at).max();
+        let end = Time(self.now.max(last.unwrap_or_default()).0 + REST_WITHIN_MS + longest);
         let problem = loop {
             let next = Time(self.now.0 + LOOK_EVERY_MS);
             self.until(next);
@@ -432,7 +499,13 @@ impl<'a> Simulation<'a> {
             return Some("the hub has something to decide".to_owned());
         }
         let running = self.hub.active.iter().map(|record| &record.rollout);
-        let mut running = running.filter(|r| r.state == slmops_api::rollout::RolloutState::Running);
+        // A gate without patience may wait for ever, and says so.
+        let waits_for_good = |rollout: &&Rollout| {
+            let gate = rollout.asked.policy.gate.as_ref();
+            rollout.gate.is_some() && gate.is_some_and(|gate| gate.patience_s.is_none())
+        };
+        let mut running =
+            running.filter(|r| r.state == RolloutState::Running && !waits_for_good(r));
         if let Some(rollout) = running.next() {
             let waits = &rollout.waiting_for;
             return Some(format!("rollout {} waits for {waits}", rollout.id));

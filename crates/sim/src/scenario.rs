@@ -6,7 +6,10 @@ use std::str::FromStr;
 use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use slmops_api::rollout::{RolloutPolicy, WaveSize};
+use slmops_api::gate::{GatePolicy, Metric};
+use slmops_api::rollout::{
+    ApprovalStep, Freeze, Limits, RolloutPolicy, Schedule, Stragglers, Unheard, WavePer, WaveSize,
+};
 
 use crate::catalog::mix;
 use crate::faults;
@@ -108,9 +111,18 @@ impl Scenario {
             skewed_clocks: rate(),
             hub_crashes: 10.0 * rate(),
         };
+        let approve_after = Time(rng.random_range(0..2 * HOUR));
         let hub_bits_per_s = rng.random_bool(0.3).then(|| rng.random_range(5_000_000..100_000_000));
         let base = FleetSpec::new(1, hours, seed);
-        let spec = FleetSpec { settle: true, groups, rollouts, hub_bits_per_s, faults, ..base };
+        let spec = FleetSpec {
+            settle: true,
+            groups,
+            rollouts,
+            hub_bits_per_s,
+            approve_after,
+            faults,
+            ..base
+        };
         let mut scenario = Self::of(&spec).expect("a random specification is within bounds");
         for _ in 0..rng.random_range(0..=3) {
             use OperatorCommand::{Abort, Pause, Resume, Rollback};
@@ -177,14 +189,54 @@ fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
             max_failures: rng.random_range(0..2),
             bake_s: [0, 60, 1_800][rng.random_range(0..3)],
             confirm_timeout_s: rng.random_range(300..10_000),
-            ..RolloutPolicy::default()
+            per: [WavePer::Fleet, WavePer::Class, WavePer::Site][rng.random_range(0..3)],
+            schedule: random_schedule(rng, hours),
+            limits: Limits {
+                updating: rng.random_bool(0.2).then(|| rng.random_range(1..5)),
+                updating_per_site: rng.random_bool(0.2).then(|| rng.random_range(1..3)),
+            },
+            approvals: random_approvals(rng),
+            stragglers: Stragglers {
+                away_after_s: match rng.random_bool(0.5) {
+                    true => rng.random_range(300..7_200),
+                    false => 0,
+                },
+                unheard: if rng.random_bool(0.5) { Unheard::Fail } else { Unheard::Leave },
+            },
+            gate: rng.random_bool(0.4).then(|| GatePolicy {
+                patience_s: Some(rng.random_range(60..7_200)),
+                ..GatePolicy::default()
+            }),
         },
-        health: match rng.random_range(0..4) {
+        health: match rng.random_range(0..5) {
             0 | 1 => Health::Good,
+            4 => Health::WorseInUse {
+                metric: Metric::Errors,
+                factor: f64::from(rng.random_range(2_u32..20)),
+            },
             2 => Health::Bad { ailment, share: 1.0 },
             _ => Health::Bad { ailment, share: f64::from(rng.random_range(0_u32..=100)) / 100.0 },
         },
     }
+}
+
+fn random_schedule(rng: &mut ChaCha8Rng, hours: u32) -> Schedule {
+    let mut moment = || Time(rng.random_range(0..u64::from(hours) * HOUR)).timestamp();
+    let (start_at, from) = (moment(), moment());
+    let until = from + jiff::SignedDuration::from_mins(rng.random_range(1..300));
+    Schedule {
+        start_at: rng.random_bool(0.2).then_some(start_at),
+        freezes: match rng.random_bool(0.2) {
+            true => vec![Freeze { from, until, reason: String::new() }],
+            false => vec![],
+        },
+    }
+}
+
+fn random_approvals(rng: &mut ChaCha8Rng) -> Vec<ApprovalStep> {
+    let by = |named| if named { vec!["ann".to_owned(), "bob".to_owned()] } else { vec![] };
+    let step = |wave| rng.random_bool(0.2).then(|| ApprovalStep { wave, by: by(rng.random()) });
+    (1..=3).filter_map(step).collect()
 }
 
 impl fmt::Display for Scenario {

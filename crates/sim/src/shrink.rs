@@ -1,5 +1,7 @@
 //! A failing run made small: the fewest operations, rollouts and devices that still fail.
 
+use slmops_api::rollout::{Limits, RolloutPolicy, Schedule, Stragglers, WavePer};
+
 use crate::operation::Action;
 use crate::report::Violation;
 use crate::run::Manner;
@@ -98,6 +100,33 @@ fn simpler(scenario: &Scenario) -> Vec<Simpler> {
             index,
         );
     }
+    for index in 0..scenario.spec.rollouts.len() {
+        let rules: [fn(&mut RolloutPolicy); 7] = [
+            |policy| policy.gate = None,
+            |policy| policy.schedule = Schedule::default(),
+            |policy| policy.limits = Limits::default(),
+            |policy| policy.approvals.clear(),
+            |policy| policy.stragglers = Stragglers::default(),
+            |policy| policy.per = WavePer::Fleet,
+            |policy| policy.bake_s = 0,
+        ];
+        for rule in rules {
+            ways.push(Box::new(move |scenario: &Scenario| {
+                let mut changed = scenario.clone();
+                if let Some(rollout) = changed.spec.rollouts.get_mut(index) {
+                    rule(&mut rollout.policy);
+                }
+                changed
+            }));
+        }
+    }
+    let mut way = |change: fn(&mut Scenario, usize), index: usize| {
+        ways.push(Box::new(move |scenario: &Scenario| {
+            let mut changed = scenario.clone();
+            change(&mut changed, index);
+            changed
+        }));
+    };
     way(|it, _| it.spec.hub_bits_per_s = None, 0);
     for index in 0..scenario.spec.groups.len() {
         way(|it, index| it.spec.groups[index].link.loss = 0.0, index);

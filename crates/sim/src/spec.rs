@@ -1,11 +1,13 @@
 //! What is simulated: a fleet, its links, what is rolled out to it, and what goes wrong.
 
 use serde::{Deserialize, Serialize};
+use slmops_api::gate::Metric;
 use slmops_api::model::ModelShape;
 use slmops_api::rollout::{RolloutPolicy, WaveSize};
 use slmops_api::{ClassName, ModelName, SiteName, VariantName};
 
 use crate::time::{HOUR, MINUTE, Time};
+use crate::traffic::MAX_REQUESTS_PER_HOUR;
 
 /// The most devices that one simulation holds.
 pub const MAX_DEVICES: u32 = 1_000_000;
@@ -43,9 +45,31 @@ pub struct FleetSpec {
     /// What all devices together may pull from the hub, in bits per second; no limit if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hub_bits_per_s: Option<u64>,
+    /// What users ask of every device. Counted where a rollout has a gate between its waves, which is
+    /// who wants to know.
+    #[serde(default)]
+    pub traffic: TrafficSpec,
+    /// How long it takes an operator to approve a wave that waits for that.
+    #[serde(default)]
+    pub approve_after: Time,
     /// What goes wrong.
     #[serde(default)]
     pub faults: FaultSpec,
+}
+
+/// Requests of users, and how the devices differ.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrafficSpec {
+    /// Requests of a typical device in an hour.
+    pub requests_per_hour: f64,
+    /// The share of them that fails on a typical device before any release, from 0 to 1.
+    pub error_rate: f64,
+    /// How much devices differ in both, and half as much in their speed: the standard deviation of
+    /// the logarithm.
+    pub spread: f64,
+    /// How much more there is of both at the busiest time of the day than on average, from 0 to 1.
+    pub daily_swing: f64,
 }
 
 /// Devices of one kind behind links of one kind.
@@ -138,6 +162,13 @@ pub enum Health {
         ailment: Ailment,
         /// The share of devices on which it does not work, from 0 to 1.
         share: f64,
+    },
+    /// It works, passes its probes, and is worse in use, everywhere.
+    WorseInUse {
+        /// In what.
+        metric: Metric,
+        /// How many times as much of it.
+        factor: f64,
     },
 }
 
@@ -270,6 +301,8 @@ impl FleetSpec {
                 health: Health::Good,
             }],
             hub_bits_per_s: Some(1_000_000_000),
+            traffic: TrafficSpec::default(),
+            approve_after: Time(0),
             faults: FaultSpec::default(),
         }
     }
@@ -314,6 +347,20 @@ impl FleetSpec {
         if self.hub_bits_per_s == Some(0) {
             return refuse("a hub of 0 bits per second answers nothing".to_owned());
         }
+        let TrafficSpec { requests_per_hour, error_rate, spread, daily_swing } = self.traffic;
+        if !(0.0..=MAX_REQUESTS_PER_HOUR).contains(&requests_per_hour) {
+            return refuse(format!(
+                "{requests_per_hour} requests an hour are not within 0 to {MAX_REQUESTS_PER_HOUR}"
+            ));
+        }
+        for (name, share) in [("error_rate", error_rate), ("daily_swing", daily_swing)] {
+            if !(0.0..=1.0).contains(&share) {
+                return refuse(format!("traffic.{name} = {share} is not within 0 to 1"));
+            }
+        }
+        if !(0.0..=3.0).contains(&spread) {
+            return refuse(format!("traffic.spread = {spread} is not within 0 to 3"));
+        }
         let rates = self.faults.rates();
         if rates.iter().any(|rate| !(0.0..=1_000.0).contains(rate)) {
             return refuse("a fault comes 0 to 1000 times a day".to_owned());
@@ -328,9 +375,25 @@ impl FleetSpec {
             {
                 return refuse(format!("a share of {share} is not within 0 to 1"));
             }
+            if let Health::WorseInUse { metric, factor } = rollout.health {
+                if !(0.0..=1_000.0).contains(&factor) {
+                    return refuse(format!("{factor} times the {metric} is not within 0 to 1000"));
+                }
+                if metric == Metric::Crashes {
+                    return refuse(
+                        "crashes in use are the ailment `crash_loops`, or faults".to_owned(),
+                    );
+                }
+            }
             versions.push(rollout.version.clone());
         }
         Ok(())
+    }
+}
+
+impl Default for TrafficSpec {
+    fn default() -> Self {
+        Self { requests_per_hour: 8.0, error_rate: 0.02, spread: 0.7, daily_swing: 0.5 }
     }
 }
 

@@ -1,10 +1,16 @@
 //! The invariants, checked after each event in constant time.
 
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
 use slmops_agent_core::{Effect, Outcome, Snapshot};
 use slmops_api::RolloutId;
 use slmops_api::device::Phase;
-use slmops_api::rollout::{Outcome as PartOutcome, Rollout, WaveSize};
+use slmops_api::rollout::{
+    Limits, Outcome as PartOutcome, Rollout, RolloutState, WavePer, WaveSize,
+};
 use slmops_fleet_core::rollout::Assignment;
+use slmops_fleet_core::world::FleetDevice;
 
 use crate::catalog::Catalog;
 use crate::device::Device;
@@ -40,15 +46,33 @@ struct Seen {
 /// A rollout's waves, as its policy means them.
 struct Waves {
     id: RolloutId,
-    /// Each device's wave; none for those that are no part.
-    of_device: Vec<Option<u32>>,
-    /// How many devices may have been told once a wave has started.
-    limits: Vec<usize>,
+    /// Each device's wave, and what its size counts within; none for those that are no part.
+    of_device: Vec<Option<(u32, usize)>>,
+    /// What the sizes of waves count within.
+    groups: Vec<Group>,
     told: Vec<bool>,
-    told_count: usize,
     max_failures: usize,
     /// Whether an operator went on in spite of failures.
     resumed: bool,
+}
+
+/// Devices within which the sizes of waves count.
+#[derive(Default)]
+struct Group {
+    /// Devices that are going to be told.
+    going: usize,
+    /// How many may have been told once a wave has started.
+    limits: Vec<usize>,
+    told: usize,
+}
+
+/// What the policy counts its waves within: the name of a device's class or site.
+fn group_of(device: &FleetDevice, per: WavePer) -> Option<&str> {
+    match per {
+        WavePer::Fleet => None,
+        WavePer::Class => Some(device.class.as_str()),
+        WavePer::Site => device.labels.get("site").map(String::as_str),
+    }
 }
 
 impl Watch {
@@ -69,31 +93,43 @@ impl Watch {
     // --- the hub
 
     /// A rollout was made: its waves are counted here anew, from the policy alone.
-    pub(crate) fn created(&mut self, rollout: usize, record: &Rollout, devices: usize) {
-        let mut of_device = vec![None; devices];
-        let mut going = 0;
+    pub(crate) fn created(&mut self, rollout: usize, record: &Rollout, devices: &[FleetDevice]) {
+        let policy = &record.asked.policy;
+        let mut of_device = vec![None; devices.len()];
+        let mut names: Vec<Option<&str>> = Vec::new();
+        let mut groups: Vec<Group> = Vec::new();
         for part in &record.devices {
-            of_device[number_of(&part.device)] = Some(part.wave);
-            going += usize::from(part.outcome == PartOutcome::Pending);
+            let number = number_of(&part.device);
+            let name = group_of(&devices[number], policy.per);
+            let group = names.iter().position(|known| *known == name).unwrap_or_else(|| {
+                names.push(name);
+                groups.push(Group::default());
+                groups.len() - 1
+            });
+            of_device[number] = Some((part.wave, group));
+            groups[group].going += usize::from(part.outcome == PartOutcome::Pending);
         }
-        let mut limits = Vec::new();
-        let mut sum = 0;
-        for wave in record.asked.policy.waves.iter().chain([&WaveSize::Rest]) {
-            sum = match wave {
-                WaveSize::Count(number) => sum + *number as usize,
-                WaveSize::Percent(share) => sum + (going * *share as usize).div_ceil(100),
-                WaveSize::Rest => going,
+        for group in &mut groups {
+            let (mut sum, going) = (0, group.going);
+            for wave in policy.waves.iter().chain([&WaveSize::Rest]) {
+                let size = match wave {
+                    WaveSize::Count(number) => *number as usize,
+                    WaveSize::Percent(share) => (going * *share as usize).div_ceil(100),
+                    WaveSize::Rest => going,
+                };
+                sum = (sum + size).min(going);
+                // A wave of nobody is no wave.
+                if group.limits.last() != Some(&sum) {
+                    group.limits.push(sum);
+                }
             }
-            .min(going);
-            limits.push(sum);
         }
         self.waves[rollout] = Some(Waves {
             id: record.id.clone(),
             of_device,
-            limits,
-            told: vec![false; devices],
-            told_count: 0,
-            max_failures: record.asked.policy.max_failures as usize,
+            groups,
+            told: vec![false; devices.len()],
+            max_failures: policy.max_failures as usize,
             resumed: false,
         });
     }
@@ -104,10 +140,46 @@ impl Watch {
         }
     }
 
-    /// A rollout changed: it has ended, or says what it waits for.
-    pub(crate) fn rollout(&mut self, now: Time, rollout: &Rollout) {
+    /// A rollout changed: it has ended, or says what it waits for; it keeps to its limits; and who
+    /// changes places between waves was not told yet.
+    pub(crate) fn rollout(&mut self, now: Time, rollout: &Rollout, devices: &[FleetDevice]) {
+        let id = &rollout.id;
         if !rollout.state.is_final() && rollout.waiting_for.is_empty() {
-            self.violation(now, format!("rollout {} waits and does not say for what", rollout.id));
+            self.violation(now, format!("rollout {id} waits and does not say for what"));
+        }
+        let Some(waves) = self.waves.iter_mut().flatten().find(|waves| waves.id == *id) else {
+            return;
+        };
+        let mut problems = Vec::new();
+        let limits = &rollout.asked.policy.limits;
+        let (mut updating, mut of_site) = (0, BTreeMap::<&str, u32>::new());
+        for part in &rollout.devices {
+            let number = number_of(&part.device);
+            if let Some((wave, _)) = &mut waves.of_device[number]
+                && *wave != part.wave
+            {
+                *wave = part.wave;
+                if waves.told[number] {
+                    problems.push(format!("device {number} changes waves after it was told"));
+                }
+            }
+            if part.outcome == PartOutcome::Updating && *limits != Limits::default() {
+                updating += 1;
+                if let Some(site) = devices[number].labels.get("site") {
+                    *of_site.entry(site).or_default() += 1;
+                }
+            }
+        }
+        if limits.updating.is_some_and(|limit| updating > limit) {
+            problems.push(format!("{updating} devices update at once in rollout {id}"));
+        }
+        if let Some(limit) = limits.updating_per_site
+            && let Some((site, many)) = of_site.iter().find(|(_, many)| **many > limit)
+        {
+            problems.push(format!("{many} devices of site {site} update at once in rollout {id}"));
+        }
+        for problem in problems {
+            self.violation(now, problem);
         }
     }
 
@@ -144,7 +216,7 @@ impl Watch {
             self.violation(now, what);
         }
         let Some(rollout) = catalog.known(&manifest).release.checked_sub(1) else { return };
-        let completed = hub.rollout(rollout).map(|r| (r.current_wave, r.state));
+        let record = hub.rollout(rollout);
         let Some(waves) = &mut self.waves[rollout] else {
             return self
                 .violation(now, format!("device {device} is told a release nobody asked for"));
@@ -152,32 +224,40 @@ impl Watch {
         if std::mem::replace(&mut waves.told[device], true) {
             return;
         }
-        waves.told_count += 1;
-        let Some((current, state)) = completed else { return };
-        if state == slmops_api::rollout::RolloutState::Completed {
+        let Some(record) = record else { return };
+        let id = waves.id.clone();
+        let Some((wave, group)) = waves.of_device[device] else {
+            let what = format!("device {device} is told of rollout {id}, of which it is no part");
+            return self.violation(now, what);
+        };
+        waves.groups[group].told += 1;
+        if record.state == RolloutState::Completed {
             return;
         }
-        let limit = waves.limits.get(current as usize).copied().unwrap_or(usize::MAX);
-        let (told, wave) = (waves.told_count, waves.of_device[device]);
-        let guarded = waves.limits[0] > waves.max_failures && !waves.resumed;
-        let id = &waves.id;
+        let current = record.current_wave;
+        let Group { limits, told, .. } = &waves.groups[group];
+        let limit = limits.get(current as usize).or(limits.last()).copied().unwrap_or(0);
+        let first: usize = waves.groups.iter().filter_map(|group| group.limits.first()).sum();
+        let guarded = first > waves.max_failures && !waves.resumed;
+        let told = *told;
+        let refused = forbidden(record, now.timestamp());
         let problem = match wave {
-            None => {
-                Some(format!("device {device} is told of rollout {id}, of which it is no part"))
+            _ if refused.is_some() => {
+                refused.map(|why| format!("device {device} is told of rollout {id} {why}"))
             }
-            Some(wave) if wave > current => Some(format!(
+            wave if wave > current => Some(format!(
                 "device {device} of wave {} is told in wave {} of rollout {id}",
                 wave + 1,
                 current + 1
             )),
-            Some(_) if told > limit => Some(format!(
+            _ if told > limit => Some(format!(
                 "{told} devices are told in wave {} of rollout {id}, which may have {limit}",
                 current + 1
             )),
-            Some(wave) if wave > 0 && guarded && catalog.is_bad_everywhere(&manifest) => {
+            wave if wave > 0 && guarded && catalog.is_bad_everywhere(&manifest) => {
                 Some(format!("rollout {id} of a bad release is past its first wave"))
             }
-            Some(_) => None,
+            _ => None,
         };
         if let Some(problem) = problem {
             self.violation(now, problem);
@@ -294,6 +374,22 @@ impl Watch {
             self.violation(now, what);
         }
     }
+}
+
+/// Which rule of its policy keeps a rollout from telling anybody now.
+fn forbidden(rollout: &Rollout, now: Timestamp) -> Option<&'static str> {
+    let policy = &rollout.asked.policy;
+    let wave = rollout.current_wave + 1;
+    let freezes = &policy.schedule.freezes;
+    if policy.schedule.start_at.is_some_and(|start_at| now < start_at) {
+        return Some("before its start");
+    }
+    if freezes.iter().any(|freeze| freeze.from <= now && now < freeze.until) {
+        return Some("in a freeze");
+    }
+    let needed = policy.approvals.iter().any(|step| step.wave == wave);
+    let given = rollout.approvals.iter().any(|approval| approval.wave == wave);
+    (needed && !given).then_some("without an approval")
 }
 
 /// Why a device has not come to rest as what it should be, if it has not.

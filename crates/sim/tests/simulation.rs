@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use slmops_api::rollout::RolloutState;
+use slmops_api::gate::{GatePolicy, Metric};
+use slmops_api::rollout::{ApprovalStep, RolloutState, WaveSize};
 use slmops_sim::{
     Action, Ailment, FaultSpec, FleetSpec, Health, Manner, Operation, Report, Sabotage, Scenario,
     Time, shrink_as, simulate,
@@ -204,6 +205,15 @@ fn a_specification_out_of_bounds_is_refused() {
     assert!(refused(|spec| spec.faults.power_cuts = f64::NAN).contains("a day"));
     assert!(refused(|spec| spec.rollouts.push(spec.rollouts[0].clone())).contains("1.1.0"));
     assert!(refused(|spec| spec.groups[0].link.loss = 2.0).contains("loss"));
+    assert!(refused(|spec| spec.traffic.error_rate = 2.0).contains("error_rate"));
+    assert!(refused(|spec| spec.traffic.requests_per_hour = 1e9).contains("requests"));
+    assert!(
+        refused(|spec| {
+            let metric = Metric::Crashes;
+            spec.rollouts[0].health = Health::WorseInUse { metric, factor: 5.0 };
+        })
+        .contains("crash_loops")
+    );
 }
 
 #[test]
@@ -233,4 +243,78 @@ fn a_crash_at_an_effect_is_where_it_says() {
     assert_eq!(report.rollouts[0].confirmed(), 3);
     let plain = simulate(&FleetSpec::new(3, 4, 1)).unwrap();
     assert!(report.rollouts[0].last_confirmed_at > plain.rollouts[0].last_confirmed_at);
+}
+
+/// A fleet with a gate after its canary of 60 devices.
+fn gated(seed: u64, health: Health) -> FleetSpec {
+    let mut spec = FleetSpec::new(300, 12, seed);
+    let rollout = &mut spec.rollouts[0];
+    rollout.policy.waves = vec![WaveSize::Count(60), WaveSize::Rest];
+    rollout.policy.bake_s = 0;
+    rollout.policy.gate = Some(GatePolicy::default());
+    rollout.health = health;
+    spec
+}
+
+/// The whole way: users, counters, reports, planner. At most a wave in ten may slip through the gate
+/// (its bound is one of 95 %), and none does.
+#[test]
+fn a_release_that_is_five_times_worse_in_use_stays_in_its_canary() {
+    for (metric, factor) in [(Metric::Errors, 5.0), (Metric::FirstToken, 2.0)] {
+        for seed in 0..10 {
+            let rollout =
+                report_of(&gated(seed, Health::WorseInUse { metric, factor })).rollouts.remove(0);
+            assert_eq!(rollout.state, Some(RolloutState::Halted), "{metric}, seed {seed}");
+            assert_eq!(rollout.outcomes["pending"], 240, "{metric}, seed {seed}");
+            let why = rollout.failures.keys().next().expect("devices failed");
+            assert!(why.contains(metric.name()), "{why}");
+            assert_eq!(rollout.confirmed(), 0, "taken back");
+        }
+    }
+}
+
+/// At α = 1 %: of 40 releases that change nothing, two would be too many to be chance.
+#[test]
+fn a_release_that_is_the_same_in_use_is_not_halted() {
+    let halted = (0..40).filter(|seed| {
+        let rollout = report_of(&gated(*seed, Health::Good)).rollouts.remove(0);
+        rollout.state == Some(RolloutState::Halted)
+    });
+    assert!(halted.count() <= 1);
+}
+
+/// What is shown to be no worse goes on; without users nothing can be shown, and patience ends it.
+#[test]
+fn a_gate_passes_what_it_has_seen_enough_of() {
+    let mut spec = gated(1, Health::Good);
+    spec.traffic.requests_per_hour = 120.0;
+    spec.hours = 24;
+    let rollout = report_of(&spec).rollouts.remove(0);
+    assert_eq!(rollout.state, Some(RolloutState::Completed), "{}", rollout.waiting_for);
+    let passed = |what: &str| rollout.decisions.iter().any(|it| it.what.contains(what));
+    assert!(passed("a greater loss than allowed is excluded"));
+
+    spec.traffic.requests_per_hour = 0.0;
+    let rollout = report_of(&spec).rollouts.remove(0);
+    assert_eq!(rollout.state, Some(RolloutState::Running));
+    assert!(rollout.waiting_for.contains("nothing counted"), "{}", rollout.waiting_for);
+
+    spec.rollouts[0].policy.gate.as_mut().unwrap().patience_s = Some(3_600);
+    let rollout = report_of(&spec).rollouts.remove(0);
+    assert_eq!(rollout.state, Some(RolloutState::Completed), "{}", rollout.waiting_for);
+}
+
+#[test]
+fn approvals_are_given_when_they_are_asked_for() {
+    let mut spec = FleetSpec::new(30, 12, 1);
+    let step = |wave, by: &[&str]| ApprovalStep {
+        wave,
+        by: by.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    spec.rollouts[0].policy.approvals = vec![step(1, &[]), step(2, &["ann"])];
+    spec.approve_after = Time(2 * 3_600_000);
+    let rollout = report_of(&spec).rollouts.remove(0);
+    assert_eq!(rollout.state, Some(RolloutState::Completed), "{}", rollout.waiting_for);
+    assert!(rollout.waves[0].started_at > Some(Time(2 * 3_600_000)));
+    assert!(rollout.waves[1].started_at > Some(Time(4 * 3_600_000)));
 }

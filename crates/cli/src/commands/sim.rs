@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use slmops_api::device::Device;
+use slmops_api::gate::Metric;
 use slmops_api::model::Release;
 use slmops_api::rollout::RolloutState;
 use slmops_api::{ModelName, VariantName};
@@ -20,6 +21,10 @@ use crate::units;
 
 /// The longest fleet or saved run that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 64 * 1024 * 1024;
+/// The heading of options about the run itself.
+const RUN: &str = "The run";
+/// Where a fleet file comes from.
+const FLEET_HINT: &str = "docs/simulator.md shows a fleet file with every key";
 /// Devices if nothing says how many.
 const DEVICES: u32 = 1_000;
 
@@ -35,6 +40,7 @@ const DEVICES: u32 = 1_000;
   $ slm sim --devices 10000 --hours 24 --waves 10,10%,rest --bake 30m
   $ slm sim --bandwidth 2Mbit --site-bandwidth 20Mbit --waves 1%,rest      slow shops
   $ slm sim --bad fails-probes --waves 5,rest                              who gets a bad release?
+  $ slm sim --bad-in-use 5 --waves 5%,rest --wave-gate                     and one that fails in use?
   $ slm sim --faults 0.5 --max-failures 20 --settle                        and when much goes wrong?
   $ slm sim --from-hub --release smollm2-135m-instruct@1.1.0 --svg plan.svg
   $ slm sim --fleet shops.toml --save run.txt && slm sim replay run.txt
@@ -59,7 +65,7 @@ pub struct Sim {
     #[command(flatten)]
     results: ResultArgs,
     /// Save the run, with each fault at its moment, as a text for `slm sim replay`
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Results")]
     save: Option<PathBuf>,
 }
 
@@ -83,6 +89,7 @@ enum Verb {
 
 /// What is shown.
 #[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Results")]
 struct ResultArgs {
     /// Print every decision with its evidence too
     #[arg(long)]
@@ -98,18 +105,23 @@ struct SpecArgs {
     #[command(flatten)]
     fleet: FleetArgs,
     /// Virtual hours [default: 24]
-    #[arg(long, value_name = "COUNT")]
+    #[arg(long, value_name = "COUNT", help_heading = RUN)]
     hours: Option<u32>,
     /// Where all chance comes from [default: 1]
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", help_heading = RUN)]
     seed: Option<u64>,
     /// Go on without faults when the hours are over, until the fleet has come to rest
-    #[arg(long)]
+    #[arg(long, help_heading = RUN)]
     settle: bool,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "The policy (as of `slm rollout start`)")]
     policy: Box<PolicyArgs>,
+    /// How long it takes somebody to approve a wave that waits for that [default: 0s]
+    #[arg(long, value_name = "TIME", value_parser = units::parse_seconds)]
+    approve_after: Option<u64>,
     #[command(flatten)]
     release: ReleaseArgs,
+    #[command(flatten)]
+    traffic: TrafficArgs,
     #[command(flatten)]
     link: LinkArgs,
     #[command(flatten)]
@@ -149,9 +161,31 @@ struct ReleaseArgs {
                      too-large, ignores-configuration, bad-signature or wrong-bytes"
     )]
     bad: Option<Bad>,
+    /// How many times as many requests fail with the release, though its probes pass
+    #[arg(
+        long,
+        value_name = "[METRIC=]FACTOR",
+        conflicts_with = "bad",
+        long_help = "How many times as many requests fail with the release, though its probes pass. \
+                     With a metric of --wave-gate-allow, such as first_token=1.5, that grows instead"
+    )]
+    bad_in_use: Option<BadInUse>,
     /// When the rollout is created, from the beginning
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = units::parse_seconds)]
     at: u64,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    next_help_heading = "Users (for --wave-gate; they differ, and have a busy time of the day)"
+)]
+struct TrafficArgs {
+    /// Requests of a typical device in an hour [default: 8]
+    #[arg(long, value_name = "COUNT")]
+    requests_per_hour: Option<f64>,
+    /// The share of them that fails before any release [default: 2%]
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    error_rate: Option<f64>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -228,6 +262,23 @@ impl std::str::FromStr for Bad {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
+struct BadInUse(Metric, f64);
+
+impl std::str::FromStr for BadInUse {
+    type Err = String;
+
+    fn from_str(given: &str) -> Result<Self, String> {
+        let (metric, factor) = match given.split_once('=') {
+            Some((metric, factor)) => (metric.trim().parse()?, factor),
+            None => (Metric::Errors, given),
+        };
+        let factor = factor.trim().parse::<f64>().ok().filter(|factor| *factor > 0.0);
+        let wrong = || format!("`{given}` is no factor: write 5, or first_token=1.5");
+        Ok(Self(metric, factor.ok_or_else(wrong)?))
+    }
+}
+
 fn kebab(words: &str) -> String {
     words.replace(' ', "-")
 }
@@ -281,7 +332,7 @@ impl Sim {
                 verdict(session, &scenario, &report, None)
             }
             Some(Verb::Replay { file, shrink, results }) => {
-                let text = read(&file)?;
+                let text = read(&file, "`slm sim --save FILE` writes one")?;
                 let scenario: Scenario =
                     text.parse().user(|| format!("read the saved run `{}`", file.display()))?;
                 let report = simulate(session, &scenario).await?;
@@ -310,8 +361,9 @@ impl SpecArgs {
         let seed = self.seed.unwrap_or(1);
         let mut spec = match (&self.fleet.fleet, self.fleet.from_hub) {
             (Some(path), _) => {
-                let mut spec: FleetSpec = toml::from_str(&read(path)?)
-                    .user(|| format!("read the fleet `{}`", path.display()))?;
+                let mut spec: FleetSpec = toml::from_str(&read(path, FLEET_HINT)?)
+                    .user(|| format!("read the fleet `{}`", path.display()))
+                    .map_err(|failure| failure.hint(FLEET_HINT))?;
                 spec.hours = self.hours.unwrap_or(spec.hours);
                 spec.seed = self.seed.unwrap_or(spec.seed);
                 spec
@@ -334,9 +386,10 @@ impl SpecArgs {
         spec.settle |= self.settle;
         self.release.apply(session, &mut spec).await?;
         if spec.rollouts.is_empty() {
-            let health = match self.release.bad {
-                Some(Bad(ailment, share)) => Health::Bad { ailment, share },
-                None => Health::Good,
+            let health = match (self.release.bad, self.release.bad_in_use) {
+                (Some(Bad(ailment, share)), _) => Health::Bad { ailment, share },
+                (None, Some(BadInUse(metric, factor))) => Health::WorseInUse { metric, factor },
+                (None, None) => Health::Good,
             };
             let version = self.release.release.as_ref().map(|it| it.1.clone());
             spec.rollouts.push(RolloutSpec {
@@ -345,13 +398,18 @@ impl SpecArgs {
                 policy: self.policy.policy()?,
                 health,
             });
-        } else if self.release.bad.is_some() {
+        } else if self.release.bad.is_some() || self.release.bad_in_use.is_some() {
             return Err(Failure::user(
-                "the fleet file has rollouts of its own, and --bad has none",
+                "the fleet file has rollouts of its own: --bad and --bad-in-use have none",
             )
             .hint("write `health = { bad = { ailment = \"fails_probes\", share = 1.0 } }` there"));
         }
         self.link.apply(&mut spec);
+        let traffic = &mut spec.traffic;
+        traffic.requests_per_hour =
+            self.traffic.requests_per_hour.unwrap_or(traffic.requests_per_hour);
+        traffic.error_rate = self.traffic.error_rate.unwrap_or(traffic.error_rate);
+        spec.approve_after = self.approve_after.map_or(spec.approve_after, |s| Time(s * 1_000));
         if let Some(rate) = self.faults.faults {
             spec.faults = FaultSpec::every(rate);
         }
@@ -447,16 +505,18 @@ async fn simulate(session: &Session, scenario: &Scenario) -> Result<Report> {
     Ok(report)
 }
 
-fn read(path: &Path) -> Result<String> {
+/// Reads a file; `hint` says where one comes from.
+fn read(path: &Path, hint: &str) -> Result<String> {
     let what = || format!("read `{}`", path.display());
-    let size = std::fs::metadata(path).user(what)?.len();
+    let with_hint = |failure: Failure| failure.hint(hint);
+    let size = std::fs::metadata(path).user(what).map_err(with_hint)?.len();
     if size > MAX_FILE_BYTES {
         return Err(Failure::user(format!(
             "`{}` is longer than {MAX_FILE_BYTES} bytes",
             path.display()
         )));
     }
-    std::fs::read_to_string(path).user(what)
+    std::fs::read_to_string(path).user(what).map_err(with_hint)
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -491,9 +491,11 @@ fn start(
     let Some(release) = release else { return Vec::new() };
     let pending = |part: &&RolloutDevice| part.wave == wave && part.outcome == Outcome::Pending;
     let waiting = record.rollout.devices.iter().filter(pending).count();
-    let holds = if waiting > 0 { Rules::hold_wave(record, world) } else { Vec::new() };
+    let holds = Rules::hold_wave(record, world);
     if !holds.is_empty() {
-        return holds.into_iter().map(|hold| (hold, waiting)).collect();
+        // Who comes back meanwhile waits, too.
+        let held = if waiting > 0 { holds } else { Vec::new() };
+        return held.into_iter().map(|hold| (hold, waiting)).collect();
     }
     outcome.changed |= absence::rearrange(record, world);
     let in_wave = |part: &RolloutDevice| part.wave == wave;

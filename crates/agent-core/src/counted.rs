@@ -4,7 +4,8 @@ use slmops_api::evidence::{Evidence, EvidenceCounts};
 use slmops_artifact::Digest;
 
 /// Attributes the growth of the engine's counters to the model that runs.
-pub(crate) struct Counted {
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Counted {
     evidence: Option<Evidence>,
     /// The engine's counters when they were last looked at.
     seen: EvidenceCounts,
@@ -12,13 +13,18 @@ pub(crate) struct Counted {
 
 impl Counted {
     /// Goes on from what was saved before this start, whose counters begin at zero.
-    pub(crate) fn from(saved: Option<Evidence>) -> Self {
+    pub fn from(saved: Option<Evidence>) -> Self {
         Self { evidence: saved, seen: EvidenceCounts::default() }
+    }
+
+    /// What is counted so far, of the model that ran last.
+    pub fn evidence(&self) -> Option<&Evidence> {
+        self.evidence.as_ref()
     }
 
     /// Takes in the engine's counters. What came between the last look at one model and the first
     /// look at the next belongs to neither, and is dropped.
-    pub(crate) fn update(
+    pub fn update(
         &mut self,
         running: Option<Digest>,
         counters: EvidenceCounts,
