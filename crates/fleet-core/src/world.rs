@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use slmops_api::device::{DesiredState, DeviceReport};
+use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport};
 use slmops_api::model::NewRelease;
 use slmops_api::selector::Selector;
 use slmops_api::{ClassName, DeviceId, ModelName, RolloutId};
@@ -26,6 +26,8 @@ pub struct FleetDevice {
     pub class: ClassName,
     /// Its labels, with `class`, `site`, `name` and `id` among them.
     pub labels: BTreeMap<String, String>,
+    /// What it says of itself.
+    pub facts: Arc<DeviceFacts>,
     /// Memory that models may use.
     pub budget_bytes: u64,
     /// Its blueprint, resolved.
@@ -41,6 +43,11 @@ pub struct FleetDevice {
 }
 
 impl FleetDevice {
+    /// Whether a selector means this device, by its labels and its facts.
+    pub fn is_meant_by(&self, selector: &Selector) -> bool {
+        selector.matches(&self.labels, &self.facts)
+    }
+
     /// The generation of the next thing it is told: above all that it was told or says it has seen
     /// (more than the hub knows of when the hub was restored from a backup).
     pub fn next_generation(&self) -> u64 {

@@ -304,6 +304,7 @@ fn fleet_devices(snapshot: &Snapshot, board: &Board) -> Vec<FleetDevice> {
             name: device.name.clone(),
             labels: device.all_labels(&class),
             class,
+            facts: Arc::new(device.facts.clone()),
             budget_bytes: device.facts.memory_budget_bytes,
             config,
             last_seen: board

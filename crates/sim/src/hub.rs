@@ -92,6 +92,7 @@ impl Hub {
         let config = Arc::new(resolve(&[]).map_err(|error| SpecError(error.to_string()))?);
         let mut devices = Vec::new();
         for group in &spec.groups {
+            let facts_of_group = Arc::new(facts(group.memory_budget_bytes));
             for _ in 0..group.devices {
                 let number = devices.len();
                 let id: DeviceId =
@@ -110,6 +111,7 @@ impl Hub {
                     name,
                     class: group.class.clone(),
                     labels,
+                    facts: Arc::clone(&facts_of_group),
                     budget_bytes: group.memory_budget_bytes,
                     config: Arc::clone(&config),
                     last_seen: Time(0).timestamp(),

@@ -105,8 +105,9 @@ pub struct PolicyArgs {
     /// A policy file (TOML; see docs/rollouts.md); the options below win over it
     #[arg(long, value_name = "FILE")]
     pub policy: Option<PathBuf>,
-    /// Which devices: `all`, or terms such as class=small|large and site!=berlin, joined by commas
-    /// [default: all]
+    /// Which devices: `all`, or terms such as class=small|large, site!=berlin and
+    /// fact.memory>=4GB, joined by commas; facts are memory, budget, disk, cores, arch, cpu,
+    /// engine and agent [default: all]
     #[arg(long, value_name = "SELECTOR")]
     pub to: Option<Selector>,
     /// The waves in order: numbers of devices, shares, and `rest` [default: 1,rest]

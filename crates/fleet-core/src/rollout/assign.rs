@@ -168,7 +168,7 @@ fn sticky(
         let found = completed
             .iter()
             .filter(|rollout| asked.is_none_or(|asked| *asked == rollout.model))
-            .filter(|rollout| rollout.selector.matches(&device.labels))
+            .filter(|rollout| device.is_meant_by(&rollout.selector))
             .find_map(|rollout| newest(world, device, rollout));
         if found.is_some() {
             return found;

@@ -194,7 +194,7 @@ pub(super) fn selected<'w>(
 
 /// Whether the selector means this device.
 pub(super) fn is_selected(device: &FleetDevice, asked: &NewRollout) -> bool {
-    !device.revoked && asked.policy.selector.matches(&device.labels)
+    !device.revoked && device.is_meant_by(&asked.policy.selector)
 }
 
 /// Why a selected device takes no part, if it does not.

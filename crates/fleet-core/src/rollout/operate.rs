@@ -130,7 +130,7 @@ fn take_back(record: &RolloutRecord, world: &World<'_>) -> Targets {
                 let left = told.map(|told| &told.manifest);
                 super::assign::way_back(world, device, before.clone(), left)
             }
-            None if asked.policy.selector.matches(&device.labels)
+            None if device.is_meant_by(&asked.policy.selector)
                 && !record.rollout.devices.iter().any(|d| d.device == device.id) =>
             {
                 earlier_release(record, world, device)
@@ -160,7 +160,7 @@ fn earlier_release(
         rollout.id != record.rollout.id
             && rollout.model == asked.model
             && rollout.version != asked.version
-            && rollout.selector.matches(&device.labels)
+            && device.is_meant_by(&rollout.selector)
     })?;
     let release = world.release(&older.model, &older.version)?;
     let (fit, runtime) = super::assign::fit_device(device, release);

@@ -3,7 +3,9 @@ use std::sync::Arc;
 
 use jiff::SignedDuration;
 use proptest::prelude::*;
-use slmops_api::device::{DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry};
+use slmops_api::device::{
+    DeviceFacts, DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry,
+};
 use slmops_api::evidence::{Evidence, EvidenceCounts};
 use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::probe::ProbeResult;
@@ -74,6 +76,7 @@ impl Fleet {
             name: format!("dev-{number}"),
             class,
             labels: labels.map(|(key, value)| (key.to_owned(), value)).into_iter().collect(),
+            facts: Arc::new(testing::facts(budget_mib)),
             budget_bytes: budget_mib << 20,
             config: Arc::new(resolve(&[]).unwrap()),
             last_seen: self.now,
@@ -583,6 +586,30 @@ fn who_joins_later_gets_the_completed_release() {
     assert_eq!(fleet.rollout(&id).devices.len(), 3);
     fleet.confirm(0);
     assert_eq!(fleet.told(2), "1.1.0 q8_0");
+}
+
+#[test]
+fn facts_choose_devices_and_take_in_those_that_come_to_match() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let more_cores = |cores| Arc::new(DeviceFacts { cores, ..testing::facts(600) });
+    fleet.devices[0].facts = more_cores(8);
+    let selector = "fact.cores>=8,fact.arch=x86_64".parse().unwrap();
+    let policy = RolloutPolicy { selector, ..RolloutPolicy::default() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    assert_eq!([fleet.told(0), fleet.told(1)], ["1.0.0 q8_0", "nothing"]);
+    fleet.devices[1].facts = more_cores(16);
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).devices.len(), 2);
+    assert_eq!(fleet.told(1), "nothing", "it waits for its wave");
+    fleet.confirm(0);
+    assert_eq!(fleet.told(1), "1.0.0 q8_0");
+    fleet.confirm(1);
+    // Who joins later with such facts gets the completed release, others do not.
+    fleet.join(600);
+    fleet.join(600);
+    fleet.devices[2].facts = more_cores(8);
+    fleet.tick();
+    assert_eq!([fleet.told(2), fleet.told(3)], ["1.0.0 q8_0", "nothing"]);
 }
 
 #[test]

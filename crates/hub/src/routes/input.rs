@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use slmops_api::device::{DeviceFacts, DeviceReport, Failure, Phase};
 use slmops_api::id::MAX_NAME_BYTES;
 use slmops_api::probe::{MAX_PROBES, ProbeResult};
+use slmops_api::selector::FACT_PREFIX;
 
 use super::ApiError;
 use crate::store::{MAX_PAGE, PageRequest};
@@ -124,7 +125,8 @@ pub fn check_label_count(count: usize) -> Result<(), ApiError> {
 pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
     check_label_count(labels.len())?;
     for (key, value) in labels {
-        let reserved = ["id", "name", "site"].contains(&key.as_str());
+        let reserved =
+            ["id", "name", "site"].contains(&key.as_str()) || key.starts_with(FACT_PREFIX);
         if reserved {
             return Err(ApiError::bad_request(
                 format!("label `{key}` is given by the hub"),

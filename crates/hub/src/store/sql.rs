@@ -485,6 +485,10 @@ fn is_news(before: Option<&DeviceReport>, report: &DeviceReport) -> bool {
         || before.rejected != report.rejected
         || before.effective != report.effective
         || before.facts.memory_budget_bytes != report.facts.memory_budget_bytes
+        || before.facts.memory_bytes != report.facts.memory_bytes
+        || before.facts.cores != report.facts.cores
+        || before.facts.arch != report.facts.arch
+        || before.facts.cpu_features != report.facts.cpu_features
         || before.facts.agent_version != report.facts.agent_version
         || before.facts.engine != report.facts.engine
         || before.facts.endpoint != report.facts.endpoint

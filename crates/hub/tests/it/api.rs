@@ -441,6 +441,7 @@ async fn errors_are_problems_with_hints() {
         (Method::POST, "/v1/tokens", json!({ "name": "", "role": "viewer" }), 400),
         (Method::POST, "/v1/invitations", json!({ "labels": { "a b": "c" } }), 400),
         (Method::POST, "/v1/invitations", json!({ "labels": { "id": "c" } }), 400),
+        (Method::POST, "/v1/invitations", json!({ "labels": { "fact.arch": "c" } }), 400),
         (
             Method::POST,
             "/v1/keys",
