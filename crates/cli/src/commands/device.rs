@@ -7,6 +7,7 @@ use slmops_api::device::{
     Device as DeviceFacts, DeviceEvent, DevicePatch, Failure as DeviceFailure, Invitation,
     NewInvitation, Phase, WaitCause,
 };
+use slmops_api::selector::Selector;
 
 use super::Session;
 use crate::error::{Failure, Result};
@@ -32,8 +33,12 @@ pub enum Device {
         valid: u64,
     },
     /// List the devices with what each runs
-    #[command(after_help = "Example:\n  $ slm device list --output json | jq '.[].name'")]
-    List,
+    #[command(after_help = "Example:\n  $ slm device list --to 'site=berlin-3,fact.memory>=4GB'")]
+    List {
+        /// Only those that a selector means, as in `slm rollout start --to`
+        #[arg(long, value_name = "SELECTOR", default_value = "all", hide_default_value = true)]
+        to: Selector,
+    },
     /// Show one device: facts, model, configuration, history
     #[command(after_help = "Example:\n  $ slm device show till-7")]
     Show {
@@ -100,8 +105,10 @@ impl Device {
                 ));
                 session.out.show(&invitation, || invitation.text.clone())
             }
-            Self::List => {
-                let devices: Vec<DeviceFacts> = hub.list("/v1/devices", "list the devices").await?;
+            Self::List { to } => {
+                let mut devices: Vec<DeviceFacts> =
+                    hub.list("/v1/devices", "list the devices").await?;
+                devices.retain(|device| to.matches(&device.labels, &device.facts));
                 session.out.show(&devices, || {
                     let rows = devices.iter().map(row);
                     table(&["name", "class", ">memory", "runs", "state", "seen"], rows)
@@ -233,6 +240,7 @@ fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
         ("reason", device.desired.reason.clone()),
         ("endpoint", facts.endpoint.clone().unwrap_or_else(|| "none yet".to_owned())),
         ("machine", format!("{}, {} cores, {}", facts.cpu, facts.cores, facts.arch)),
+        ("features", facts.cpu_features.join(" ")),
         ("kernel", facts.kernel.clone()),
         (
             "memory",

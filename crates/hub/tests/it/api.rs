@@ -92,6 +92,27 @@ async fn release_goes_out_in_waves_and_a_damaged_one_is_stopped() {
 }
 
 #[tokio::test]
+async fn facts_choose_devices_and_nonsense_is_refused() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let devices = [rig.join("one", 600).await, rig.join("two", 360).await];
+    rig.release("1.0.0").await;
+    rig.rollout("1.0.0", json!({ "selector": "fact.budget>=500MiB,fact.cpu=avx2" })).await;
+    let states = rig.desired_of(&devices).await;
+    assert!(states[0].model.is_some() && states[1].model.is_none());
+    for (selector, why) in [
+        ("fact.mmeory>=4GB", "there is no fact `mmeory`; facts are memory, budget"),
+        ("fact.memory>=much", "`much` is no value of `fact.memory`"),
+        ("class>=small", "`class` is a label"),
+    ] {
+        let mut body = json!({ "model": "m", "version": "1.0.0", "policy": rig::policy() });
+        body["policy"]["selector"] = json!(selector);
+        let problem = rig.send(Method::POST, "/v1/rollouts", body, StatusCode::BAD_REQUEST).await;
+        assert!(problem["detail"].as_str().unwrap().contains(why), "{problem}");
+    }
+}
+
+#[tokio::test]
 async fn a_wave_waits_for_an_approval_that_is_audited() {
     let rig = Rig::start().await;
     rig.add_publisher_key().await;
