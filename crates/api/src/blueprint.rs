@@ -97,6 +97,9 @@ pub struct ExplainedValue {
 pub struct Explanation {
     /// Every effective value.
     pub values: Vec<ExplainedValue>,
+    /// What operators decided about it, in words.
+    #[serde(default)]
+    pub orders: Vec<String>,
     /// The variant fit of the newest release of the device's model, in words, one line a variant.
     pub fit: Vec<String>,
 }

@@ -14,6 +14,7 @@ use slmops_artifact::signing::{PrivateKey, PublicKey};
 
 use crate::evidence::Evidence;
 use crate::gate::Metric;
+use crate::orders::Orders;
 use crate::probe::ProbeResult;
 use crate::runtime::{EffectiveConfig, RuntimeConfig};
 use crate::{ClassName, DeviceId, InvitationId, KeyId, ModelName, SiteName, VariantName};
@@ -502,6 +503,9 @@ pub struct Device {
     pub last_seen: jiff::Timestamp,
     /// Whether an operator shut it out.
     pub revoked: bool,
+    /// What operators decided about it.
+    #[serde(default, skip_serializing_if = "Orders::is_none")]
+    pub orders: Orders,
 }
 
 /// One line of a device's history.

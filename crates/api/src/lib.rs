@@ -10,6 +10,8 @@ pub mod evidence;
 pub mod gate;
 pub mod id;
 pub mod model;
+pub mod orders;
+pub mod plan;
 pub mod probe;
 pub mod problem;
 pub mod report;

@@ -6,7 +6,7 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     audit, blueprint, class, completions, demo, device, doctor, evaluate, key, model, optimize,
-    release, rollout, serve, ship, sim, token, up,
+    quarantine, release, rollout, serve, ship, sim, token, up,
 };
 use crate::output::Format;
 
@@ -85,6 +85,9 @@ pub enum Command {
     /// Rollouts: which devices get a release, in waves
     #[command(subcommand)]
     Rollout(rollout::Rollout),
+    /// The quarantine: packages that failed in a class
+    #[command(subcommand)]
+    Quarantine(quarantine::Quarantine),
     /// Show what a rollout policy would do to a fleet, in virtual time
     Sim(sim::Sim),
     /// Devices of the fleet

@@ -1,10 +1,26 @@
 //! Numbers in words, the same everywhere.
 
 use jiff::Timestamp;
+use slmops_api::orders::{Exclusion, Orders, Pin};
 
 /// A moment: `2026-01-31 02:00:00 UTC`.
 pub fn clock(at: Timestamp) -> String {
     at.strftime("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
+/// A pin: `pinned to m 1.0.0 by token ann: the reason`.
+pub fn pin(pin: &Pin) -> String {
+    format!("pinned to {} {} by {}: {}", pin.model, pin.version, pin.by, pin.reason)
+}
+
+/// An exclusion: `excluded by token ann: the reason`.
+pub fn exclusion(exclusion: &Exclusion) -> String {
+    format!("excluded by {}: {}", exclusion.by, exclusion.reason)
+}
+
+/// What operators decided about a device, a line for each decision.
+pub fn orders(orders: &Orders) -> Vec<String> {
+    orders.pin.iter().map(pin).chain(orders.exclusion.iter().map(exclusion)).collect()
 }
 
 /// A size in MB (10^6 bytes), whole from 10 MB on: `141 MB`, `9.4 MB`, `812 kB`.

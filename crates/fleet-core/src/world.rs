@@ -6,6 +6,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport};
 use slmops_api::model::NewRelease;
+use slmops_api::orders::{Exclusion, Orders, Pin};
 use slmops_api::selector::Selector;
 use slmops_api::{ClassName, DeviceId, ModelName, RolloutId};
 use slmops_artifact::Digest;
@@ -40,6 +41,8 @@ pub struct FleetDevice {
     pub report: Option<DeviceReport>,
     /// Whether it is shut out.
     pub revoked: bool,
+    /// What operators decided about it; few devices have any.
+    pub orders: Option<Box<Orders>>,
 }
 
 impl FleetDevice {
@@ -53,6 +56,16 @@ impl FleetDevice {
     pub fn next_generation(&self) -> u64 {
         let seen = self.report.as_ref().map_or(0, |report| report.generation);
         self.desired.generation.max(seen).saturating_add(1)
+    }
+
+    /// The release that an operator holds it to.
+    pub fn pin(&self) -> Option<&Pin> {
+        self.orders.as_ref()?.pin.as_ref()
+    }
+
+    /// Why an operator keeps it out of rollouts.
+    pub fn exclusion(&self) -> Option<&Exclusion> {
+        self.orders.as_ref()?.exclusion.as_ref()
     }
 
     /// Whether it has seen a generation that the hub does not know of.

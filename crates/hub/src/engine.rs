@@ -10,18 +10,23 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use serde_json::json;
-use slmops_api::RolloutId;
 use slmops_api::blueprint::{Layer, StoredBlueprint};
 use slmops_api::model::DeviceClass;
+use slmops_api::orders::NewPin;
+use slmops_api::plan::RolloutPlan;
 use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
+use slmops_api::{DeviceId, RolloutId};
 use slmops_fleet_core::blueprint::{BlueprintError, Resolved, resolve};
-use slmops_fleet_core::rollout::{self, Command, Plan, RolloutRecord, Targets};
+use slmops_fleet_core::rollout::{self, Command, Pace, Plan, RolloutError, RolloutRecord, Targets};
 use slmops_fleet_core::world::{FleetDevice, World};
 use tokio::sync::Notify;
 use tokio::sync::watch;
 
+use crate::db::DbError;
 use crate::events::{Board, Events};
-use crate::store::{AuditDraft, By, Snapshot, Store, StoreError, StoredDevice, Transition};
+use crate::store::{
+    AuditDraft, By, PageRequest, Snapshot, Store, StoreError, StoredDevice, Transition,
+};
 
 /// How often the engine looks even if nothing happened.
 const HEARTBEAT: Duration = Duration::from_secs(30);
@@ -31,6 +36,8 @@ const WRITE_SEEN_EVERY: Duration = Duration::from_secs(10);
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Decisions in a row without a pause; more would mean that they do not settle.
 const MAX_ROUNDS: u32 = 16;
+/// Rollouts, the newest, from which it is read how fast devices take releases.
+const PACE_ROLLOUTS: u32 = 20;
 
 /// The hub's decisions. Clones share it.
 #[derive(Clone)]
@@ -167,6 +174,62 @@ impl Engine {
             }
         }
         Ok((self.store.rollout(given).await?.rollout, new))
+    }
+
+    /// What a rollout would do. Nothing of it happens.
+    ///
+    /// # Errors
+    /// What `fleet-core` refuses, or what the store says.
+    pub async fn forecast(&self, by: By, asked: NewRollout) -> Result<RolloutPlan, StoreError> {
+        self.look(move |world, active, pace| {
+            Ok(rollout::forecast(asked, &by.actor, world, active, pace)?)
+        })
+        .await
+    }
+
+    /// What a rollout that is not over will do from now on.
+    ///
+    /// # Errors
+    /// That it is over, or what the store says.
+    pub async fn foresee(&self, id: RolloutId) -> Result<RolloutPlan, StoreError> {
+        let state = self.store.rollout(id.clone()).await?.rollout.state;
+        self.look(move |world, active, pace| {
+            let plan = rollout::foresee(&id, world, active, pace);
+            let state = rollout::state_name(state);
+            let over = || RolloutError::State { id: id.clone(), state, wanted: "planned" };
+            Ok(plan.ok_or_else(over)?)
+        })
+        .await
+    }
+
+    /// Whether a device can be pinned to a release.
+    ///
+    /// # Errors
+    /// Why it cannot, or what the store says.
+    pub async fn check_pin(&self, id: DeviceId, pin: NewPin) -> Result<(), StoreError> {
+        self.look(move |world, _, _| {
+            let gone = || StoreError::NotFound { kind: "device", name: id.to_string() };
+            let device = world.device(&id).ok_or_else(gone)?;
+            Ok(rollout::check_pin(world, device, &pin.model, &pin.version)?)
+        })
+        .await
+    }
+
+    /// Asks a question about the fleet as it is, off the threads that answer requests.
+    async fn look<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&World<'_>, &[RolloutRecord], &Pace) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let snapshot = self.store.snapshot(vec![]).await?;
+        let recent = PageRequest { cursor: None, limit: PACE_ROLLOUTS };
+        let recent = self.store.rollouts(recent).await?.items;
+        let board = self.board.clone();
+        let asked = tokio::task::spawn_blocking(move || {
+            let devices = fleet_devices(&snapshot, &board);
+            let world = world(&snapshot, &devices, Timestamp::now());
+            ask(&world, &snapshot.rollouts, &Pace::measure(&world, &recent))
+        });
+        asked.await.map_err(|_| DbError::Panicked)?
     }
 
     /// Carries out an operator's command on a rollout.
@@ -314,6 +377,7 @@ fn fleet_devices(snapshot: &Snapshot, board: &Board) -> Vec<FleetDevice> {
             desired: device.desired.clone(),
             report: device.report.clone(),
             revoked: device.revoked,
+            orders: device.orders.clone(),
         });
     }
     // Decisions find a device by its id.

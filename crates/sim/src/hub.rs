@@ -124,6 +124,7 @@ impl Hub {
                     },
                     report: None,
                     revoked: false,
+                    orders: None,
                 });
             }
         }

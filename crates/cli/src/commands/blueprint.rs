@@ -176,6 +176,9 @@ pub async fn explain(session: &Session, device: &str) -> Result<()> {
             ]
         });
         let mut text = table(&["setting", "value", "set by", "overrides"], rows);
+        for order in &explanation.orders {
+            text.push_str(&format!("\n\nAn operator decided: {order}"));
+        }
         if !explanation.fit.is_empty() {
             let lines: Vec<(&str, String)> =
                 explanation.fit.iter().map(|line| ("", line.clone())).collect();

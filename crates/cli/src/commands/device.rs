@@ -2,12 +2,15 @@
 
 use clap::Subcommand;
 use reqwest::Method;
-use slmops_api::SiteName;
+use semver::Version;
+use serde::Serialize;
 use slmops_api::device::{
     Device as DeviceFacts, DeviceEvent, DevicePatch, Failure as DeviceFailure, Invitation,
     NewInvitation, Phase, WaitCause,
 };
+use slmops_api::orders::{NewPin, Reason};
 use slmops_api::selector::Selector;
+use slmops_api::{ModelName, SiteName};
 
 use super::Session;
 use crate::error::{Failure, Result};
@@ -62,6 +65,45 @@ pub enum Device {
         /// The site
         #[arg(long)]
         site: Option<SiteName>,
+    },
+    /// Hold a device to a release, whatever rollouts say
+    #[command(
+        disable_version_flag = true,
+        after_help = "Example:\n  $ slm device pin till-7 --model smollm2-135m-instruct --version 1.0.0 --reason 'certified'"
+    )]
+    Pin {
+        /// Its name or id
+        device: String,
+        /// The model
+        #[arg(long)]
+        model: ModelName,
+        /// The release
+        #[arg(long = "version", value_name = "VERSION")]
+        release: Version,
+        /// Why; it is shown wherever the pin is, and kept in the audit log
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Hold a device no longer: it keeps its release until a rollout means it
+    #[command(after_help = "Example:\n  $ slm device unpin till-7")]
+    Unpin {
+        /// Its name or id
+        device: String,
+    },
+    /// Keep a device out of rollouts
+    #[command(after_help = "Example:\n  $ slm device exclude till-7 --reason 'at the workshop'")]
+    Exclude {
+        /// Its name or id
+        device: String,
+        /// Why; it is shown wherever the exclusion is, and kept in the audit log
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+    },
+    /// Let an excluded device take part in rollouts again
+    #[command(after_help = "Example:\n  $ slm device include till-7")]
+    Include {
+        /// Its name or id
+        device: String,
     },
     /// Shut a device out: its key no longer opens anything
     #[command(after_help = "Example:\n  $ slm device revoke till-7")]
@@ -142,6 +184,29 @@ impl Device {
                 hub.send(hub.request(Method::PATCH, &path).json(&body), &what).await?;
                 session.out.done(&format!("device {name} is changed"))
             }
+            Self::Pin { device, model, release: version, reason } => {
+                let what = format!("pin the device `{device}` to {model} {version}");
+                let done = format!("device {device} is pinned to {model} {version}");
+                let body = NewPin { model, version, reason };
+                order(session, Method::PUT, &device, "pin", Some(&body), &what, &done).await
+            }
+            Self::Unpin { device } => {
+                let what = format!("unpin the device `{device}`");
+                let done = format!("device {device} is not pinned");
+                order(session, Method::DELETE, &device, "pin", None::<&()>, &what, &done).await
+            }
+            Self::Exclude { device, reason } => {
+                let what = format!("exclude the device `{device}`");
+                let done = format!("device {device} takes no part in rollouts");
+                let body = Reason { reason };
+                order(session, Method::PUT, &device, "exclusion", Some(&body), &what, &done).await
+            }
+            Self::Include { device } => {
+                let what = format!("include the device `{device}`");
+                let done = format!("device {device} takes part in rollouts");
+                order(session, Method::DELETE, &device, "exclusion", None::<&()>, &what, &done)
+                    .await
+            }
             Self::Revoke { device } => {
                 let name = super::segment(&device)?;
                 let what = format!("revoke the device `{name}`");
@@ -150,6 +215,26 @@ impl Device {
             }
         }
     }
+}
+
+/// Sets or removes one of a device's orders; prints the device, or what was done.
+async fn order(
+    session: &Session,
+    method: Method,
+    device: &str,
+    order: &str,
+    body: Option<&impl Serialize>,
+    what: &str,
+    done: &str,
+) -> Result<()> {
+    let hub = session.hub()?;
+    let path = format!("/v1/devices/{}/{order}", super::segment(device)?);
+    let mut request = hub.request(method, &path);
+    if let Some(body) = body {
+        request = request.json(body);
+    }
+    hub.send(request, what).await?;
+    session.out.done(done)
 }
 
 fn row(device: &DeviceFacts) -> Vec<String> {
@@ -229,6 +314,10 @@ pub fn failure_text(failure: &DeviceFailure) -> String {
     }
 }
 
+fn decided(what: &str, by: &str, at: jiff::Timestamp, reason: &str) -> String {
+    format!("{what} by {by}, {}: {reason}", super::time(at))
+}
+
 fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
     let facts = &device.facts;
     let mut head = vec![
@@ -255,6 +344,18 @@ fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
         ("enrolled", super::time(device.enrolled_at)),
         ("last seen", units::ago(device.last_seen)),
     ];
+    if let Some(pin) = &device.orders.pin {
+        head.push((
+            "pinned",
+            decided(&format!("to {} {}", pin.model, pin.version), &pin.by, pin.at, &pin.reason),
+        ));
+    }
+    if let Some(exclusion) = &device.orders.exclusion {
+        head.push((
+            "excluded",
+            decided("from rollouts", &exclusion.by, exclusion.at, &exclusion.reason),
+        ));
+    }
     if let Some(report) = &device.report {
         let telemetry = &report.telemetry;
         head.push((

@@ -11,6 +11,7 @@ pub mod evaluate;
 pub mod key;
 pub mod model;
 pub mod optimize;
+pub mod quarantine;
 pub mod release;
 pub mod rollout;
 pub mod serve;
@@ -64,6 +65,7 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Evaluate(evaluate) => evaluate.run(session).await,
         Command::Release(release) => release.run(session).await,
         Command::Rollout(rollout) => rollout.run(session).await,
+        Command::Quarantine(quarantine) => quarantine.run(session).await,
         Command::Device(device) => device.run(session).await,
         Command::Class(class) => class.run(session).await,
         Command::Blueprint(blueprint) => blueprint.run(session).await,

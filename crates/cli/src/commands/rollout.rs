@@ -1,5 +1,7 @@
 //! `slm rollout`.
 
+mod plan;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -7,6 +9,7 @@ use clap::Subcommand;
 use reqwest::Method;
 use semver::Version;
 use slmops_api::gate::{GatePolicy, Metric};
+use slmops_api::plan::RolloutPlan;
 use slmops_api::rollout::{
     ApprovalStep, Freeze, NewApproval, NewRollout, Outcome, Rollout as RolloutFacts, RolloutPolicy,
     RolloutState, Unheard, WavePer, WaveSize,
@@ -45,6 +48,23 @@ pub enum Rollout {
         /// Stay until it is over
         #[arg(long)]
         watch: bool,
+    },
+    /// Show what a rollout would do to whom, wave by wave; nothing happens
+    #[command(
+        after_help = "Examples:\n  $ slm rollout plan smollm2-135m-instruct 1.1.0 --to class=small --waves 1,25%,rest\n  $ slm rollout plan --id r0123456789abcdef          (one that is under way)"
+    )]
+    Plan {
+        /// The model
+        #[arg(required_unless_present = "id", requires = "version")]
+        model: Option<ModelName>,
+        /// The release
+        version: Option<Version>,
+        /// A rollout that is under way, instead of a model and options
+        #[arg(long, conflicts_with_all = ["model", "PolicyArgs"])]
+        id: Option<RolloutId>,
+        /// Which devices, and how
+        #[command(flatten)]
+        policy: Box<PolicyArgs>,
     },
     /// List rollouts, newest first
     #[command(after_help = "Example:\n  $ slm rollout list")]
@@ -278,6 +298,21 @@ impl Rollout {
                     return finish(session, &follow(session, &hub, &rollout.id).await?);
                 }
                 session.out.show(&rollout, || status(&rollout))
+            }
+            Self::Plan { model, version, id, policy } => {
+                let plan: RolloutPlan = match (id, model, version) {
+                    (None, Some(model), Some(version)) => {
+                        let what = format!("plan a rollout of {model} {version}");
+                        let body = NewRollout { model, version, policy: policy.policy()? };
+                        hub.call(Method::POST, "/v1/rollouts/plan", &body, &what).await?
+                    }
+                    (id, ..) => {
+                        let id = find(&hub, id).await?.id;
+                        let what = format!("show what the rollout {id} will do");
+                        hub.get(&format!("/v1/rollouts/{id}/plan"), &what).await?
+                    }
+                };
+                session.out.show(&plan, || plan::text(&plan))
             }
             Self::List => {
                 let mut rollouts = all(&hub).await?;

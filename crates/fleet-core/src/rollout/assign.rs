@@ -2,15 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use slmops_api::DeviceId;
 use slmops_api::device::{DesiredModel, DesiredState};
 use slmops_api::model::{NewRelease, Variant};
+use slmops_api::orders::Pin;
 use slmops_api::rollout::RolloutState;
 use slmops_api::runtime::RuntimeConfig;
+use slmops_api::{DeviceId, ModelName};
 use slmops_artifact::Digest;
 
-use super::{Assignment, Look, RolloutRecord, Target, TargetState, Targets};
+use super::{Assignment, Look, RolloutError, RolloutRecord, Target, TargetState, Targets};
 use crate::fit::{self, Fit};
+use crate::words;
 use crate::world::{CompletedRollout, FleetDevice, World};
 
 /// The variant of `release` that fits `device`, and the runtime it would run with.
@@ -128,6 +130,9 @@ pub(super) fn assign(
 /// Whether [`sticky`] has nothing new to say, found out without its words: nearly always.
 fn has_what_fits(world: &World<'_>, device: &FleetDevice) -> bool {
     let Some(told) = &device.desired.model else { return false };
+    if device.pin().is_some_and(|pin| !pin.names(&told.model, &told.version)) {
+        return false;
+    }
     let other_line = device.config.model.as_ref().is_some_and(|asked| *asked != told.model);
     if device.is_ahead() || (other_line && !device.config.frozen) {
         return false;
@@ -155,16 +160,21 @@ fn targeted(world: &World<'_>, device: &FleetDevice, target: &Target) -> Option<
 }
 
 /// A device outside any change keeps its release, in the variant that fits it now; one without a
-/// model, or whose blueprint names another model line, gets the newest completed release for it.
+/// model, or whose blueprint names another model line, gets the newest completed release for it. A
+/// pin wins over both, as far as the pinned release can be given to the device at all.
 fn sticky(
     world: &World<'_>,
     device: &FleetDevice,
     completed: &[&CompletedRollout],
 ) -> Option<DesiredState> {
+    if let Some(found) = device.pin().and_then(|pin| pinned(world, device, pin)) {
+        return Some(found);
+    }
     let told = device.desired.model.as_ref();
+    let stays = device.config.frozen || device.pin().is_some() || device.exclusion().is_some();
     let asked = device.config.model.as_ref();
     let other_line = |told: &DesiredModel| asked.is_some_and(|asked| *asked != told.model);
-    if told.is_none_or(other_line) && !device.config.frozen {
+    if told.is_none_or(other_line) && !stays {
         let found = completed
             .iter()
             .filter(|rollout| asked.is_none_or(|asked| *asked == rollout.model))
@@ -180,9 +190,7 @@ fn sticky(
     let current = release.variants.iter().find(|variant| variant.manifest == told.manifest);
     let chosen = match fit {
         Fit::Fits { index, manifest, why, .. }
-            if !device.config.frozen
-                && manifest != told.manifest
-                && !world.quarantined(device, &manifest) =>
+            if !stays && manifest != told.manifest && !world.quarantined(device, &manifest) =>
         {
             Some((&release.variants[index], format!("release {}: {why}", told.version)))
         }
@@ -206,6 +214,67 @@ fn sticky(
         confirm_timeout_s: device.config.confirm_timeout_s,
         reason,
     })
+}
+
+/// The pinned release, unless nothing of it fits or it failed here: then the device keeps what it has.
+fn pinned(world: &World<'_>, device: &FleetDevice, pin: &Pin) -> Option<DesiredState> {
+    let release = world.release(&pin.model, &pin.version)?;
+    let (fit, runtime) = fit_device(device, release);
+    let Fit::Fits { index, manifest, why, .. } = fit else { return None };
+    let told = device.desired.model.as_ref().is_some_and(|told| told.manifest == manifest);
+    if !told && world.quarantined(device, &manifest) {
+        return None;
+    }
+    Some(DesiredState {
+        generation: 0,
+        model: Some(desired_model(release, &release.variants[index], &runtime)),
+        runtime,
+        confirm_timeout_s: device.config.confirm_timeout_s,
+        reason: format!("{}; {why}", words::pin(pin)),
+    })
+}
+
+/// Whether a device can be pinned to a release: it is registered, a variant of it fits, and that did
+/// not fail here before.
+///
+/// # Errors
+/// [`RolloutError::NoRelease`] or [`RolloutError::Pin`].
+pub fn check_pin(
+    world: &World<'_>,
+    device: &FleetDevice,
+    model: &ModelName,
+    version: &semver::Version,
+) -> Result<(), RolloutError> {
+    let title = format!("{model} {version}");
+    let release = world.release(model, version);
+    let release = release.ok_or_else(|| RolloutError::NoRelease(title.clone()))?;
+    let refused = |why: String, hint: String| RolloutError::Pin {
+        device: device.name.clone(),
+        release: title.clone(),
+        why,
+        hint,
+    };
+    match fit_device(device, release).0 {
+        Fit::NoFit { why, .. } => {
+            let hint =
+                format!("`slm device explain {}` shows what each variant needs", device.name);
+            Err(refused(why, hint))
+        }
+        Fit::Fits { variant, manifest, .. } if device.rejected(&manifest) => Err(refused(
+            format!("{variant} ({}) failed on this very device", manifest.short()),
+            "pin it to another release, or ship a new version".to_owned(),
+        )),
+        Fit::Fits { variant, manifest, .. } if world.quarantined(device, &manifest) => {
+            let (digest, class) = (manifest.short(), &device.class);
+            Err(refused(
+                format!("{variant} ({digest}) is quarantined for class {class}"),
+                format!(
+                    "`slm quarantine lift {digest} --class {class} --reason …` offers it again"
+                ),
+            ))
+        }
+        Fit::Fits { .. } => Ok(()),
+    }
 }
 
 fn newest(

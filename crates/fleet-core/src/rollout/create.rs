@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
+use slmops_api::orders::Pin;
 use slmops_api::rollout::{
     NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, WavePer, WaveSize,
 };
@@ -12,7 +13,7 @@ use slmops_artifact::Digest;
 use super::{RolloutError, RolloutRecord, assign, decide, rules, state_name};
 use crate::blueprint::CONFIRM_TIMEOUT_S;
 use crate::fit::Fit;
-use crate::words::{count, list};
+use crate::words::{self, count, list};
 use crate::world::{FleetDevice, World};
 
 /// The most waves of one rollout.
@@ -199,6 +200,9 @@ pub(super) fn is_selected(device: &FleetDevice, asked: &NewRollout) -> bool {
 
 /// Why a selected device takes no part, if it does not.
 pub(super) fn leave_out(device: &FleetDevice, asked: &NewRollout) -> Option<String> {
+    if let Some(why) = ordered_out(device, asked) {
+        return Some(why);
+    }
     if device.config.frozen {
         return Some("its blueprint freezes it (policy.frozen = true)".to_owned());
     }
@@ -206,6 +210,13 @@ pub(super) fn leave_out(device: &FleetDevice, asked: &NewRollout) -> Option<Stri
         Some(model) if *model != asked.model => Some(format!("its blueprint names model {model}")),
         _ => None,
     }
+}
+
+/// What an operator decided about the device that keeps it out of this rollout.
+pub(super) fn ordered_out(device: &FleetDevice, asked: &NewRollout) -> Option<String> {
+    let elsewhere = |pin: &&Pin| !pin.names(&asked.model, &asked.version);
+    let pinned = device.pin().filter(elsewhere).map(words::pin);
+    pinned.or_else(|| device.exclusion().map(words::exclusion))
 }
 
 fn supersede(

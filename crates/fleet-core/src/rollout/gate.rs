@@ -9,12 +9,11 @@ use slmops_api::evidence::{Evidence, EvidenceCounts};
 use slmops_api::gate::{GatePolicy, GateReading, Metric, MetricReading};
 use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
 use slmops_api::{ClassName, DeviceId};
-use slmops_artifact::Digest;
 
-use super::step::{StepOutcome, halted_waits, take_back};
+use super::step::{StepOutcome, halted_waits, keeps_by_pin, quarantine_words, take_back};
 use super::{RolloutRecord, decide, earlier};
 use crate::gate::{Compared, FIRST_LOOKS_S, Stratum, harm, look, next_look_in_s};
-use crate::words::{clock, count};
+use crate::words::{self, clock, count};
 use crate::world::{FleetDevice, World};
 
 /// Devices of a wave that are compared, at most.
@@ -354,7 +353,7 @@ fn halt(
     record: &mut RolloutRecord,
     world: &World<'_>,
     metric: Metric,
-    because: Vec<String>,
+    mut because: Vec<String>,
     outcome: &mut StepOutcome,
 ) {
     for index in 0..record.rollout.devices.len() {
@@ -364,9 +363,17 @@ fn halt(
         }
         part.outcome = Outcome::Failed { failure: Failure::Worse { metric } };
         part.finished_at = Some(world.now);
-        let pair: Option<(Digest, ClassName)> =
-            part.manifest.zip(world.device(&part.device).map(|device| device.class.clone()));
-        outcome.quarantined.extend(pair);
+        let part = &record.rollout.devices[index];
+        if let (Some(manifest), Some(device)) = (part.manifest, world.device(&part.device)) {
+            outcome.quarantined.push((manifest, device.class.clone()));
+            let quarantined = quarantine_words(part, device);
+            if !because.contains(&quarantined) {
+                because.push(quarantined);
+            }
+            if let Some(pin) = device.pin().filter(|_| keeps_by_pin(record, Some(device))) {
+                because.push(format!("not taken back: {} ({})", part.name, words::pin(pin)));
+            }
+        }
         take_back(record, world, index, outcome);
     }
     let wave = record.rollout.current_wave + 1;

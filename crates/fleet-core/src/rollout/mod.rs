@@ -7,6 +7,7 @@
 
 mod assign;
 mod create;
+mod forecast;
 mod gate;
 mod operate;
 mod rules;
@@ -25,7 +26,9 @@ use slmops_api::rollout::{Decision, Rollout, RolloutState};
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
+pub use assign::check_pin;
 pub use create::{Created, MAX_WAVES, create};
+pub use forecast::{Pace, forecast, foresee};
 pub use gate::Comparison;
 pub use operate::{Command, command};
 pub use words::{failure_words, phase_words, why};
@@ -127,6 +130,18 @@ pub enum RolloutError {
         /// Why it is refused.
         why: String,
     },
+    /// A device cannot be held to a release.
+    #[error("{device} cannot be pinned to {release}: {why}")]
+    Pin {
+        /// The device's name.
+        device: String,
+        /// The release.
+        release: String,
+        /// Why.
+        why: String,
+        /// The next step.
+        hint: String,
+    },
     /// The rollout's state does not allow it.
     #[error("rollout {id} is {state}: it cannot be {wanted}")]
     State {
@@ -151,6 +166,7 @@ impl RolloutError {
             Self::Approval { id, .. } => {
                 format!("`slm rollout status {id}` shows what it waits for")
             }
+            Self::Pin { hint, .. } => hint.clone(),
             Self::State { id, .. } => format!("`slm rollout why {id}` tells how it came to that"),
         }
     }

@@ -4,8 +4,11 @@ use slmops_api::rollout::{Outcome, Rollout, RolloutState};
 
 use super::rules::approval;
 use super::{RolloutError, RolloutRecord, Target, TargetState, Targets, decide, state_name};
-use crate::words::count;
+use crate::words::{self, count, list};
 use crate::world::World;
+
+/// Names listed in one line of evidence, at most.
+const NAMES_SHOWN: usize = 8;
 
 /// What an operator can do with a rollout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,8 +84,10 @@ pub fn command(
     }
     let mut targets = Targets::new();
     if command == Command::Rollback {
-        targets = take_back(&record, world);
+        let (told, pinned) = take_back(&record, world);
+        targets = told;
         because.push(format!("{} told to go back", count(targets.len(), "device")));
+        because.extend(pinned);
     }
     let rollout = &mut record.rollout;
     rollout.state = next;
@@ -116,13 +121,19 @@ fn forgive(record: &mut RolloutRecord) -> Option<String> {
 
 /// Devices that are told this rollout's release get what they had before; devices that joined after
 /// it was completed and got it from there get nothing, so that [`super::plan`] looks further back.
-fn take_back(record: &RolloutRecord, world: &World<'_>) -> Targets {
+/// Pinned ones keep it; the second part says which.
+fn take_back(record: &RolloutRecord, world: &World<'_>) -> (Targets, Option<String>) {
     let Rollout { asked, id, .. } = &record.rollout;
     let mut targets = Targets::new();
+    let mut pinned = Vec::new();
     for device in world.devices.iter().filter(|device| !device.revoked) {
         let told = device.desired.model.as_ref();
         let ours = told.is_some_and(|m| m.model == asked.model && m.version == asked.version);
         if !ours {
+            continue;
+        }
+        if let Some(pin) = device.pin() {
+            pinned.push(format!("{} ({})", device.name, words::pin(pin)));
             continue;
         }
         let before = match record.before.get(&device.id) {
@@ -147,7 +158,9 @@ fn take_back(record: &RolloutRecord, world: &World<'_>) -> Targets {
         let target = Target::Before { model: before, reason };
         targets.insert(device.id.clone(), TargetState(target));
     }
-    targets
+    let pinned =
+        (!pinned.is_empty()).then(|| format!("not taken back: {}", list(&pinned, NAMES_SHOWN)));
+    (targets, pinned)
 }
 
 fn earlier_release(

@@ -9,7 +9,7 @@ use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState, Unheard};
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
-use super::create::{entry, is_selected, late_wave, leave_out, selected};
+use super::create::{entry, is_selected, late_wave, leave_out, ordered_out, selected};
 use super::gate::{self, Verdict};
 use super::rules::{Hold, Rules, absence};
 use super::words::{failure_evidence, failure_words, phase_words};
@@ -47,7 +47,7 @@ pub(super) fn step(
         record.rollout.current_wave,
         record.rollout.waiting_for.clone(),
     );
-    drop_revoked(record, world, look);
+    drop_left_out(record, world, look);
     observe(record, world, look, &mut outcome);
     match record.rollout.state {
         RolloutState::Running => {
@@ -85,29 +85,39 @@ fn first_straggles_at<'p>(
     started_at.checked_add(SignedDuration::from_secs(i64::from(timeout_s))).ok()
 }
 
-/// A device that was shut out or removed is no part of the rollout any more.
-fn drop_revoked(record: &mut RolloutRecord, world: &World<'_>, look: Look<'_>) {
-    let shut_out = |id: &DeviceId| world.device(id).is_none_or(|device| device.revoked);
-    if let Look::At(devices) = look
-        && !devices.iter().any(shut_out)
-    {
-        return;
+/// A device that was shut out or removed is no part of the rollout any more, nor is one that an
+/// operator took out of it before it was done, or pinned to another release.
+fn drop_left_out(record: &mut RolloutRecord, world: &World<'_>, look: Look<'_>) {
+    let asked = record.rollout.asked.clone();
+    let why = |part: &RolloutDevice| match world.device(&part.device) {
+        Some(device) if !device.revoked => {
+            let open = matches!(part.outcome, Outcome::Pending | Outcome::Updating | Outcome::Away);
+            let counts = open || part.outcome == Outcome::Confirmed && device.pin().is_some();
+            ordered_out(device, &asked).filter(|_| counts)
+        }
+        _ => Some("shut out of the fleet".to_owned()),
+    };
+    if let Look::At(devices) = look {
+        let may_go = |id: &DeviceId| {
+            world.device(id).is_none_or(|device| device.revoked || device.orders.is_some())
+        };
+        if !devices.iter().any(may_go) {
+            return;
+        }
     }
-    let gone = |part: &RolloutDevice| look.is_at(&part.device) && shut_out(&part.device);
-    let names: Vec<String> = record
-        .rollout
-        .devices
-        .iter()
-        .filter(|device| gone(device))
-        .map(|device| device.name.clone())
-        .collect();
-    if names.is_empty() {
-        return;
+    let mut gone: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    record.rollout.devices.retain(|part| {
+        let why = Some(part).filter(|part| look.is_at(&part.device)).and_then(&why);
+        match why {
+            Some(why) => gone.entry(why).or_default().push(part.name.clone()),
+            None => return true,
+        }
+        false
+    });
+    for (why, names) in gone {
+        let what = format!("left out {}", list(&names, NAMES_SHOWN));
+        decide(&mut record.rollout, world.now, what, vec![why]);
     }
-    record.rollout.devices.retain(|device| !gone(device));
-    let because = vec!["shut out of the fleet".to_owned()];
-    let what = format!("left out {}", list(&names, NAMES_SHOWN));
-    decide(&mut record.rollout, world.now, what, because);
 }
 
 /// Devices that came to match the selector while the rollout runs join its last wave.
@@ -216,6 +226,9 @@ pub(super) fn take_back(
     let part = &record.rollout.devices[index];
     // Told nothing new by this rollout (it ran this before): there is nothing to go back to.
     let Some(before) = record.before.get(&part.device).cloned() else { return };
+    if keeps_by_pin(record, world.device(&part.device)) {
+        return;
+    }
     let before = match world.device(&part.device) {
         Some(device) => assign::way_back(world, device, before, part.manifest.as_ref()),
         None => before,
@@ -231,6 +244,13 @@ pub(super) fn take_back(
     // Said by a new generation, so that a device that comes back late does not try it again.
     let target = Target::Before { model: before, reason };
     outcome.targets.insert(part.device.clone(), target);
+}
+
+/// Whether the device is pinned to this rollout's release, so that no rollout takes it back.
+pub(super) fn keeps_by_pin(record: &RolloutRecord, device: Option<&FleetDevice>) -> bool {
+    let asked = &record.rollout.asked;
+    let pin = device.and_then(FleetDevice::pin);
+    pin.is_some_and(|pin| pin.names(&asked.model, &asked.version))
 }
 
 fn words_of(model: Option<&DesiredModel>) -> String {
@@ -333,6 +353,10 @@ fn halt(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome
             if let (true, Some(manifest), Some(device)) =
                 (blames_model(failure), part.manifest, world.device(&part.device))
             {
+                let quarantined = quarantine_words(part, device);
+                if !because.contains(&quarantined) {
+                    because.push(quarantined);
+                }
                 outcome.quarantined.push((manifest, device.class.clone()));
             }
         }
@@ -349,6 +373,17 @@ fn halt(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome
         return true;
     }
     false
+}
+
+/// That what failed on a device is not offered to its class again.
+pub(super) fn quarantine_words(part: &RolloutDevice, device: &FleetDevice) -> String {
+    let variant = part.variant.as_ref().map_or("?", |variant| variant.as_str());
+    let manifest = part.manifest.map_or_else(|| "?".to_owned(), |digest| digest.short());
+    format!(
+        "quarantined: {variant} ({manifest}) is not offered to class {} again, unless lifted \
+         (`slm quarantine lift {manifest} --class {} --reason …`)",
+        device.class, device.class
+    )
 }
 
 /// Whether a failure speaks against the model and not against the network or the moment.

@@ -1,3 +1,5 @@
+mod operators;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -89,6 +91,7 @@ impl Fleet {
             },
             report: None,
             revoked: false,
+            orders: None,
         });
     }
 

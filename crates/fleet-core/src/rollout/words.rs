@@ -104,7 +104,7 @@ fn outcome_words(part: &RolloutDevice) -> String {
         Outcome::NoFit { smallest_bytes, budget_bytes } => {
             crate::fit::no_fit(*smallest_bytes, *budget_bytes)
         }
-        Outcome::Quarantined => "quarantined".to_owned(),
+        Outcome::Quarantined => format!("quarantined: {}", part.fit),
         Outcome::Away => "away: takes it when it comes back".to_owned(),
     }
 }

@@ -90,6 +90,7 @@ impl From<StoreError> for ApiError {
                             }
                         ))
                     }
+                    "quarantine" => Some("`slm quarantine list` shows what there is".to_owned()),
                     _ => None,
                 };
                 let detail = error.to_string();
@@ -108,6 +109,7 @@ impl From<StoreError> for ApiError {
                     RolloutError::NoRelease(_) => (StatusCode::NOT_FOUND, "not-found"),
                     RolloutError::Overlap { .. } => (StatusCode::CONFLICT, "rollout-overlap"),
                     RolloutError::Approval { .. } => (StatusCode::FORBIDDEN, "rollout-approval"),
+                    RolloutError::Pin { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "pin"),
                     RolloutError::State { .. } => (StatusCode::CONFLICT, "rollout-state"),
                 };
                 let title = "The rollout cannot be made or changed like this";

@@ -17,7 +17,7 @@ use slmops_api::device::{
 use slmops_api::model::DeviceClass;
 use slmops_api::problem::Problem;
 use slmops_api::{ClassName, InvitationId, Page};
-use slmops_fleet_core::{blueprint, fit};
+use slmops_fleet_core::{blueprint, fit, words};
 use tokio_stream::wrappers::BroadcastStream;
 
 use super::input::{
@@ -98,7 +98,7 @@ pub async fn withdraw_invitation(
     Ok(StatusCode::NO_CONTENT)
 }
 
-fn shown(state: &AppState, device: &StoredDevice, classes: &[DeviceClass]) -> Device {
+pub(super) fn shown(state: &AppState, device: &StoredDevice, classes: &[DeviceClass]) -> Device {
     let mut shown = device.to_api(classes);
     let heard = state.board.last_seen(&device.id);
     shown.last_seen = heard.map_or(shown.last_seen, |heard| heard.max(shown.last_seen));
@@ -213,7 +213,8 @@ pub async fn explain(
         let budget = device.facts.memory_budget_bytes;
         lines.extend(fit::explain(&release.variants, budget, &runtime));
     }
-    Ok(Json(Explanation { values: resolved.values, fit: lines }))
+    let orders = device.orders.as_deref().map(words::orders).unwrap_or_default();
+    Ok(Json(Explanation { values: resolved.values, orders, fit: lines }))
 }
 
 /// A device's history, newest first.

@@ -9,6 +9,7 @@ mod input;
 mod metrics;
 mod openapi;
 mod operators;
+mod orders;
 mod packages;
 mod releases;
 mod rollouts;
@@ -126,6 +127,8 @@ pub fn router(state: AppState) -> Router {
             "/v1/devices/{id}",
             patch(fleet::change_device).get(fleet::device).delete(fleet::revoke_device),
         )
+        .route("/v1/devices/{id}/pin", put(orders::pin).delete(orders::unpin))
+        .route("/v1/devices/{id}/exclusion", put(orders::exclude).delete(orders::include))
         .route("/v1/devices/{id}/explain", get(fleet::explain))
         .route("/v1/devices/{id}/history", get(fleet::history))
         .route("/v1/classes", get(fleet::classes))
@@ -137,13 +140,17 @@ pub fn router(state: AppState) -> Router {
         )
         .route("/v1/releases/{model}/{version}", get(releases::get))
         .route("/v1/rollouts", get(rollouts::list).post(rollouts::create))
+        .route("/v1/rollouts/plan", post(rollouts::forecast))
         .route("/v1/rollouts/{id}", get(rollouts::get))
+        .route("/v1/rollouts/{id}/plan", get(rollouts::foresee))
         .route("/v1/rollouts/{id}/pause", post(rollouts::pause))
         .route("/v1/rollouts/{id}/resume", post(rollouts::resume))
         .route("/v1/rollouts/{id}/approve", post(rollouts::approve))
         .route("/v1/rollouts/{id}/abort", post(rollouts::abort))
         .route("/v1/rollouts/{id}/rollback", post(rollouts::rollback))
         .route("/v1/rollouts/{id}/why", get(rollouts::why))
+        .route("/v1/quarantine", get(orders::quarantine))
+        .route("/v1/quarantine/lift", post(orders::lift))
         .route("/v1/whoami", get(operators::whoami))
         .route("/v1/audit", get(operators::audit))
         .route("/v1/audit/verify", get(operators::verify_audit))

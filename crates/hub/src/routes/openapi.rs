@@ -4,7 +4,7 @@ use axum::Json;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{devices, fleet, metrics, operators, releases, rollouts};
+use super::{devices, fleet, metrics, operators, orders, releases, rollouts};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -20,10 +20,13 @@ use super::{devices, fleet, metrics, operators, releases, rollouts};
         fleet::invite, fleet::invitations, fleet::withdraw_invitation,
         fleet::devices, fleet::device, fleet::change_device, fleet::revoke_device,
         fleet::explain, fleet::history,
+        orders::pin, orders::unpin, orders::exclude, orders::include,
+        orders::quarantine, orders::lift,
         fleet::classes, fleet::put_class, fleet::delete_class,
         fleet::blueprints, fleet::put_blueprint, fleet::delete_blueprint, fleet::events,
         releases::create, releases::list, releases::get,
-        rollouts::create, rollouts::list, rollouts::get, rollouts::why, rollouts::pause,
+        rollouts::create, rollouts::forecast, rollouts::list, rollouts::get, rollouts::foresee,
+        rollouts::why, rollouts::pause,
         rollouts::resume, rollouts::approve, rollouts::abort, rollouts::rollback,
         operators::whoami, operators::audit, operators::verify_audit, operators::tokens, operators::create_token,
         operators::delete_token, operators::keys, operators::add_key, operators::health,

@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use slmops_api::plan::RolloutPlan;
 use slmops_api::problem::Problem;
 use slmops_api::rollout::{NewApproval, NewRollout, Rollout};
 use slmops_api::{Page, RolloutId};
@@ -30,6 +31,31 @@ pub async fn create(
     let (rollout, new) = state.engine.create_rollout(by(&operator), new_id("r"), asked).await?;
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(rollout)))
+}
+
+/// What a rollout would do to whom, wave by wave. Nothing of it happens.
+#[utoipa::path(post, path = "/v1/rollouts/plan", tag = "rollouts", request_body = NewRollout,
+    responses((status = 200, body = RolloutPlan), (status = 404, body = Problem),
+        (status = 409, body = Problem), (status = 422, body = Problem)))]
+pub async fn forecast(
+    State(state): State<AppState>,
+    AsViewer(viewer): AsViewer,
+    Body(asked): Body<NewRollout>,
+) -> Result<Json<RolloutPlan>, ApiError> {
+    Ok(Json(state.engine.forecast(by(&viewer), asked).await?))
+}
+
+/// What a rollout that is not over will do from now on.
+#[utoipa::path(get, path = "/v1/rollouts/{id}/plan", tag = "rollouts",
+    params(("id" = String, Path)),
+    responses((status = 200, body = RolloutPlan), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub async fn foresee(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Path(id): Path<RolloutId>,
+) -> Result<Json<RolloutPlan>, ApiError> {
+    Ok(Json(state.engine.foresee(id).await?))
 }
 
 /// Rollouts, newest first.

@@ -16,6 +16,7 @@ use slmops_api::device::{
     DesiredState, Device, DeviceEvent, DeviceFacts, DeviceReport, InvitationInfo, PublisherKey,
 };
 use slmops_api::model::{DeviceClass, NewRelease, Release};
+use slmops_api::orders::{Lift, NewPin, Orders};
 use slmops_api::{
     ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, SiteName, TokenId,
 };
@@ -138,6 +139,8 @@ pub struct StoredDevice {
     pub last_seen: Timestamp,
     /// Whether it is shut out.
     pub revoked: bool,
+    /// What operators decided about it; few devices have any.
+    pub orders: Option<Box<Orders>>,
 }
 
 impl StoredDevice {
@@ -174,6 +177,7 @@ impl StoredDevice {
             enrolled_at: self.enrolled_at,
             last_seen: self.last_seen,
             revoked: self.revoked,
+            orders: self.orders.as_deref().cloned().unwrap_or_default(),
         }
     }
 }
@@ -222,6 +226,32 @@ pub struct DeviceChange {
     pub labels: BTreeMap<String, Option<String>>,
     /// The site; `Some(None)` takes it away.
     pub site: Option<Option<SiteName>>,
+}
+
+/// What an operator decides about one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OrdersChange {
+    /// Hold it to a release.
+    Pin(NewPin),
+    /// Hold it no longer.
+    Unpin,
+    /// Keep it out of rollouts, and why.
+    Exclude(String),
+    /// Let it take part again.
+    Include,
+}
+
+/// A manifest that is not offered to a class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuarantineRow {
+    /// The manifest.
+    pub manifest: Digest,
+    /// The class.
+    pub class: ClassName,
+    /// Since when, if that was noted.
+    pub since: Option<Timestamp>,
+    /// The rollout in which it failed, if that was noted.
+    pub rollout: Option<RolloutId>,
 }
 
 /// What became of a report.
@@ -333,6 +363,13 @@ pub trait Store: Send + Sync + 'static {
     ) -> StoreFuture<'_, StoredDevice>;
     /// Shuts a device out. Doing it again changes nothing.
     fn revoke_device(&self, by: By, id: DeviceId) -> StoreFuture<'_, StoredDevice>;
+    /// Pins, unpins, excludes or includes a device. Doing it again changes nothing.
+    fn order_device(
+        &self,
+        by: By,
+        id: DeviceId,
+        change: OrdersChange,
+    ) -> StoreFuture<'_, StoredDevice>;
     /// Takes in a report, unless a newer one is known.
     fn record_report(
         &self,
@@ -380,6 +417,11 @@ pub trait Store: Send + Sync + 'static {
         also: Vec<RolloutId>,
         decide: Decide,
     ) -> StoreFuture<'_, Transition>;
+
+    /// Everything that is quarantined, newest first.
+    fn quarantine(&self) -> StoreFuture<'_, Vec<QuarantineRow>>;
+    /// Lets a manifest be offered to a class again, and says why.
+    fn lift(&self, by: By, lift: Lift) -> StoreFuture<'_, ()>;
 
     /// Adds an operator token by the SHA-256 of its secret.
     fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()>;

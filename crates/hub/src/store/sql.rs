@@ -14,18 +14,20 @@ use slmops_api::device::{
     DesiredState, DeviceEvent, DeviceReport, InvitationInfo, Phase, PublisherKey,
 };
 use slmops_api::model::{DeviceClass, NewRelease, Release};
-use slmops_api::rollout::RolloutState;
+use slmops_api::orders::{Exclusion, Lift, NewPin, Orders, Pin};
+use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_api::{ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, TokenId};
 use slmops_artifact::Digest;
 use slmops_fleet_core::blueprint::DEFAULT_CONFIRM_TIMEOUT_S;
 use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words, state_name};
+use slmops_fleet_core::words;
 use slmops_fleet_core::world::CompletedRollout;
 
 use super::{
     AuditDraft, By, Decide, DeviceChange, Enrolled, Enrolment, MAX_EVENTS_PER_DEVICE, MAX_PAGE,
-    NewInvitationRow, PageRequest, Registered, ReportOutcome, Snapshot, Store, StoreError,
-    StoreFuture, StoredDevice, Transition,
+    NewInvitationRow, OrdersChange, PageRequest, QuarantineRow, Registered, ReportOutcome,
+    Snapshot, Store, StoreError, StoreFuture, StoredDevice, Transition,
 };
 use crate::auth::SecretHash;
 use crate::db::{Database, Row, Schema, Tx, Value, params};
@@ -35,7 +37,8 @@ use crate::registry;
 /// queries need.
 pub const SCHEMA: Schema = Schema {
     component: "store",
-    migrations: &["
+    migrations: &[
+        "
     CREATE TABLE devices (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL UNIQUE,
@@ -105,7 +108,13 @@ pub const SCHEMA: Schema = Schema {
         previous TEXT NOT NULL,
         hash TEXT NOT NULL
     ) STRICT;
-    "],
+    ",
+        "
+    ALTER TABLE devices ADD COLUMN orders TEXT;
+    ALTER TABLE quarantine ADD COLUMN since TEXT;
+    ALTER TABLE quarantine ADD COLUMN rollout TEXT;
+    ",
+    ],
 };
 
 /// Device names tried when a host name is taken: `pi`, `pi-2`, … `pi-1000`.
@@ -221,12 +230,13 @@ fn below(request: &PageRequest) -> Result<i64, StoreError> {
 }
 
 const DEVICE_COLUMNS: &str = "id, name, public_key, site, labels, facts, desired, report, \
-                              enrolled_at, last_seen, revoked";
+                              enrolled_at, last_seen, revoked, orders";
 
 fn device_of(row: &Row<'_>) -> Result<StoredDevice, StoreError> {
     let text = |index: usize| row.get::<String>(index);
     let site: Option<String> = row.get(3)?;
     let report: Option<String> = row.get(7)?;
+    let orders: Option<String> = row.get(11)?;
     Ok(StoredDevice {
         id: column("devices", &text(0)?)?,
         name: text(1)?,
@@ -239,6 +249,7 @@ fn device_of(row: &Row<'_>) -> Result<StoredDevice, StoreError> {
         enrolled_at: column("devices", &text(8)?)?,
         last_seen: column("devices", &text(9)?)?,
         revoked: row.get(10)?,
+        orders: orders.map(|orders| from_json("devices", &orders)).transpose()?,
     })
 }
 
@@ -614,14 +625,70 @@ fn persist_transition(tx: &Tx<'_>, by: &By, transition: &Transition) -> Result<(
         append_audit(tx, &hub, draft("device.assign", &assignment.device, details))?;
     }
     for (manifest, class) in &transition.quarantined {
+        let failed_in = transition.rollouts.iter().map(|record| &record.rollout).find(|rollout| {
+            let failed = |part: &RolloutDevice| {
+                part.manifest == Some(*manifest) && matches!(part.outcome, Outcome::Failed { .. })
+            };
+            rollout.state == RolloutState::Halted && rollout.devices.iter().any(failed)
+        });
+        let rollout = failed_in.map(|rollout| &rollout.id);
         tx.execute(
-            "INSERT INTO quarantine (manifest, class) VALUES (?1, ?2) ON CONFLICT DO NOTHING",
-            params![manifest.to_string(), class.to_string()],
+            "INSERT INTO quarantine (manifest, class, since, rollout) VALUES (?1, ?2, ?3, ?4)
+             ON CONFLICT DO NOTHING",
+            params![
+                manifest.to_string(),
+                class.to_string(),
+                by.at.to_string(),
+                rollout.map(|id| id.as_str()),
+            ],
         )?;
-        let details = json!({ "class": class });
+        let details = json!({ "class": class, "rollout": rollout });
         append_audit(tx, &hub, draft("manifest.quarantine", manifest, details))?;
     }
     Ok(())
+}
+
+/// What a device's orders become, and how audit log and history tell of it.
+fn ordered(
+    known: &Orders,
+    change: OrdersChange,
+    by: &By,
+) -> (Orders, &'static str, serde_json::Value, String) {
+    let mut orders = known.clone();
+    let (made_by, at) = (by.actor.clone(), by.at);
+    match change {
+        OrdersChange::Pin(NewPin { model, version, reason }) => {
+            let same = known
+                .pin
+                .as_ref()
+                .is_some_and(|pin| pin.names(&model, &version) && pin.reason == reason);
+            let details = json!({ "model": model, "version": version, "reason": reason });
+            let pin = Pin { model, version, reason, by: made_by, at };
+            let what = words::pin(&pin);
+            if !same {
+                orders.pin = Some(pin);
+            }
+            (orders, "device.pin", details, what)
+        }
+        OrdersChange::Unpin => {
+            orders.pin = None;
+            (orders, "device.unpin", json!({}), format!("unpinned by {made_by}"))
+        }
+        OrdersChange::Exclude(reason) => {
+            let same = known.exclusion.as_ref().is_some_and(|known| known.reason == reason);
+            let details = json!({ "reason": reason });
+            let exclusion = Exclusion { reason, by: made_by, at };
+            let what = words::exclusion(&exclusion);
+            if !same {
+                orders.exclusion = Some(exclusion);
+            }
+            (orders, "device.exclude", details, what)
+        }
+        OrdersChange::Include => {
+            orders.exclusion = None;
+            (orders, "device.include", json!({}), format!("included by {made_by}"))
+        }
+    }
 }
 
 fn free_name(tx: &Tx<'_>, enrolment: &Enrolment) -> Result<String, StoreError> {
@@ -762,6 +829,7 @@ impl Store for SqlStore {
                 enrolled_at: enrolment.at,
                 last_seen: enrolment.at,
                 revoked: false,
+                orders: None,
             };
             tx.execute(
                 "INSERT INTO devices (id, name, public_key, site, labels, facts, desired,
@@ -850,6 +918,30 @@ impl Store for SqlStore {
                 let details = json!({ "name": device.name });
                 append_audit(tx, &by, draft("device.revoke", &id, details))?;
             }
+            Ok(device)
+        })
+    }
+
+    fn order_device(
+        &self,
+        by: By,
+        id: DeviceId,
+        change: OrdersChange,
+    ) -> StoreFuture<'_, StoredDevice> {
+        self.write(move |tx| {
+            let mut device = find_device(tx, id.as_str())?;
+            let known = device.orders.as_deref().cloned().unwrap_or_default();
+            let (orders, action, details, what) = ordered(&known, change, &by);
+            if orders == known {
+                return Ok(device);
+            }
+            device.orders = Some(Box::new(orders)).filter(|orders| !orders.is_none());
+            tx.execute(
+                "UPDATE devices SET orders = ?2 WHERE id = ?1",
+                params![id.as_str(), device.orders.as_ref().map(to_json)],
+            )?;
+            add_event(tx, &id, by.at, device.desired.generation, &what)?;
+            append_audit(tx, &by, draft(action, &id, details))?;
             Ok(device)
         })
     }
@@ -1082,6 +1174,39 @@ impl Store for SqlStore {
             let transition = decide(&snapshot)?;
             persist_transition(tx, &by, &transition)?;
             Ok(transition)
+        })
+    }
+
+    fn quarantine(&self) -> StoreFuture<'_, Vec<QuarantineRow>> {
+        self.read(|tx| {
+            let sql = "SELECT manifest, class, since, rollout FROM quarantine
+                       ORDER BY COALESCE(since, '') DESC, manifest, class";
+            collect(tx, sql, params![], |row| {
+                let since: Option<String> = row.get(2)?;
+                let rollout: Option<String> = row.get(3)?;
+                Ok(QuarantineRow {
+                    manifest: column("quarantine", &row.get::<String>(0)?)?,
+                    class: column("quarantine", &row.get::<String>(1)?)?,
+                    since: since.map(|at| column("quarantine", &at)).transpose()?,
+                    rollout: rollout.map(|id| column("quarantine", &id)).transpose()?,
+                })
+            })
+        })
+    }
+
+    fn lift(&self, by: By, lift: Lift) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            let Lift { manifest, class, reason } = lift;
+            let gone = tx.execute(
+                "DELETE FROM quarantine WHERE manifest = ?1 AND class = ?2",
+                params![manifest.to_string(), class.as_str()],
+            )?;
+            if gone == 0 {
+                let name = format!("{} for class {class}", manifest.short());
+                return Err(not_found("quarantine", name));
+            }
+            let details = json!({ "class": class, "reason": reason });
+            append_audit(tx, &by, draft("manifest.lift", manifest, details))
         })
     }
 

@@ -16,16 +16,21 @@ fn missing(rollout: &Rollout, wave: u32) -> Option<&ApprovalStep> {
     (!rollout.approvals.iter().any(given)).then_some(step)
 }
 
-/// The approval that the current wave waits for.
-pub(super) fn hold(rollout: &Rollout) -> Option<Hold> {
-    let wave = rollout.current_wave + 1;
+/// Whose approval this wave, from 1, still needs, in words.
+pub(in super::super) fn wanted(rollout: &Rollout, wave: u32) -> Option<String> {
     let step = missing(rollout, wave)?;
     let who = match step.by.is_empty() {
         true => format!("anybody but {}", rollout.created_by),
         false => list(&step.by, MAX_APPROVERS),
     };
-    let id = &rollout.id;
-    let why = format!("approval by {who}: `slm rollout approve {id} --wave {wave}`");
+    Some(format!("approval by {who}"))
+}
+
+/// The approval that the current wave waits for.
+pub(super) fn hold(rollout: &Rollout) -> Option<Hold> {
+    let wave = rollout.current_wave + 1;
+    let wanted = wanted(rollout, wave)?;
+    let why = format!("{wanted}: `slm rollout approve {} --wave {wave}`", rollout.id);
     Some(Hold { why, until: None })
 }
 

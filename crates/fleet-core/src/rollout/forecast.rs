@@ -1,0 +1,300 @@
+//! What a rollout would do, by the very functions that would do it: nothing of it is kept.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use slmops_api::device::Phase;
+use slmops_api::plan::{LeftOut, PlannedDevice, PlannedWave, RolloutPlan};
+use slmops_api::rollout::{NewRollout, Outcome, RolloutDevice, RolloutPolicy};
+use slmops_api::{ClassName, DeviceId, RolloutId};
+
+use super::create::{create, leave_out, selected};
+use super::rules::{absence, approval};
+use super::{RolloutError, RolloutRecord, Targets, plan};
+use crate::words::{clock, seconds};
+use crate::world::{FleetDevice, World};
+
+/// How fast devices took releases: seconds for a byte of the model, from told to confirmed.
+#[derive(Clone, Debug, Default)]
+pub struct Pace {
+    devices: BTreeMap<DeviceId, f64>,
+    classes: BTreeMap<ClassName, f64>,
+    fleet: Option<f64>,
+}
+
+impl Pace {
+    /// Reads it out of rollouts, the newest first; the newest counts for a device, the median for
+    /// a class and for the fleet.
+    pub fn measure<'r>(
+        world: &World<'_>,
+        rollouts: impl IntoIterator<Item = &'r RolloutRecord>,
+    ) -> Self {
+        let mut pace = Self::default();
+        let mut classes: BTreeMap<ClassName, Vec<f64>> = BTreeMap::new();
+        let mut all = Vec::new();
+        for record in rollouts {
+            let asked = &record.rollout.asked;
+            let Some(release) = world.release(&asked.model, &asked.version) else { continue };
+            for part in &record.rollout.devices {
+                // One that was told nothing new shows nothing.
+                if part.outcome != Outcome::Confirmed || !record.before.contains_key(&part.device) {
+                    continue;
+                }
+                let (Some(manifest), Some(told), Some(confirmed)) =
+                    (part.manifest, part.started_at, part.finished_at)
+                else {
+                    continue;
+                };
+                let Some(variant) = release.variants.iter().find(|v| v.manifest == manifest) else {
+                    continue;
+                };
+                let took = confirmed.duration_since(told).as_secs_f64();
+                let rate = took / variant.size_bytes.max(1) as f64;
+                let Some(device) = world.device(&part.device) else { continue };
+                pace.devices.entry(device.id.clone()).or_insert(rate);
+                classes.entry(device.class.clone()).or_default().push(rate);
+                all.push(rate);
+            }
+        }
+        pace.fleet = median(&mut all);
+        for (class, mut rates) in classes {
+            pace.classes.extend(median(&mut rates).map(|rate| (class, rate)));
+        }
+        pace
+    }
+
+    /// Seconds that a device takes for so many bytes, if anything is known.
+    fn seconds(&self, device: &FleetDevice, size_bytes: u64) -> Option<u64> {
+        let own = self.devices.get(&device.id).or_else(|| self.classes.get(&device.class));
+        let rate = own.copied().or(self.fleet)?;
+        Some((rate * size_bytes as f64).ceil() as u64)
+    }
+}
+
+fn median(values: &mut [f64]) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// What [`create`] and [`plan`] would make of `asked`. `active` are all rollouts that are not final.
+///
+/// # Errors
+/// As [`create`].
+pub fn forecast(
+    asked: NewRollout,
+    by: &str,
+    world: &World<'_>,
+    active: &[RolloutRecord],
+    pace: &Pace,
+) -> Result<RolloutPlan, RolloutError> {
+    let id: RolloutId = "forecast".parse().expect("a constant name is an id");
+    let created = create(id.clone(), asked, by, world, active)?;
+    let supersedes: BTreeSet<RolloutId> =
+        created.superseded.iter().map(|record| record.rollout.id.clone()).collect();
+    let mut records: Vec<RolloutRecord> =
+        active.iter().filter(|record| !supersedes.contains(&record.rollout.id)).cloned().collect();
+    records.extend(created.superseded);
+    records.push(created.record);
+    let mut told = told(&id, world, &records, pace);
+    told.rollout = None;
+    told.waiting_for = String::new();
+    told.supersedes = supersedes.into_iter().collect();
+    let gate = told.asked.policy.gate.is_some();
+    told.notes.extend(gate.then(|| {
+        "chance decides who goes first, for the gate's sake: the draw will be another one"
+            .to_owned()
+    }));
+    Ok(told)
+}
+
+/// What an active rollout of `active` will do from now on. None if it is not among them.
+pub fn foresee(
+    id: &RolloutId,
+    world: &World<'_>,
+    active: &[RolloutRecord],
+    pace: &Pace,
+) -> Option<RolloutPlan> {
+    active.iter().any(|record| record.rollout.id == *id).then(|| told(id, world, active, pace))
+}
+
+/// The plan's words about the rollout `id` of `records`, after its next step.
+fn told(id: &RolloutId, world: &World<'_>, records: &[RolloutRecord], pace: &Pace) -> RolloutPlan {
+    let changed = plan(world, records, Targets::new()).rollouts;
+    let of =
+        |records: &[RolloutRecord]| records.iter().find(|record| record.rollout.id == *id).cloned();
+    let record = of(&changed).or_else(|| of(records)).expect("the caller put it among them");
+    let rollout = &record.rollout;
+    let policy = &rollout.asked.policy;
+    let first = if rollout.state.is_final() { rollout.waves } else { rollout.current_wave };
+    // A rollout whose devices all have the release is over at once, and still worth showing.
+    let first = if first == rollout.waves { 0 } else { first };
+    let waves: Vec<PlannedWave> =
+        (first..rollout.waves).filter_map(|wave| planned(&record, wave, world, pace)).collect();
+    let expected = |waves: &[PlannedWave]| waves.iter().map(|wave| wave.expected_s).sum();
+    let coming = policy.schedule.freezes.iter().filter(|freeze| freeze.until > world.now);
+    let mut notes: Vec<String> = coming
+        .map(|freeze| {
+            let (from, until) = (clock(freeze.from), clock(freeze.until));
+            format!("no device is told from {from} to {until}")
+        })
+        .collect();
+    let away = rollout
+        .devices
+        .iter()
+        .filter(|part| is_open(part))
+        .filter_map(|part| world.device(&part.device))
+        .filter(|device| absence::is_away(device, policy, world))
+        .count();
+    if away > 0 {
+        notes.push(format!(
+            "{away} not heard of for {}: no wave waits for them",
+            seconds(i64::from(policy.stragglers.away_after_s))
+        ));
+    }
+    RolloutPlan {
+        transfer_bytes: waves.iter().map(|wave| wave.transfer_bytes).sum(),
+        expected_s: expected(&waves),
+        waves,
+        left_out: left_out(&record, records, world),
+        supersedes: Vec::new(),
+        waiting_for: rollout.waiting_for.clone(),
+        notes,
+        asked: rollout.asked.clone(),
+        rollout: Some(id.clone()),
+    }
+}
+
+fn is_open(part: &RolloutDevice) -> bool {
+    matches!(part.outcome, Outcome::Pending | Outcome::Updating | Outcome::Away)
+}
+
+fn gets_nothing(part: &RolloutDevice) -> bool {
+    matches!(part.outcome, Outcome::NoFit { .. } | Outcome::Quarantined)
+}
+
+fn planned(
+    record: &RolloutRecord,
+    wave: u32,
+    world: &World<'_>,
+    pace: &Pace,
+) -> Option<PlannedWave> {
+    let policy = &record.rollout.asked.policy;
+    let parts = record.rollout.devices.iter().filter(|part| part.wave == wave);
+    let parts = parts.filter(|part| !gets_nothing(part));
+    let devices: Vec<PlannedDevice> = parts
+        .filter_map(|part| {
+            Some(planned_device(record, part, world.device(&part.device)?, world, pace))
+        })
+        .collect();
+    if devices.is_empty() {
+        return None;
+    }
+    let mut waits: Vec<String> = approval::wanted(&record.rollout, wave + 1).into_iter().collect();
+    if wave == record.rollout.current_wave {
+        let start_at = policy.schedule.start_at.filter(|at| *at > world.now);
+        waits.extend(start_at.map(|at| format!("its start at {}", clock(at))));
+    }
+    if let Some(gate) = policy.gate.as_ref().filter(|_| wave > 0) {
+        let patience = gate.patience_s.map(|s| format!(", {} at most", seconds(i64::from(s))));
+        waits.push(format!(
+            "the gate of wave {wave}, as long as it takes{}",
+            patience.unwrap_or_default()
+        ));
+    }
+    let transfer_bytes = devices.iter().map(|device| device.transfer_bytes).sum();
+    let expected_s = wave_seconds(&devices, policy).map(|s| s + u64::from(policy.bake_s));
+    Some(PlannedWave { wave: wave + 1, devices, transfer_bytes, expected_s, waits })
+}
+
+fn planned_device(
+    record: &RolloutRecord,
+    part: &RolloutDevice,
+    device: &FleetDevice,
+    world: &World<'_>,
+    pace: &Pace,
+) -> PlannedDevice {
+    let asked = &record.rollout.asked;
+    let variant = world.release(&asked.model, &asked.version).and_then(|release| {
+        release.variants.iter().find(|variant| Some(variant.manifest) == part.manifest)
+    });
+    let report = device.report.as_ref();
+    let has = report.is_some_and(|report| {
+        let models = [&report.running, &report.previous];
+        let mut files = models.into_iter().flatten().map(|model| model.weights);
+        variant.is_some_and(|variant| files.any(|file| file == variant.weights))
+    });
+    let size_bytes = variant.map_or(0, |variant| variant.size_bytes);
+    let transfer_bytes = match report.map(|report| &report.phase) {
+        _ if has || !is_open(part) => 0,
+        Some(Phase::Downloading { done_bytes, .. }) if part.outcome == Outcome::Updating => {
+            size_bytes.saturating_sub(*done_bytes)
+        }
+        _ => size_bytes,
+    };
+    let expected_s = match part.outcome {
+        // It takes the release whenever it returns; no wave waits for that.
+        Outcome::Away => Some(0),
+        _ if absence::is_away(device, &asked.policy, world) => Some(0),
+        _ if transfer_bytes == 0 => Some(0),
+        _ => pace.seconds(device, transfer_bytes),
+    };
+    PlannedDevice {
+        device: device.id.clone(),
+        name: device.name.clone(),
+        class: device.class.clone(),
+        site: device.labels.get("site").and_then(|site| site.parse().ok()),
+        variant: part.variant.clone(),
+        fit: part.fit.clone(),
+        outcome: part.outcome.clone(),
+        transfer_bytes,
+        expected_s,
+    }
+}
+
+/// Seconds of a wave: its slowest device, or as many rounds as the limits make of it.
+fn wave_seconds(devices: &[PlannedDevice], policy: &RolloutPolicy) -> Option<u64> {
+    let mut longest = 0;
+    let mut sum = 0;
+    let mut sites: BTreeMap<&str, u64> = BTreeMap::new();
+    for device in devices {
+        let seconds = device.expected_s?;
+        longest = longest.max(seconds);
+        sum += seconds;
+        if let Some(site) = &device.site {
+            *sites.entry(site.as_str()).or_default() += seconds;
+        }
+    }
+    let rounds = |sum: u64, limit: Option<u32>| {
+        limit.map_or(0, |at_once| sum.div_ceil(u64::from(at_once.max(1))))
+    };
+    let busiest = sites.values().copied().max().unwrap_or(0);
+    let limits = &policy.limits;
+    let limited = rounds(sum, limits.updating).max(rounds(busiest, limits.updating_per_site));
+    Some(longest.max(limited))
+}
+
+/// Every selected device that gets nothing, and why.
+fn left_out(record: &RolloutRecord, records: &[RolloutRecord], world: &World<'_>) -> Vec<LeftOut> {
+    let rollout = &record.rollout;
+    let mut members: BTreeMap<&DeviceId, &RolloutDevice> = BTreeMap::new();
+    members.extend(rollout.devices.iter().map(|part| (&part.device, part)));
+    let mut others: BTreeMap<&DeviceId, &RolloutId> = BTreeMap::new();
+    let active = records.iter().map(|record| &record.rollout).filter(|it| !it.state.is_final());
+    for other in active.filter(|other| other.id != rollout.id) {
+        others.extend(other.devices.iter().map(|part| (&part.device, &other.id)));
+    }
+    let mut left_out = Vec::new();
+    for device in selected(world, &rollout.asked) {
+        let why = match members.get(&device.id) {
+            Some(part) if gets_nothing(part) => Some(part.fit.clone()),
+            Some(_) => None,
+            None => leave_out(device, &rollout.asked)
+                .or_else(|| others.get(&device.id).map(|id| format!("it is in rollout {id}"))),
+        };
+        left_out.extend(why.map(|why| LeftOut {
+            device: device.id.clone(),
+            name: device.name.clone(),
+            why,
+        }));
+    }
+    left_out
+}

@@ -1,0 +1,239 @@
+//! What operators decide about devices, and what they are shown before a rollout.
+
+use slmops_api::orders::{Exclusion, NewPin, Orders, Pin};
+use slmops_api::plan::RolloutPlan;
+
+use super::*;
+
+fn pin(version: &str) -> Option<Box<Orders>> {
+    let pin = Pin {
+        model: MODEL.parse().unwrap(),
+        version: version.parse().unwrap(),
+        reason: "certified".to_owned(),
+        by: "token ann".to_owned(),
+        at: Timestamp::UNIX_EPOCH,
+    };
+    Some(Box::new(Orders { pin: Some(pin), exclusion: None }))
+}
+
+fn exclusion() -> Option<Box<Orders>> {
+    let exclusion = Exclusion {
+        reason: "at the workshop".to_owned(),
+        by: "token ann".to_owned(),
+        at: Timestamp::UNIX_EPOCH,
+    };
+    Some(Box::new(Orders { pin: None, exclusion: Some(exclusion) }))
+}
+
+impl Fleet {
+    fn order(&mut self, device: usize, orders: Option<Box<Orders>>) {
+        self.devices[device].orders = orders;
+        self.tick();
+    }
+
+    fn forecast(&self, version: &str, policy: RolloutPolicy) -> Result<RolloutPlan, RolloutError> {
+        let asked =
+            NewRollout { model: MODEL.parse().unwrap(), version: version.parse().unwrap(), policy };
+        let world = self.world();
+        let pace = Pace::measure(&world, self.rollouts.iter().rev());
+        forecast(asked, "token test", &world, &self.active(), &pace)
+    }
+
+    fn check_pin(&self, device: usize, version: &str) -> String {
+        let NewPin { model, version, .. } = NewPin {
+            model: MODEL.parse().unwrap(),
+            version: version.parse().unwrap(),
+            reason: String::new(),
+        };
+        match check_pin(&self.world(), &self.devices[device], &model, &version) {
+            Ok(()) => "good".to_owned(),
+            Err(error) => format!("{error} ({})", error.hint()),
+        }
+    }
+}
+
+#[test]
+fn a_pinned_device_is_left_out_and_keeps_its_release() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    fleet.settle_on_1_0_0();
+    fleet.order(1, pin("1.0.0"));
+    let id = fleet.start("1.1.0", all_at_once()).unwrap();
+    assert_eq!(fleet.on("1.1.0"), [0, 2]);
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("left out dev-1: pinned to m 1.0.0 by token ann: certified"), "{text}");
+    fleet.confirm(0);
+    fleet.confirm(2);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+    // Pinned forwards it is told so without any rollout, and unpinned it keeps that.
+    fleet.order(1, pin("1.2.0"));
+    assert_eq!(fleet.told(1), "1.2.0 q8_0");
+    assert!(fleet.devices[1].desired.reason.starts_with("pinned to m 1.2.0 by token ann"));
+    fleet.order(1, None);
+    assert_eq!(fleet.told(1), "1.2.0 q8_0");
+}
+
+#[test]
+fn a_pin_takes_a_device_out_of_a_rollout_under_way() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    fleet.settle_on_1_0_0();
+    let policy = RolloutPolicy { max_failures: 0, ..RolloutPolicy::default() };
+    let id = fleet.start("1.1.0", policy).unwrap();
+    fleet.confirm(0);
+    assert_eq!(fleet.on("1.1.0"), [0, 1, 2]);
+    fleet.order(0, pin("1.0.0"));
+    fleet.order(1, exclusion());
+    assert_eq!([fleet.told(0), fleet.told(1)], ["1.0.0 q8_0", "1.1.0 q8_0"]);
+    let left: Vec<&str> = fleet.rollout(&id).devices.iter().map(|it| it.name.as_str()).collect();
+    assert_eq!(left, ["dev-2"], "{}", why(fleet.rollout(&id)));
+    // What they do now is no evidence about the rollout's release.
+    fleet.fail(0);
+    fleet.fail(1);
+    fleet.confirm(2);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed, "{}", why(fleet.rollout(&id)));
+}
+
+#[test]
+fn rollbacks_leave_pinned_devices_alone_and_say_so() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    fleet.settle_on_1_0_0();
+    let id = fleet.start("1.1.0", all_at_once()).unwrap();
+    fleet.confirm(0);
+    fleet.confirm(1);
+    fleet.order(0, pin("1.1.0"));
+    fleet.order(1, exclusion());
+    fleet.operate(&id, Command::Rollback).unwrap();
+    // The excluded one got the release from this rollout, so it gives it back.
+    assert_eq!([fleet.told(0), fleet.told(1)], ["1.1.0 q8_0", "1.0.0 q8_0"]);
+    let text = why(fleet.rollout(&id));
+    let line = "not taken back: dev-0 (pinned to m 1.1.0 by token ann: certified)";
+    assert!(text.contains(line), "{text}");
+    assert!(text.contains("1 device told to go back"), "{text}");
+}
+
+#[test]
+fn a_device_that_fails_what_it_is_pinned_to_is_not_told_back_and_forth() {
+    let mut fleet = Fleet::new(&[600]);
+    fleet.settle_on_1_0_0();
+    fleet.order(0, pin("1.1.0"));
+    fleet.fail(0);
+    let generation = fleet.devices[0].desired.generation;
+    fleet.pass_s(60);
+    fleet.tick();
+    assert_eq!(fleet.devices[0].desired.generation, generation);
+    assert_eq!(fleet.told(0), "1.1.0 q8_0");
+}
+
+#[test]
+fn pins_that_cannot_hold_are_refused_with_the_reason() {
+    let mut fleet = Fleet::new(&[600, 600, 30]);
+    fleet.settle_on_1_0_0();
+    assert_eq!(fleet.check_pin(0, "1.1.0"), "good");
+    assert!(fleet.check_pin(0, "9.0.0").starts_with("release m 9.0.0 is not registered"));
+    let small = fleet.check_pin(2, "1.1.0");
+    assert!(small.contains("dev-2 cannot be pinned to m 1.1.0: no variant fits"), "{small}");
+    fleet.start("1.1.0", RolloutPolicy::default()).unwrap();
+    fleet.fail(0);
+    let own = fleet.check_pin(0, "1.1.0");
+    assert!(own.contains("failed on this very device"), "{own}");
+    let class = fleet.check_pin(1, "1.1.0");
+    assert!(class.contains("is quarantined for class large"), "{class}");
+    assert!(class.contains("slm quarantine lift"), "{class}");
+    // What was quarantined after the pin is not told either.
+    fleet.order(1, pin("1.1.0"));
+    assert_eq!(fleet.told(1), "1.0.0 q8_0");
+    fleet.quarantine.clear();
+    fleet.tick();
+    assert_eq!(fleet.told(1), "1.1.0 q8_0");
+}
+
+#[test]
+fn a_halt_says_what_is_quarantined_and_how_to_lift_it() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    fleet.settle_on_1_0_0();
+    let id = fleet.start("1.1.0", RolloutPolicy::default()).unwrap();
+    fleet.fail(0);
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("is not offered to class large again, unless lifted"), "{text}");
+    let manifest = testing::variant(MODEL, "1.1.0", "q8_0", 300, 0.001).manifest.short();
+    assert!(text.contains(&format!("slm quarantine lift {manifest} --class large")), "{text}");
+}
+
+#[test]
+fn a_forecast_is_what_happens_then() {
+    let mut fleet = Fleet::new(&[600, 360, 600, 600, 30, 600]);
+    for (device, site) in [(0, "berlin"), (1, "berlin"), (2, "paris"), (3, "paris")] {
+        fleet.site(device, site);
+    }
+    let policy = RolloutPolicy {
+        waves: vec![WaveSize::Count(1), WaveSize::Rest],
+        per: WavePer::Site,
+        approvals: vec![ApprovalStep { wave: 2, by: vec!["ann".to_owned()] }],
+        ..RolloutPolicy::default()
+    };
+    fleet.order(5, exclusion());
+    let plan = fleet.forecast("1.0.0", policy.clone()).unwrap();
+    assert!(fleet.rollouts.is_empty(), "a forecast keeps nothing");
+    assert_eq!((plan.expected_s, plan.waves.len()), (None, 2), "nothing is known of the links");
+    let out: Vec<(&str, &str)> =
+        plan.left_out.iter().map(|it| (it.name.as_str(), &it.why[..16])).collect();
+    assert_eq!(out, [("dev-4", "no variant fits:"), ("dev-5", "excluded by toke")]);
+    assert_eq!(plan.waves[1].waits, ["approval by ann"]);
+    let large = testing::variant(MODEL, "1.0.0", "q8_0", 300, 0.001).size_bytes;
+    let medium = testing::variant(MODEL, "1.0.0", "q4_k_m", 150, 0.05).size_bytes;
+    assert_eq!(plan.transfer_bytes, 3 * large + medium);
+
+    let id = fleet.start("1.0.0", policy).unwrap();
+    let real: Vec<(u32, &str, Option<&str>)> = fleet
+        .rollout(&id)
+        .devices
+        .iter()
+        .filter(|part| part.outcome != Outcome::NoFit { smallest_bytes: 0, budget_bytes: 0 })
+        .filter(|part| !matches!(part.outcome, Outcome::NoFit { .. }))
+        .map(|it| (it.wave + 1, it.name.as_str(), it.variant.as_ref().map(|v| v.as_str())))
+        .collect();
+    let foretold: Vec<(u32, &str, Option<&str>)> = plan
+        .waves
+        .iter()
+        .flat_map(|wave| wave.devices.iter().map(|device| (wave.wave, device)))
+        .map(|(wave, it)| (wave, it.name.as_str(), it.variant.as_ref().map(|v| v.as_str())))
+        .collect();
+    assert_eq!(foretold, real);
+    let at_once = |it: &slmops_api::plan::PlannedDevice| it.outcome == Outcome::Updating;
+    assert!(plan.waves[0].devices.iter().all(at_once));
+    assert!(!plan.waves[1].devices.iter().any(at_once));
+    assert_eq!(
+        fleet.forecast("1.1.0", all_at_once()).unwrap_err().to_string(),
+        "rollout r0 of m 1.0.0 is running on dev-0, dev-1, dev-2, dev-3, dev-4"
+    );
+
+    // What a running one will do: less, as it goes on.
+    let world = fleet.world();
+    let pace = Pace::default();
+    let ahead = foresee(&id, &world, &fleet.active(), &pace).unwrap();
+    assert_eq!(ahead.waves.len(), 2);
+    assert!(ahead.waiting_for.starts_with("wave 1 of 2"), "{}", ahead.waiting_for);
+}
+
+#[test]
+fn expected_time_is_what_releases_took_before() {
+    let mut fleet = Fleet::new(&[600, 600, 600, 600]);
+    fleet.start("1.0.0", all_at_once()).unwrap();
+    for (device, took_s) in [(0, 100), (1, 100), (2, 200)] {
+        fleet.now = fleet.at(took_s);
+        fleet.confirm(device);
+    }
+    fleet.confirm(3);
+    // 100, 200, 400 and 400 seconds; the same size again.
+    let time = |policy: RolloutPolicy| fleet.forecast("1.1.0", policy).unwrap().expected_s;
+    assert_eq!(time(all_at_once()), Some(400));
+    let waves = vec![WaveSize::Count(2), WaveSize::Rest];
+    assert_eq!(time(RolloutPolicy { waves, bake_s: 50, ..RolloutPolicy::default() }), Some(700));
+    let limits = Limits { updating: Some(2), ..Limits::default() };
+    assert_eq!(time(RolloutPolicy { limits, ..all_at_once() }), Some(550));
+    // A device that never took one is judged by its class.
+    fleet.join(600);
+    assert_eq!(fleet.forecast("1.1.0", all_at_once()).unwrap().expected_s, Some(400));
+    // What it has already costs nothing.
+    let again = fleet.forecast("1.0.0", all_at_once()).unwrap();
+    assert_eq!(again.transfer_bytes, again.waves[0].devices.last().unwrap().transfer_bytes);
+}
