@@ -3,6 +3,7 @@
 use slmops_api::audit::Role;
 use slmops_api::device::{DesiredModel, Failure, Phase, Rejection, Telemetry};
 use slmops_api::model::ModelShape;
+use slmops_api::orders::{Lift, NewPin, Orders};
 use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere};
 use slmops_api::rollout::{NewRollout, RolloutPolicy, RolloutState};
 use slmops_fleet_core::rollout;
@@ -23,6 +24,8 @@ macro_rules! every_check {
             last_admin_stays,
             transition_is_all_or_nothing,
             generations_never_fall,
+            orders_are_kept_and_told,
+            quarantine_is_lifted_once,
             audit_names_every_change,
             snapshot_knows_the_newest_completed_first,
             damaged_audit_is_found,
@@ -478,6 +481,55 @@ async fn generations_never_fall(store: &impl Store) {
         assert!(transition(store, assign(generation)).await.is_err());
     }
     assert_eq!(store.device("d1".to_owned()).await.unwrap().desired.generation, 5);
+}
+
+async fn orders_are_kept_and_told(store: &impl Store) {
+    join(store, "d1").await;
+    let id: DeviceId = "d1".parse().unwrap();
+    let order = async |change: OrdersChange| {
+        let device = store.order_device(by(), id.clone(), change).await.unwrap();
+        assert_eq!(store.device("d1".to_owned()).await.unwrap(), device);
+        device.orders.as_deref().cloned().unwrap_or_default()
+    };
+    let pin = |reason: &str| {
+        OrdersChange::Pin(NewPin {
+            model: "m".parse().unwrap(),
+            version: "1.0.0".parse().unwrap(),
+            reason: reason.to_owned(),
+        })
+    };
+    let audited = store.verify_audit().await.unwrap().entries;
+    assert_eq!(order(OrdersChange::Unpin).await, Orders::default());
+    let first = order(pin("why")).await;
+    assert_eq!(first.pin.as_ref().unwrap().by, "token test");
+    assert_eq!(order(pin("why")).await, first);
+    assert_ne!(order(pin("because")).await, first);
+    let both = order(OrdersChange::Exclude("away \"now\"".to_owned())).await;
+    assert!(both.pin.is_some() && both.exclusion.is_some());
+    assert!(order(OrdersChange::Unpin).await.pin.is_none());
+    assert_eq!(order(OrdersChange::Include).await, Orders::default());
+    assert_eq!(store.device("d1".to_owned()).await.unwrap().orders, None);
+    let verdict = store.verify_audit().await.unwrap();
+    assert_eq!((verdict.entries, verdict.broken), (audited + 5, None));
+    let history = store.history(id.clone(), PageRequest::default()).await.unwrap().items;
+    assert_eq!(history[0].what, "included by token test");
+    let nobody = store.order_device(by(), "d9".parse().unwrap(), OrdersChange::Include).await;
+    assert!(matches!(nobody, Err(StoreError::NotFound { .. })));
+}
+
+async fn quarantine_is_lifted_once(store: &impl Store) {
+    let (manifest, class): (Digest, ClassName) = (Digest::of(b"x"), "small".parse().unwrap());
+    let quarantined =
+        Transition { quarantined: vec![(manifest, class.clone())], ..Transition::default() };
+    transition(store, quarantined).await.unwrap();
+    let rows = store.quarantine().await.unwrap();
+    assert_eq!((rows.len(), rows[0].since, &rows[0].rollout), (1, Some(by().at), &None));
+    let lift = Lift { manifest, class, reason: "tried again".to_owned() };
+    store.lift(by(), lift.clone()).await.unwrap();
+    assert!(store.snapshot(vec![]).await.unwrap().quarantine.is_empty());
+    assert!(matches!(store.lift(by(), lift).await, Err(StoreError::NotFound { .. })));
+    let entries = store.audit(PageRequest::default()).await.unwrap().items;
+    assert_eq!((entries[0].action.as_str(), entries.len()), ("manifest.lift", 2));
 }
 
 async fn audit_names_every_change(store: &impl Store) {

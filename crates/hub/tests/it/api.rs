@@ -1,6 +1,7 @@
 //! The hub through real HTTP, with devices that behave as the test says.
 
 mod crash;
+mod operators;
 mod rig;
 
 use std::time::Duration;
@@ -417,6 +418,9 @@ async fn roles_are_kept() {
         (Method::PUT, "/v1/classes/huge", class, 403, 200),
         (Method::POST, "/v1/invitations", json!({}), 403, 201),
         (Method::PATCH, "/v1/devices/one", json!({ "site": "berlin" }), 403, 200),
+        (Method::PUT, "/v1/devices/one/exclusion", json!({ "reason": "x" }), 403, 200),
+        (Method::DELETE, "/v1/devices/one/exclusion", Value::Null, 403, 200),
+        (Method::GET, "/v1/quarantine", Value::Null, 200, 200),
         (Method::GET, "/v1/tokens", Value::Null, 403, 403),
         (Method::POST, "/v1/tokens", json!({ "name": "x", "role": "admin" }), 403, 403),
         (Method::DELETE, "/v1/devices/one", Value::Null, 403, 403),

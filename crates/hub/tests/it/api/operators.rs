@@ -1,0 +1,170 @@
+//! What operators can do and see around rollouts: plans, pins, exclusions, quarantine.
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use slmops_api::device::Phase;
+
+use super::probe_failure;
+use super::rig::{self, Rig};
+
+fn names(items: &Value) -> Vec<&str> {
+    items.as_array().unwrap().iter().map(|item| item["name"].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn a_plan_shows_what_would_happen_and_changes_nothing() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    for (name, budget_mib) in [("one", 600), ("two", 360), ("tiny", 30)] {
+        rig.join(name, budget_mib).await;
+    }
+    rig.release("1.0.0").await;
+    let body = json!({ "model": "m", "version": "1.0.0", "policy": rig::policy() });
+    let audited = rig.get("/v1/audit/verify").await["entries"].clone();
+    let plan = rig.post("/v1/rollouts/plan", body.clone()).await;
+    assert_eq!(names(&plan["waves"][0]["devices"]), ["one"], "{plan}");
+    assert_eq!(names(&plan["waves"][1]["devices"]), ["two"], "{plan}");
+    assert_eq!(plan["waves"][0]["devices"][0]["outcome"], "updating");
+    assert_eq!(plan["waves"][1]["devices"][0]["variant"], "q4_k_m");
+    assert_eq!(names(&plan["left_out"]), ["tiny"]);
+    assert!(plan["transfer_bytes"].as_u64().unwrap() > 0, "{plan}");
+    assert!(plan.get("expected_s").is_none(), "nobody took a release yet: {plan}");
+    assert_eq!(rig.get("/v1/audit/verify").await["entries"], audited);
+    assert_eq!(rig.get("/v1/rollouts").await["items"], json!([]));
+
+    // One under way, and one that is over.
+    let id = rig.rollout("1.0.0", json!({})).await["id"].as_str().unwrap().to_owned();
+    let ahead = rig.get(&format!("/v1/rollouts/{id}/plan")).await;
+    assert_eq!(ahead["rollout"], json!(id));
+    assert!(ahead["waiting_for"].as_str().unwrap().starts_with("wave 1 of 2: one"), "{ahead}");
+    rig.post(&format!("/v1/rollouts/{id}/abort"), json!({})).await;
+    let path = format!("/v1/rollouts/{id}/plan");
+    let over = rig.send(Method::GET, &path, Value::Null, StatusCode::CONFLICT).await;
+    assert!(over["detail"].as_str().unwrap().contains("cannot be planned"), "{over}");
+
+    // What cannot be started cannot be planned, for the same reason.
+    for (change, status, why) in [
+        (json!({ "version": "9.0.0" }), 404, "is not registered"),
+        (json!({ "policy": { "limits": { "updating": 0 } } }), 422, "limits.updating = 0"),
+        (json!({ "policy": { "waves": ["0"] } }), 400, "is no wave"),
+    ] {
+        let mut body = body.clone();
+        for (key, value) in change.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let status = StatusCode::from_u16(status).unwrap();
+        let problem = rig.send(Method::POST, "/v1/rollouts/plan", body, status).await;
+        assert!(problem["detail"].as_str().unwrap().contains(why), "{problem}");
+    }
+}
+
+#[tokio::test]
+async fn pins_and_exclusions_are_kept_shown_and_audited() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let mut devices = [rig.join("one", 600).await, rig.join("two", 600).await];
+    rig.release("1.0.0").await;
+    rig.release("1.1.0").await;
+    rig.rollout("1.0.0", json!({ "waves": ["rest"] })).await;
+    for device in &mut devices {
+        device.wait_for_generation(2).await;
+        device.report(Phase::Confirmed).await;
+    }
+    let put = async |path: &str, body: Value, status: StatusCode| {
+        rig.send(Method::PUT, path, body, status).await
+    };
+    let pin = |version: &str| json!({ "model": "m", "version": version, "reason": "certified" });
+    put("/v1/devices/one/pin", pin("1.0.0"), StatusCode::OK).await;
+    put("/v1/devices/one/pin", pin("1.0.0"), StatusCode::OK).await;
+    let reason = json!({ "reason": "at the workshop" });
+    put("/v1/devices/two/exclusion", reason, StatusCode::OK).await;
+    let shown = rig.get("/v1/devices/one").await;
+    assert_eq!(shown["orders"]["pin"]["reason"], "certified");
+    assert!(shown["orders"]["pin"]["by"].as_str().unwrap().starts_with("token "), "{shown}");
+    let explained = rig.get("/v1/devices/two/explain").await;
+    assert!(explained["orders"][0].as_str().unwrap().contains("at the workshop"), "{explained}");
+
+    let rollout = rig.rollout("1.1.0", json!({})).await;
+    assert_eq!(rollout["devices"], json!([]));
+    let why = rig.text(&format!("/v1/rollouts/{}/why", rollout["id"].as_str().unwrap())).await;
+    assert!(why.contains("left out one: pinned to m 1.0.0 by token"), "{why}");
+    assert!(why.contains("left out two: excluded by token"), "{why}");
+
+    // A pin to another release is told at once.
+    let generation = devices[0].desired().await.generation;
+    put("/v1/devices/one/pin", pin("1.1.0"), StatusCode::OK).await;
+    let told = devices[0].wait_for_generation(generation + 1).await;
+    assert_eq!(told.model.unwrap().version.to_string(), "1.1.0");
+    for path in ["/v1/devices/one/pin", "/v1/devices/two/exclusion"] {
+        for _ in 0..2 {
+            rig.send(Method::DELETE, path, Value::Null, StatusCode::OK).await;
+        }
+    }
+    assert!(rig.get("/v1/devices/one").await.get("orders").is_none());
+
+    let problem = put("/v1/devices/one/pin", pin("9.0.0"), StatusCode::NOT_FOUND).await;
+    assert!(problem["hint"].as_str().unwrap().contains("slm release list"), "{problem}");
+    rig.join("tiny", 30).await;
+    let path = "/v1/devices/tiny/pin";
+    let problem = put(path, pin("1.0.0"), StatusCode::UNPROCESSABLE_ENTITY).await;
+    assert!(problem["detail"].as_str().unwrap().contains("no variant fits"), "{problem}");
+    for reason in ["", "  ", "two\nlines", &"x".repeat(1001)] {
+        let body = json!({ "reason": reason });
+        put("/v1/devices/one/exclusion", body, StatusCode::BAD_REQUEST).await;
+    }
+    put("/v1/devices/nobody/exclusion", json!({ "reason": "x" }), StatusCode::NOT_FOUND).await;
+
+    let audit = rig.get("/v1/audit?limit=500").await;
+    let actions: Vec<&str> = audit["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .rev()
+        .map(|entry| entry["action"].as_str().unwrap())
+        .filter(|action| ["pin", "clude"].iter().any(|part| action.contains(part)))
+        .collect();
+    // Doing it again changes nothing, so it is no entry.
+    assert_eq!(
+        actions,
+        ["device.pin", "device.exclude", "device.pin", "device.unpin", "device.include"]
+    );
+}
+
+#[tokio::test]
+async fn a_quarantine_is_listed_and_lifted() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let mut devices = [rig.join("one", 600).await, rig.join("two", 600).await];
+    rig.release("1.0.0").await;
+    let id = rig.rollout("1.0.0", json!({})).await["id"].as_str().unwrap().to_owned();
+    devices[0].wait_for_generation(2).await;
+    devices[0].report(Phase::RolledBack { failure: probe_failure() }).await;
+    rig.wait_for_state(&id, "halted").await;
+    let listed = rig.get("/v1/quarantine").await["items"].clone();
+    assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+    let one = &listed[0];
+    assert_eq!((&one["class"], &one["rollout"]), (&json!("large"), &json!(id)));
+    assert_eq!(one["packages"][0]["variant"], "q8_0");
+    assert_eq!(one["rejected_by"], json!(["one"]));
+    let why = rig.text(&format!("/v1/rollouts/{id}/why")).await;
+    assert!(why.contains("slm quarantine lift") && why.contains("--class large"), "{why}");
+
+    // Quarantined, it is offered to nobody of the class; lifted, to those where it did not fail.
+    let again = rig.rollout("1.0.0", json!({ "bake_s": 1 })).await;
+    assert_eq!(again["state"], "halted", "{again}");
+    let lift = json!({
+        "manifest": one["manifest"], "class": "large", "reason": "the kernel was at fault",
+    });
+    let path = "/v1/quarantine/lift";
+    rig.send(Method::POST, path, lift.clone(), StatusCode::NO_CONTENT).await;
+    let gone = rig.send(Method::POST, path, lift.clone(), StatusCode::NOT_FOUND).await;
+    assert!(gone["hint"].as_str().unwrap().contains("slm quarantine list"), "{gone}");
+    let mut silent = lift.clone();
+    silent["reason"] = json!("");
+    rig.send(Method::POST, path, silent, StatusCode::BAD_REQUEST).await;
+    rig.rollout("1.0.0", json!({ "bake_s": 2 })).await;
+    assert!(devices[1].wait_for_generation(2).await.model.is_some());
+    assert!(devices[0].desired().await.model.is_none());
+    let audit = rig.get("/v1/audit?limit=500").await.to_string();
+    assert!(audit.contains("manifest.lift") && audit.contains("the kernel was at fault"));
+}
