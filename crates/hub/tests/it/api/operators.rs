@@ -46,7 +46,7 @@ async fn a_plan_shows_what_would_happen_and_changes_nothing() {
     for (change, status, why) in [
         (json!({ "version": "9.0.0" }), 404, "is not registered"),
         (json!({ "policy": { "limits": { "updating": 0 } } }), 422, "limits.updating = 0"),
-        (json!({ "policy": { "waves": ["0"] } }), 400, "is no wave"),
+        (json!({ "policy": { "waves": ["0"] } }), 400, "a wave is a number"),
     ] {
         let mut body = body.clone();
         for (key, value) in change.as_object().unwrap() {
