@@ -201,10 +201,8 @@ fn a_forecast_is_what_happens_then() {
     let at_once = |it: &slmops_api::plan::PlannedDevice| it.outcome == Outcome::Updating;
     assert!(plan.waves[0].devices.iter().all(at_once));
     assert!(!plan.waves[1].devices.iter().any(at_once));
-    assert_eq!(
-        fleet.forecast("1.1.0", all_at_once()).unwrap_err().to_string(),
-        "rollout r0 of m 1.0.0 is running on dev-0, dev-1, dev-2, dev-3, dev-4"
-    );
+    let refused = fleet.forecast("1.1.0", all_at_once()).unwrap_err().to_string();
+    assert!(refused.starts_with("rollout r0 of m 1.0.0 is running on dev-"), "{refused}");
 
     // What a running one will do: less, as it goes on.
     let world = fleet.world();
@@ -235,5 +233,8 @@ fn expected_time_is_what_releases_took_before() {
     assert_eq!(fleet.forecast("1.1.0", all_at_once()).unwrap().expected_s, Some(400));
     // What it has already costs nothing.
     let again = fleet.forecast("1.0.0", all_at_once()).unwrap();
-    assert_eq!(again.transfer_bytes, again.waves[0].devices.last().unwrap().transfer_bytes);
+    let devices = &again.waves[0].devices;
+    let fetching: Vec<&str> =
+        devices.iter().filter(|it| it.transfer_bytes > 0).map(|it| it.name.as_str()).collect();
+    assert_eq!(fetching, ["dev-4"]);
 }
