@@ -27,6 +27,8 @@ pub use value::{Cell, Column, Row, ToValue, Value};
 pub const DATABASE_FILE: &str = "hub.db";
 /// The file whose lock says that a hub uses the data folder.
 pub const LOCK_FILE: &str = "hub.lock";
+/// Rows of a whole table in memory at the same time.
+const ROWS_AT_ONCE: u32 = 500;
 /// Transactions that may read at the same time.
 const READERS: usize = 4;
 /// How long a statement waits for a lock that another process (a backup, `sqlite3`) holds.
@@ -136,6 +138,18 @@ pub enum DbError {
         postgres::words(.0)
     )]
     Unreachable(#[source] tokio_postgres::Error),
+    /// PostgreSQL's certificate is not one to trust.
+    #[error(
+        "PostgreSQL's certificate is not trusted: {}\nhint: `sslrootcert` must name the certificate of the authority that signed it, and the URL its host as the certificate does",
+        postgres::words(.0)
+    )]
+    Untrusted(#[source] tokio_postgres::Error),
+    /// PostgreSQL does not let this user use this database.
+    #[error(
+        "PostgreSQL refuses: {}\nhint: check user and database in the URL, the password (PGPASSWORD or SLM_DATABASE_PASSWORD_FILE), and the server's pg_hba.conf",
+        postgres::words(.0)
+    )]
+    Refused(#[source] tokio_postgres::Error),
     /// PostgreSQL does not answer.
     #[error(
         "PostgreSQL has not answered for {seconds} s\nhint: is the network to the server up? The hub goes on by itself when it is"
@@ -254,6 +268,35 @@ impl Database {
         let mut writer = Connection::Postgres(server.connect(&handle, true)?);
         migrate(&server.to_string(), &mut writer, schemas)?;
         Ok(Self::over(Source::Postgres { server: Box::new(server), handle }, writer))
+    }
+
+    /// Asks the SQLite database in `folder`, which a hub may be using, over one snapshot. Blocking.
+    ///
+    /// # Errors
+    /// No such database, or what `query` says.
+    pub fn look<T, E: From<DbError>>(
+        folder: &Path,
+        query: impl FnOnce(&Tx<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let path = folder.join(DATABASE_FILE);
+        // SQLite would make one.
+        std::fs::metadata(&path)
+            .map_err(|source| DbError::Folder { path: path.clone(), source })?;
+        let mut connection = Connection::Sqlite(sqlite::open_reader(&path)?);
+        transact(&mut connection, false, query)
+    }
+
+    /// Asks a PostgreSQL database, which a hub may be using, over one snapshot. Blocking, as
+    /// [`Database::open_postgres`] is.
+    ///
+    /// # Errors
+    /// A server that cannot be reached or refuses, or what `query` says.
+    pub fn look_at_postgres<T, E: From<DbError>>(
+        server: &Postgres,
+        query: impl FnOnce(&Tx<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut connection = Connection::Postgres(server.connect(&Handle::current(), false)?);
+        transact(&mut connection, false, query)
     }
 
     fn over(source: Source, writer: Connection) -> Self {
@@ -491,6 +534,102 @@ impl Tx<'_> {
             TxOf::Sqlite(tx) => Ok(tx.execute_batch(sql)?),
             TxOf::Postgres(connection) => connection.batch(&postgres::definitions(sql)),
         }
+    }
+
+    /// Every table and column of this database, table by table, in order.
+    ///
+    /// # Errors
+    /// What the database says.
+    pub fn columns(&self) -> Result<Vec<(String, String)>, DbError> {
+        let sql = match &self.0 {
+            TxOf::Sqlite(_) => {
+                "SELECT t.name, c.name FROM sqlite_schema AS t, pragma_table_info(t.name) AS c
+                 WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite_%' ORDER BY t.name, c.cid"
+            }
+            TxOf::Postgres(_) => {
+                "SELECT CAST(table_name AS text), CAST(column_name AS text)
+                 FROM information_schema.columns NATURAL JOIN information_schema.tables
+                 WHERE table_schema = current_schema() AND table_type = 'BASE TABLE'
+                 ORDER BY table_name, ordinal_position"
+            }
+        };
+        self.query(sql, params![], |row| Ok((row.get(0)?, row.get(1)?)))
+    }
+
+    /// Gives every row of a table to `read`, a bounded number of them in memory.
+    ///
+    /// # Errors
+    /// What the database or `read` says.
+    pub fn each_of_table<E: From<DbError>>(
+        &self,
+        table: &str,
+        columns: &[String],
+        mut read: impl FnMut(&Row<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let all = format!("SELECT {} FROM {table}", columns.join(", "));
+        match &self.0 {
+            TxOf::Sqlite(_) => self.each(&all, params![], |row| read(row).map(|()| true)),
+            TxOf::Postgres(connection) => {
+                connection.batch(&format!("DECLARE each_{table} NO SCROLL CURSOR FOR {all}"))?;
+                let next = format!("FETCH {ROWS_AT_ONCE} FROM each_{table}");
+                loop {
+                    let rows = connection.query(&next, params![])?;
+                    if rows.is_empty() {
+                        return Ok(());
+                    }
+                    for row in &rows {
+                        read(&Row(RowOf::Postgres(row)))?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// From here to the end of the transaction, rows may name others that come later.
+    ///
+    /// # Errors
+    /// What the database says.
+    pub fn defer_foreign_keys(&self) -> Result<(), DbError> {
+        match &self.0 {
+            TxOf::Sqlite(tx) => Ok(tx.execute_batch("PRAGMA defer_foreign_keys = ON")?),
+            TxOf::Postgres(connection) => {
+                connection.batch(&postgres::foreign_keys("DEFERRABLE INITIALLY DEFERRED"))
+            }
+        }
+    }
+
+    /// Ends what [`Tx::defer_foreign_keys`] began: every row must now find what it names. (SQLite
+    /// looks when the transaction commits.)
+    ///
+    /// # Errors
+    /// A row that does not, or what the database says.
+    pub fn check_foreign_keys(&self) -> Result<(), DbError> {
+        match &self.0 {
+            TxOf::Sqlite(_) => Ok(()),
+            TxOf::Postgres(connection) => {
+                connection.batch("SET CONSTRAINTS ALL IMMEDIATE")?;
+                connection.batch(&postgres::foreign_keys("NOT DEFERRABLE"))
+            }
+        }
+    }
+
+    /// Makes numbers that a table gives by itself go on after those that it has. (SQLite does so
+    /// without being told.)
+    ///
+    /// # Errors
+    /// What the database says.
+    pub fn count_on(&self, table: &str) -> Result<(), DbError> {
+        let TxOf::Postgres(connection) = &self.0 else { return Ok(()) };
+        let sql = "SELECT CAST(column_name AS text) FROM information_schema.columns
+                   WHERE table_schema = current_schema() AND table_name = ?1
+                   AND is_identity = 'YES'";
+        for column in self.query(sql, params![table], |row| row.get::<String>(0))? {
+            connection.batch(&format!(
+                "SELECT setval(pg_get_serial_sequence('{table}', '{column}'),
+                     COALESCE(max({column}), 1), max({column}) IS NOT NULL) FROM {table}"
+            ))?;
+        }
+        Ok(())
     }
 
     /// The number under `key` of a JSON object in the text `column`, as SQL.

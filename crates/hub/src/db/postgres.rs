@@ -32,6 +32,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long to wait for the lock of a hub that has just ended: the server notices within moments.
 const TAKE_OVER: Duration = Duration::from_secs(5);
+/// How soon the server notices that a hub has died in the middle of a statement (from version 14 on).
+const NOTICE_DEATH: Duration = Duration::from_secs(1);
 /// How often to try meanwhile.
 const TAKE_OVER_STEP: Duration = Duration::from_millis(100);
 /// The advisory lock of the hub that writes: `slmops` in ASCII.
@@ -134,9 +136,12 @@ impl Postgres {
         let connection = Connection { client, handle: handle.clone(), statements };
         connection.batch(&format!(
             "SET statement_timeout = {0}; SET idle_in_transaction_session_timeout = {0};
-             SET lock_timeout = {1}; SET client_min_messages = warning;",
+             SET lock_timeout = {1}; SET client_min_messages = warning;
+             SELECT set_config(name, '{2}', false) FROM pg_settings
+                 WHERE name = 'client_connection_check_interval';",
             STATEMENT_TIMEOUT.as_millis(),
             BUSY_TIMEOUT.as_millis(),
+            NOTICE_DEATH.as_millis(),
         ))?;
         if writer {
             self.lock_out_others(&connection)?;
@@ -315,6 +320,19 @@ pub(super) fn definitions(sql: &str) -> String {
     text
 }
 
+/// Gives every foreign key another moment to be checked.
+pub(super) fn foreign_keys(moment: &str) -> String {
+    format!(
+        "DO $$ DECLARE key record; BEGIN
+             FOR key IN SELECT conrelid::regclass AS owner, conname FROM pg_constraint
+                 WHERE contype = 'f' AND connamespace = current_schema()::regnamespace
+             LOOP
+                 EXECUTE format('ALTER TABLE %s ALTER CONSTRAINT %I {moment}', key.owner, key.conname);
+             END LOOP;
+         END $$"
+    )
+}
+
 fn borrowed<'v>(params: &'v [Value<'v>]) -> Result<Vec<&'v (dyn ToSql + Sync)>, DbError> {
     let mut found: Vec<&(dyn ToSql + Sync)> = Vec::with_capacity(params.len());
     for value in params {
@@ -381,6 +399,9 @@ pub(super) fn words(error: &tokio_postgres::Error) -> String {
 impl From<tokio_postgres::Error> for DbError {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(code) = error.code() else {
+            if is_untrusted(&error) {
+                return Self::Untrusted(error);
+            }
             return match error.is_closed() || reaches_no_server(&error) {
                 true => Self::Unreachable(error),
                 false => Self::Postgres(error),
@@ -393,9 +414,19 @@ impl From<tokio_postgres::Error> for DbError {
             // Shutting down, crashed, or not yet up; connections cut or used up.
             "57P01" | "57P02" | "57P03" | "53300" | "25P03" => Self::Unreachable(error),
             code if code.starts_with("08") => Self::Unreachable(error),
+            // Wrong user, password or database, or no right to use it from here.
+            "28000" | "28P01" | "3D000" | "42501" => Self::Refused(error),
             _ => Self::Postgres(error),
         }
     }
+}
+
+/// Whether the server is there, but cannot show that it is the one that was meant.
+fn is_untrusted(error: &tokio_postgres::Error) -> bool {
+    let source = std::error::Error::source(error);
+    let io = source.and_then(|source| source.downcast_ref::<std::io::Error>());
+    let tls = io.and_then(|io| io.get_ref()?.downcast_ref::<rustls::Error>());
+    matches!(tls, Some(rustls::Error::InvalidCertificate(_)))
 }
 
 fn reaches_no_server(error: &tokio_postgres::Error) -> bool {

@@ -1,117 +1,14 @@
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use super::*;
 
-/// How long a PostgreSQL server may take to start.
-const SERVER_START: Duration = Duration::from_secs(60);
+#[path = "../../tests/support/postgres.rs"]
+pub(crate) mod server;
+pub(crate) use server::{Server, certified};
 
-/// A PostgreSQL server in a private folder, reached by a socket in it; gone when dropped. The server
-/// refuses to run as root, so root runs it as the user `postgres`.
-pub(crate) struct Server {
-    folder: tempfile::TempDir,
-    programs: PathBuf,
-    process: Option<Child>,
-}
-
-impl Server {
-    pub(crate) fn start() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        if rustix::process::getuid().is_root() {
-            let found = Command::new("id").args(["-u", "postgres"]).output().unwrap();
-            let user = String::from_utf8(found.stdout).unwrap().trim().parse().ok();
-            let user: u32 = user.expect("the user `postgres`, which its package makes");
-            std::os::unix::fs::chown(folder.path(), Some(user), None).unwrap();
-        }
-        let mut server = Self { folder, programs: programs(), process: None };
-        let mut init = server.command("initdb");
-        init.args(["--username=postgres", "--auth=trust", "--no-sync", "--locale=C.UTF-8"]);
-        let made = init.arg("-D").arg(server.folder.path().join("data")).output().unwrap();
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        server.resume();
-        server
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let program = self.programs.join(program);
-        let mut command = Command::new(&program);
-        if rustix::process::getuid().is_root() {
-            command = Command::new("setpriv");
-            command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]);
-            // The server must not outlive a test that is killed.
-            command.args(["--pdeathsig=QUIT", "--"]).arg(program);
-        }
-        command.current_dir(self.folder.path());
-        command
-    }
-
-    /// Starts the server again on what it kept.
-    pub(crate) fn resume(&mut self) {
-        let mut command = self.command("postgres");
-        command.arg("-D").arg(self.folder.path().join("data")).arg("-k").arg(self.folder.path());
-        command.args(["-c", "listen_addresses=", "-c", "max_connections=60"]);
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let mut process = command.spawn().unwrap();
-        let started = std::time::Instant::now();
-        loop {
-            // After a kill it refuses to start until the last of its processes has ended.
-            if process.try_wait().unwrap().is_some() {
-                process = command.spawn().unwrap();
-            }
-            let mut asked = self.command("pg_isready");
-            let asked = asked.arg("-q").arg("-h").arg(self.folder.path()).status().unwrap();
-            if asked.success() {
-                self.process = Some(process);
-                return;
-            }
-            assert!(started.elapsed() < SERVER_START, "the server does not start");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// Kills it as a loss of power would.
-    pub(crate) fn kill(&mut self) {
-        let mut process = self.process.take().expect("the server runs");
-        process.kill().unwrap();
-        process.wait().unwrap();
-    }
-
-    /// Where the database `name` is, which is made.
-    pub(crate) fn database(&self, name: &str) -> Postgres {
-        let made = self
-            .command("createdb")
-            .arg("-h")
-            .arg(self.folder.path())
-            .args(["-U", "postgres", "--", name])
-            .output()
-            .unwrap();
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        Postgres::parse(&self.url(name), None).unwrap()
-    }
-
-    pub(crate) fn url(&self, name: &str) -> String {
-        let folder = self.folder.path().to_str().unwrap().replace('/', "%2F");
-        format!("postgres://postgres@{folder}/{name}")
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            // SIGQUIT: end at once, with every process of the server.
-            let pid = rustix::process::Pid::from_child(&process);
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::QUIT);
-            let _ = process.wait();
-        }
-    }
-}
-
-/// The folder of the server's programs, which Debian keeps out of PATH.
-fn programs() -> PathBuf {
-    let debian = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let mut found: Vec<PathBuf> = debian.map(|entry| entry.path().join("bin")).collect();
-    found.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
-    let found = found.into_iter().find(|folder| folder.join("initdb").exists());
-    found.expect("PostgreSQL's server programs; `scripts/setup.sh test` installs them")
+/// Where the database `name` is, which is made.
+pub(crate) fn fresh(server: &Server, name: &str) -> Postgres {
+    Postgres::parse(&server.database(name), None).unwrap()
 }
 
 async fn open_postgres(server: Postgres, schemas: &'static [Schema]) -> Result<Database, DbError> {
@@ -337,7 +234,7 @@ async fn postgres_keeps_the_same_promises() {
     let mut server = Server::start();
 
     // Tables move up, and are refused when they are newer.
-    let place = server.database("moves");
+    let place = fresh(&server, "moves");
     let db = open_postgres(place.clone(), ONE).await.unwrap();
     insert(&db, "a").await.unwrap();
     drop(db);
@@ -400,4 +297,111 @@ async fn postgres_keeps_the_same_promises() {
     server.resume();
     insert(&db, "b").await.unwrap();
     assert_eq!(count(&db).await, 2);
+}
+
+/// A migration that takes long enough to be killed in.
+const SLOW: &str = "INSERT INTO thing (name, n) WITH RECURSIVE filler(i) AS
+     (SELECT 1 UNION ALL SELECT i + 1 FROM filler WHERE i < 100000000)
+     SELECT 'filler ' || i, i FROM filler";
+const ENDLESS: &[Schema] = &[Schema { component: "test", migrations: &[FIRST, SLOW] }];
+/// Names the database to the test that is really the process that is killed.
+const KILLED_VARIABLE: &str = "SLMOPS_TEST_MIGRATE";
+
+/// Not a test but the process that is killed: does nothing unless it is told a database.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_process_that_migrates() {
+    let Some(place) = std::env::var_os(KILLED_VARIABLE) else { return };
+    let place = place.into_string().unwrap();
+    if place.starts_with("postgres:") {
+        let _ = open_postgres(Postgres::parse(&place, None).unwrap(), ENDLESS).await;
+    } else {
+        let _ = Database::open(Path::new(&place), ENDLESS);
+    }
+}
+
+/// Starts a migration in a process of its own, and kills that when `under_way` says so.
+fn kill_while_migrating(place: &str, under_way: impl Fn() -> bool) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["db::tests::the_process_that_migrates", "--exact", "--nocapture"])
+        .env(KILLED_VARIABLE, place)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = std::time::Instant::now();
+    while !under_way() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        assert!(started.elapsed() < Duration::from_secs(60), "it never began");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_that_is_killed_leaves_the_version_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let db = open(folder.path(), ONE);
+    insert(&db, "a").await.unwrap();
+    drop(db);
+    // More than fits into SQLite's memory: parts of the change are on the disk.
+    let log = folder.path().join(format!("{DATABASE_FILE}-wal"));
+    let spilled = || std::fs::metadata(&log).is_ok_and(|log| log.len() > 4 << 20);
+    kill_while_migrating(folder.path().to_str().unwrap(), spilled);
+    let db = open(folder.path(), TWO);
+    assert_eq!(count(&db).await, 1);
+
+    let server = Server::start();
+    let url = server.database("killed");
+    let place = Postgres::parse(&url, None).unwrap();
+    let db = open_postgres(place.clone(), ONE).await.unwrap();
+    insert(&db, "a").await.unwrap();
+    drop(db);
+    let grown = || server.query("killed", "SELECT pg_relation_size('thing') > 1000000") == "t\n";
+    kill_while_migrating(&url, grown);
+    let db = open_postgres(place, TWO).await.unwrap();
+    assert_eq!(count(&db).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_is_talked_to_by_tls_that_is_checked() {
+    let mut server = Server::start();
+    server.database("fleet");
+    let folder = tempfile::tempdir().unwrap();
+    let (authority, certificate, key) = certified("127.0.0.1");
+    let port = server.listen_by_tls(&certificate, &key, "open sesame");
+    let place = |authority: &str, user: &str, password: &str, more: &str| {
+        let file = folder.path().join("ca.pem");
+        std::fs::write(&file, authority).unwrap();
+        let file = file.display();
+        let url = format!("postgres://{user}@127.0.0.1:{port}/fleet?sslrootcert={file}{more}");
+        Postgres::parse(&url, Some(password)).unwrap()
+    };
+    let refused = async |place: Postgres, expected: &str| {
+        let error = open_postgres(place, ONE).await.err().expect("refused").to_string();
+        assert!(error.contains(expected) && error.contains("hint: "), "{error}");
+        assert!(!error.contains("sesame"), "{error}");
+    };
+
+    let db = open_postgres(place(&authority, "postgres", "open sesame", ""), ONE).await.unwrap();
+    insert(&db, "a").await.unwrap();
+    let secure = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+    assert_eq!(number(&db, secure).await, 1);
+    drop(db);
+
+    let (other, ..) = certified("127.0.0.1");
+    refused(place(&other, "postgres", "open sesame", ""), "certificate is not trusted").await;
+    refused(place(&authority, "postgres", "close sesame", ""), "password authentication").await;
+    refused(place(&authority, "nobody", "open sesame", ""), "PostgreSQL refuses").await;
+    // The server takes nothing in the clear.
+    let plain = place(&authority, "postgres", "open sesame", "&sslmode=disable");
+    refused(plain, "no pg_hba.conf entry").await;
+
+    // A certificate of the right authority for another host.
+    let (authority, certificate, key) = certified("db.example.com");
+    let port = server.listen_by_tls(&certificate, &key, "open sesame");
+    let file = folder.path().join("ca.pem");
+    std::fs::write(&file, authority).unwrap();
+    let url = format!("postgres://postgres@127.0.0.1:{port}/fleet?sslrootcert={}", file.display());
+    refused(Postgres::parse(&url, Some("open sesame")).unwrap(), "certificate is not trusted")
+        .await;
 }

@@ -92,6 +92,12 @@ pub trait Column: Sized {
     fn from_cell(cell: Cell) -> Option<Self>;
 }
 
+impl Column for Cell {
+    fn from_cell(cell: Cell) -> Option<Self> {
+        Some(cell)
+    }
+}
+
 impl Column for i64 {
     fn from_cell(cell: Cell) -> Option<Self> {
         match cell {

@@ -248,7 +248,7 @@ mod over_postgres {
                 let postgres = crate::db::tests::Server::start();
                 $(
                     let folder = tempfile::tempdir().unwrap();
-                    let place = postgres.database(stringify!($check));
+                    let place = crate::db::tests::fresh(&postgres, stringify!($check));
                     let open = move || Database::open_postgres(place, &[SCHEMA]);
                     let db = tokio::task::spawn_blocking(open).await.unwrap().unwrap();
                     super::$check(Server::over(db, folder.path(), None).await).await;

@@ -59,10 +59,10 @@ mod sqlite {
 
 mod postgres {
     use super::*;
-    use crate::db::tests::Server;
+    use crate::db::tests::{self, Server};
 
     async fn fresh(server: &Server, name: &str) -> SqlStore {
-        let place = server.database(name);
+        let place = tests::fresh(server, name);
         let db = tokio::task::spawn_blocking(move || Database::open_postgres(place, &[SCHEMA]));
         SqlStore::new(db.await.unwrap().unwrap())
     }
@@ -84,15 +84,15 @@ mod postgres {
     every_check!(in_turn);
 }
 
-fn at(second: i64) -> Timestamp {
+pub(super) fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + second).unwrap()
 }
 
-fn by() -> By {
+pub(super) fn by() -> By {
     By { actor: "token test".to_owned(), at: at(0) }
 }
 
-fn class(name: &str) -> DeviceClass {
+pub(super) fn class(name: &str) -> DeviceClass {
     DeviceClass {
         name: name.parse().unwrap(),
         description: String::new(),
@@ -118,7 +118,7 @@ fn facts() -> DeviceFacts {
     }
 }
 
-fn report(sequence: u64, phase: Phase) -> DeviceReport {
+pub(super) fn report(sequence: u64, phase: Phase) -> DeviceReport {
     DeviceReport {
         sequence,
         generation: 1,
@@ -134,7 +134,7 @@ fn report(sequence: u64, phase: Phase) -> DeviceReport {
     }
 }
 
-async fn invite(store: &impl Store, id: &str, expires: Timestamp) -> SecretHash {
+pub(super) async fn invite(store: &impl Store, id: &str, expires: Timestamp) -> SecretHash {
     let secret = SecretHash::of(id);
     let info = InvitationInfo {
         id: id.parse().unwrap(),
@@ -160,14 +160,14 @@ fn enrolment(invitation: &str, secret: SecretHash, key: &str, device: &str) -> E
     }
 }
 
-async fn join(store: &impl Store, device: &str) -> StoredDevice {
+pub(super) async fn join(store: &impl Store, device: &str) -> StoredDevice {
     let invitation = format!("i-{device}");
     let secret = invite(store, &invitation, at(1000)).await;
     let wanted = enrolment(&invitation, secret, &format!("key of {device}"), device);
     store.enrol(wanted).await.unwrap().device
 }
 
-fn release(version: &str, seed: &str) -> NewRelease {
+pub(super) fn release(version: &str, seed: &str) -> NewRelease {
     let weights = Digest::of(format!("weights {version} {seed}").as_bytes());
     let estimate = Estimate { mean: 0.1, low: 0.05, high: 0.2, samples: 9 };
     let report = EvaluationReport {
@@ -232,7 +232,7 @@ fn release(version: &str, seed: &str) -> NewRelease {
     }
 }
 
-fn rollout_record(id: &str, version: &str, state: RolloutState) -> RolloutRecord {
+pub(super) fn rollout_record(id: &str, version: &str, state: RolloutState) -> RolloutRecord {
     let releases = Releases::from([(
         ("m".parse().unwrap(), version.parse().unwrap()),
         Arc::new(release(version, "")),
@@ -255,7 +255,7 @@ fn rollout_record(id: &str, version: &str, state: RolloutState) -> RolloutRecord
     record
 }
 
-fn assignment(device: &str, generation: u64) -> Assignment {
+pub(super) fn assignment(device: &str, generation: u64) -> Assignment {
     let release = release("1.0.0", "");
     let variant = &release.variants[0];
     Assignment {
@@ -278,7 +278,10 @@ fn assignment(device: &str, generation: u64) -> Assignment {
     }
 }
 
-async fn transition(store: &impl Store, transition: Transition) -> Result<Transition, StoreError> {
+pub(super) async fn transition(
+    store: &impl Store,
+    transition: Transition,
+) -> Result<Transition, StoreError> {
     store.transition(by(), vec![], Box::new(move |_| Ok(transition.clone()))).await
 }
 

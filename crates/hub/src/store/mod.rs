@@ -31,9 +31,11 @@ use crate::db::DbError;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod migrations;
 mod sql;
 
-pub use sql::{SCHEMA, SqlStore, record_registry};
+pub use sql::{SCHEMA, SqlStore, record_registry, record_restore};
 
 /// The most entries of one page.
 pub const MAX_PAGE: u32 = 500;

@@ -334,6 +334,27 @@ pub fn record_registry(tx: &Tx<'_>, change: &registry::Change) -> Result<(), Sto
     append_audit(tx, &by, draft(change.action, &change.object, details))
 }
 
+/// Makes restored tables fit to go on: raises each device's generation to the time in seconds since
+/// 1970, above whatever it was told since the backup (and by earlier restores), and records it all.
+///
+/// # Errors
+/// What the database says, or a stored document that cannot be read.
+pub fn record_restore(tx: &Tx<'_>, at: Timestamp, made_at: Timestamp) -> Result<(), StoreError> {
+    let floor = at.as_second().cast_unsigned();
+    let devices: Vec<(String, String)> =
+        collect(tx, "SELECT id, desired FROM devices", params![], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?;
+    for (id, desired) in &devices {
+        let mut desired: DesiredState = from_json("devices", desired)?;
+        desired.generation = floor.max(desired.generation.saturating_add(1));
+        let sql = "UPDATE devices SET desired = ?2 WHERE id = ?1";
+        tx.execute(sql, params![id, to_json(&desired)])?;
+    }
+    let details = json!({ "backup_made_at": made_at, "generations_from": floor });
+    append_audit(tx, &By::hub(at), draft("hub.restore", "hub", details))
+}
+
 fn draft(action: &'static str, object: impl ToString, details: serde_json::Value) -> AuditDraft {
     AuditDraft { action, object: object.to_string(), details }
 }
