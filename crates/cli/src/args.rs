@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    audit, blueprint, class, completions, demo, device, doctor, evaluate, key, model, optimize,
-    quarantine, release, rollout, serve, ship, sim, token, up,
+    audit, backup, blueprint, class, completions, demo, device, doctor, evaluate, key, model,
+    optimize, quarantine, release, rollout, serve, ship, sim, token, up,
 };
 use crate::output::Format;
 
@@ -64,6 +64,10 @@ pub struct Global {
 pub enum Command {
     /// Run the hub: control plane, registry and dashboard
     Up(up::Up),
+    /// Make a backup of the hub, while it runs
+    Backup(backup::Backup),
+    /// Make a hub of a backup
+    Restore(backup::Restore),
     /// Take a model from a file to a confirmed rollout
     Ship(ship::Ship),
     /// Serve one model on this machine, with no fleet

@@ -9,6 +9,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::ops::{DerefMut, Range};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,14 +19,18 @@ use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as StorePath;
-use object_store::{GetOptions, GetRange, GetResultPayload, ObjectStore, WriteMultipart};
+use object_store::{GetOptions, GetRange, GetResultPayload, MultipartUpload, ObjectStore};
 use slmops_artifact::Digest;
 use slmops_artifact::digest::Hasher;
+use tokio::task::JoinSet;
 
 use crate::durable;
 
+mod s3;
 #[cfg(test)]
 mod tests;
+
+pub use s3::S3;
 
 /// The largest blob, in bytes.
 pub const MAX_BLOB_BYTES: u64 = 64 << 30;
@@ -36,14 +41,18 @@ pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 const WRITE_BATCH_BYTES: usize = 1 << 20;
 /// Bytes read from a file at once.
 const READ_CHUNK_BYTES: usize = 256 << 10;
-/// Bytes of one part sent to a remote store.
-const PART_BYTES: usize = 8 << 20;
+/// Bytes of one part sent to a remote store: S3 takes 10,000 of them at most, each of 5 MiB or more.
+const PART_BYTES: u64 = 8 << 20;
 /// Parts on their way to a remote store at the same time.
 const PARTS_AT_ONCE: usize = 2;
 /// The folder of blobs in the hub's data folder.
 const BLOB_FOLDER: &str = "blobs";
 /// The folder of staging files beside it; on the same file system, so that a rename is enough.
 const STAGING_FOLDER: &str = "uploads";
+/// The object that says whose blobs these are, in a store that others could use as well.
+const OWNER_OBJECT: &str = "slmops-hub";
+/// The longest content of that.
+const MAX_OWNER_BYTES: u64 = 1024;
 /// The longest name of a staging file.
 const MAX_STAGED_NAME_BYTES: usize = 64;
 /// What the staging files of [`Blobs::put`] start with.
@@ -90,6 +99,54 @@ pub enum BlobError {
         /// The cause.
         source: io::Error,
     },
+    /// The place of blobs cannot be used as it is written.
+    #[error(
+        "the place of blobs cannot be used: {reason}\nhint: write --blobs s3://BUCKET/PREFIX, and give region, endpoint and credentials by environment variables; see docs/configuration.md"
+    )]
+    Address {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Another hub keeps its blobs there.
+    #[error(
+        "{place} holds the blobs of another hub ({owner})\nhint: give this hub a prefix of its own; or, if its database is that hub's, delete the object `{OWNER_OBJECT}` there"
+    )]
+    Owned {
+        /// Where.
+        place: String,
+        /// What the mark says.
+        owner: String,
+    },
+    /// The object store lets this hub not do what it needs.
+    #[error(
+        "{operation}: the blob store refuses: {reason}\nhint: check the access key, its secret and this machine's clock, and that the key may list the bucket and read, write and delete objects in it"
+    )]
+    Denied {
+        /// What was tried.
+        operation: &'static str,
+        /// The store's own word for it.
+        reason: String,
+        /// The cause.
+        source: object_store::Error,
+    },
+    /// The bucket does not exist.
+    #[error("bucket `{bucket}` does not exist\nhint: make it first; the hub makes none")]
+    NoBucket {
+        /// Which one.
+        bucket: String,
+        /// The cause.
+        source: object_store::Error,
+    },
+    /// The object store cannot be reached, or says that it cannot answer.
+    #[error(
+        "{operation}: the blob store cannot be reached, or cannot answer now\nhint: is it up, and its endpoint right? What was sent to the hub is kept and can be completed again"
+    )]
+    Unreachable {
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The object store failed.
     #[error("{operation} in the blob store")]
     Store {
@@ -117,9 +174,40 @@ impl BlobError {
                 }
                 cause = error.source();
             }
-            Self::Store { operation, source }
+            match source {
+                object_store::Error::PermissionDenied { .. }
+                | object_store::Error::Unauthenticated { .. } => {
+                    Self::Denied { operation, reason: refusal(&source), source }
+                }
+                source if is_away(&source) => {
+                    Self::Unreachable { operation, source: source.into() }
+                }
+                source => Self::Store { operation, source },
+            }
         }
     }
+}
+
+/// Whether S3 gave no answer, or one that says that it cannot now (5xx). The types that tell are
+/// not public; what was asked wrongly (4xx) says so in words.
+fn is_away(error: &object_store::Error) -> bool {
+    let object_store::Error::Generic { store: "S3", source } = error else { return false };
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&**source);
+    while let Some(error) = cause {
+        if error.to_string().contains("non-2xx status code: 4") {
+            return false;
+        }
+        cause = error.source();
+    }
+    true
+}
+
+/// What S3 says in its answer: `SignatureDoesNotMatch` and such (Amazon S3 API Reference, "Error
+/// responses").
+fn refusal(error: &object_store::Error) -> String {
+    let text = error.to_string();
+    let code = text.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>"));
+    code.map_or_else(|| "no reason given".to_owned(), |(code, _)| code.to_owned())
 }
 
 fn is_full(error: &io::Error) -> bool {
@@ -135,6 +223,8 @@ pub struct Blobs {
 #[derive(Debug)]
 struct Inner {
     store: Arc<dyn ObjectStore>,
+    /// The same for reading blobs: a reader may take as long as it likes.
+    readers: Arc<dyn ObjectStore>,
     /// Where the store's files are, if they are files here: then a commit is a rename.
     local: Option<PathBuf>,
     staging: PathBuf,
@@ -173,17 +263,47 @@ impl Blobs {
         durable::sync_folder(folder).map_err(BlobError::file("synchronise", folder))?;
         let root = root.canonicalize().map_err(BlobError::file("find", &root))?;
         let store = LocalFileSystem::new_with_prefix(&root).map_err(BlobError::store("open"))?;
-        Ok(Self { inner: Arc::new(Inner { store: Arc::new(store), local: Some(root), staging }) })
+        let store: Arc<dyn ObjectStore> = Arc::new(store);
+        let readers = Arc::clone(&store);
+        Ok(Self { inner: Arc::new(Inner { store, readers, local: Some(root), staging }) })
     }
 
-    /// Blobs in any object store; bytes on their way in are staged in `staging`, a local folder.
+    /// Blobs in an S3-compatible store, marked as those of `owner`; bytes on their way in are staged
+    /// in `folder` (the hub's data folder). Reads and writes a mark there, so that what does not
+    /// work is said at once.
     ///
     /// # Errors
-    /// If the folder cannot be made.
-    pub fn with_store(store: Arc<dyn ObjectStore>, staging: &Path) -> Result<Self, BlobError> {
-        fs::create_dir_all(staging).map_err(BlobError::file("make folder", staging))?;
-        let staging = staging.to_owned();
-        Ok(Self { inner: Arc::new(Inner { store, local: None, staging }) })
+    /// A store that cannot be reached, refuses, or holds the blobs of another owner; a folder that
+    /// cannot be made.
+    pub async fn open_s3(place: &S3, owner: &str, folder: &Path) -> Result<Self, BlobError> {
+        let staging = folder.join(STAGING_FOLDER);
+        fs::create_dir_all(&staging).map_err(BlobError::file("make folder", &staging))?;
+        let [store, readers] = place.stores()?;
+        let mark = StorePath::from(OWNER_OBJECT);
+        match store.get(&mark).await {
+            Ok(found) if found.meta.size > MAX_OWNER_BYTES => {
+                let owner = "its mark is none of a hub".to_owned();
+                return Err(BlobError::Owned { place: place.to_string(), owner });
+            }
+            Ok(found) => {
+                let found = found.bytes().await.map_err(BlobError::store("open"))?;
+                let found = String::from_utf8_lossy(&found).trim().to_owned();
+                if found != owner {
+                    return Err(BlobError::Owned { place: place.to_string(), owner: found });
+                }
+            }
+            Err(object_store::Error::NotFound { .. }) => {
+                let text = Bytes::from(format!("{owner}\n"));
+                store.put(&mark, text.into()).await.map_err(|error| match error {
+                    source @ object_store::Error::NotFound { .. } => {
+                        BlobError::NoBucket { bucket: place.bucket().to_owned(), source }
+                    }
+                    other => BlobError::store("open")(other),
+                })?;
+            }
+            Err(error) => return Err(BlobError::store("open")(error)),
+        }
+        Ok(Self { inner: Arc::new(Inner { store, readers, local: None, staging }) })
     }
 
     /// Opens the staging file `name`, with what an earlier attempt left in it (which is read and
@@ -284,16 +404,23 @@ impl Blobs {
     /// Copies a staging file to a remote store, then removes it.
     async fn send(&self, path: &Path, digest: &Digest) -> Result<(), BlobError> {
         let failed = |error| BlobError::store("write a blob")(error);
-        let upload = self.inner.store.put_multipart(&location(digest)).await.map_err(failed)?;
-        let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
         let file = File::open(path).map_err(BlobError::file("open", path))?;
         let length = file.metadata().map_err(BlobError::file("look at", path))?.len();
-        let mut pieces = read_file(file, path.to_owned(), 0..length);
-        while let Some(piece) = pieces.try_next().await? {
-            upload.wait_for_capacity(PARTS_AT_ONCE).await.map_err(failed)?;
-            upload.write(&piece);
+        let (file, place) = (Arc::new(file), location(digest));
+        if length <= PART_BYTES {
+            let whole = read_part(&file, path, 0..length).await?;
+            self.inner.store.put(&place, whole.into()).await.map_err(failed)?;
+        } else {
+            let mut upload = self.inner.store.put_multipart(&place).await.map_err(failed)?;
+            let sent = send_parts(&mut *upload, &file, path, length).await;
+            if let Err(error) = sent {
+                // What is not taken back costs money until the bucket's own rules remove it.
+                if let Err(error) = upload.abort().await {
+                    tracing::warn!(%digest, %error, "parts of an upload stay in the blob store");
+                }
+                return Err(error);
+            }
         }
-        upload.finish().await.map_err(failed)?;
         let path = path.to_owned();
         blocking(move || remove_if_there(&path)).await
     }
@@ -320,6 +447,29 @@ impl Blobs {
         result
     }
 
+    /// Takes a blob over from another folder on the same file system without copying it; whether
+    /// that was possible. Both then share the bytes, which neither ever changes.
+    ///
+    /// # Errors
+    /// A folder that cannot be made or synchronised.
+    pub async fn link(&self, from: &Self, digest: &Digest) -> Result<bool, BlobError> {
+        let (Some(to), Some(from)) = (&self.inner.local, &from.inner.local) else {
+            return Ok(false);
+        };
+        let place = location(digest);
+        let (to, from) = (to.join(place.as_ref()), from.join(place.as_ref()));
+        blocking(move || {
+            let folder = to.parent().expect("a blob lies in a folder");
+            fs::create_dir_all(folder).map_err(BlobError::file("make folder", folder))?;
+            if fs::hard_link(&from, &to).is_err() {
+                return Ok(false);
+            }
+            durable::sync_folder(folder).map_err(BlobError::file("synchronise", folder))?;
+            Ok(true)
+        })
+        .await
+    }
+
     /// Opens a blob, or the part of it in `range` (which must lie inside it).
     ///
     /// # Errors
@@ -332,8 +482,9 @@ impl Blobs {
         // An empty range cannot be asked of a store.
         let range = range.filter(|range| !range.is_empty());
         let options = GetOptions { range: range.map(GetRange::Bounded), ..Default::default() };
-        let found = self.inner.store.get_opts(&location(digest), options).await;
-        let found = found.map_err(|error| match error {
+        let place = location(digest);
+        let asked = self.inner.readers.get_opts(&place, options);
+        let found = answered("read a blob", asked).await?.map_err(|error| match error {
             object_store::Error::NotFound { .. } => BlobError::NotFound(*digest),
             other => BlobError::store("read a blob")(other),
         })?;
@@ -341,7 +492,12 @@ impl Blobs {
         let stream = match found.payload {
             GetResultPayload::File(file, path) => read_file(file, path, range.clone()).boxed(),
             GetResultPayload::Stream(stream) => {
-                stream.map_err(|error| BlobError::store("read a blob")(error)).boxed()
+                let pieces = stream::try_unfold(stream, async |mut stream| {
+                    let piece = answered("read a blob", stream.try_next()).await?;
+                    let piece = piece.map_err(BlobError::store("read a blob"))?;
+                    Ok(piece.map(|piece| (piece, stream)))
+                });
+                pieces.boxed()
             }
         };
         Ok(BlobReader { size_bytes, range, stream })
@@ -406,6 +562,57 @@ impl Blobs {
             Err(error) => Err(BlobError::store("delete a blob")(error)),
         }
     }
+}
+
+/// Sends a file in parts and makes an object of them.
+async fn send_parts(
+    upload: &mut dyn MultipartUpload,
+    file: &Arc<File>,
+    path: &Path,
+    length: u64,
+) -> Result<(), BlobError> {
+    let failed = |error| BlobError::store("write a blob")(error);
+    let mut parts: JoinSet<object_store::Result<()>> = JoinSet::new();
+    let mut start = 0;
+    while start < length {
+        let end = length.min(start + PART_BYTES);
+        let part = read_part(file, path, start..end).await?;
+        if parts.len() >= PARTS_AT_ONCE {
+            let sent = parts.join_next().await.expect("there are some");
+            sent.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+                .map_err(failed)?;
+        }
+        parts.spawn(upload.put_part(part.into()));
+        start = end;
+    }
+    while let Some(sent) = parts.join_next().await {
+        sent.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+            .map_err(failed)?;
+    }
+    upload.complete().await.map_err(failed)?;
+    Ok(())
+}
+
+/// Reads a part of a file into memory.
+async fn read_part(file: &Arc<File>, path: &Path, range: Range<u64>) -> Result<Bytes, BlobError> {
+    let (file, path) = (Arc::clone(file), path.to_owned());
+    blocking(move || {
+        let length = usize::try_from(range.end - range.start).expect("a part is small");
+        let mut buffer = vec![0; length];
+        file.read_exact_at(&mut buffer, range.start).map_err(BlobError::file("read", &path))?;
+        Ok(buffer.into())
+    })
+    .await
+}
+
+/// What comes within [`IDLE_TIMEOUT`].
+async fn answered<T>(
+    operation: &'static str,
+    asked: impl Future<Output = T>,
+) -> Result<T, BlobError> {
+    tokio::time::timeout(IDLE_TIMEOUT, asked)
+        .await
+        .map_err(|elapsed| BlobError::Unreachable { operation, source: elapsed.into() })
 }
 
 /// Whether a staging file is one of [`Blobs::put`], which nobody resumes.

@@ -21,8 +21,8 @@ use tokio::task::JoinHandle;
 use crate::auth::{
     Auth, AuthError, HubSecret, LookupError, Operator, Principals, SecretHash, new_operator_token,
 };
-use crate::blobs::{BlobError, Blobs};
-use crate::db::{Database, DbError, FolderLock, Postgres};
+use crate::blobs::{BlobError, Blobs, S3};
+use crate::db::{Database, DbError, FolderLock, Postgres, Schema};
 use crate::durable;
 use crate::engine::Engine;
 use crate::events::{Board, Events};
@@ -37,6 +37,9 @@ pub const ADMIN_TOKEN_FILE: &str = "admin.token";
 const HUB_SECRET_FILE: &str = "hub.secret";
 /// The folder of the hub's authority in the data folder.
 const TLS_FOLDER: &str = "tls";
+/// The files of the data folder that make a hub the same hub elsewhere; the first is always there.
+pub(crate) const SECRET_FILES: [&str; 4] =
+    [HUB_SECRET_FILE, "tls/ca.key", "tls/ca.pem", ADMIN_TOKEN_FILE];
 /// The longest admin token file, in bytes.
 const MAX_TOKEN_FILE_BYTES: u64 = 256;
 /// How long open requests may take to end when the hub is stopped.
@@ -55,6 +58,8 @@ pub struct HubConfig {
     pub data_dir: PathBuf,
     /// Where the tables are, if not in a SQLite file in `data_dir`.
     pub database: Option<Postgres>,
+    /// Where blobs are, if not in files in `data_dir`.
+    pub blobs: Option<S3>,
     /// Where HTTPS answers; none for plain HTTP alone.
     pub listen: Option<SocketAddr>,
     /// Where plain HTTP answers; loopback addresses only.
@@ -168,17 +173,7 @@ impl Hub {
         durable::create_private_folder(&folder)
             .map_err(|source| HubError::File { path: folder.clone(), source })?;
         let (opened, server) = (folder.clone(), config.database.clone());
-        let schemas = [SCHEMA, registry::SCHEMA];
-        let open = move || -> Result<_, DbError> {
-            match server {
-                None => Ok((Database::open(&opened, &schemas)?, None)),
-                Some(server) => {
-                    // Blobs and secrets are in the folder all the same.
-                    let lock = FolderLock::acquire(&opened)?;
-                    Ok((Database::open_postgres(server, &schemas)?, Some(lock)))
-                }
-            }
-        };
+        let open = move || open_database(&opened, server, &[SCHEMA, registry::SCHEMA]);
         let (db, lock) =
             tokio::task::spawn_blocking(open).await.map_err(|_| DbError::Panicked)??;
         let store: Arc<dyn Store> = Arc::new(SqlStore::new(db.clone()));
@@ -195,7 +190,10 @@ impl Hub {
         let engine = Engine::new(Arc::clone(&store), board.clone(), events.clone());
         let principals = Known { store: Arc::clone(&store), board: board.clone() };
         let auth = Auth::new(secret, Arc::new(principals));
-        let blobs = Blobs::open(&folder)?;
+        let blobs = match &config.blobs {
+            None => Blobs::open(&folder)?,
+            Some(place) => Blobs::open_s3(place, &blob_owner(tls.ca_digest()), &folder).await?,
+        };
         let audit: registry::OnChange = Arc::new(|tx, change| Ok(record_registry(tx, change)?));
         let registry = Registry::with_observer(db, blobs, auth.clone(), Some(audit));
         registry.sweep().await?;
@@ -268,6 +266,26 @@ impl Hub {
             _lock: lock,
         })
     }
+}
+
+/// Opens the database, and takes the lock of the data folder, in which there are secrets at least.
+pub(crate) fn open_database(
+    folder: &Path,
+    server: Option<Postgres>,
+    schemas: &[Schema],
+) -> Result<(Database, Option<FolderLock>), DbError> {
+    match server {
+        None => Ok((Database::open(folder, schemas)?, None)),
+        Some(server) => {
+            let lock = FolderLock::acquire(folder)?;
+            Ok((Database::open_postgres(server, schemas)?, Some(lock)))
+        }
+    }
+}
+
+/// The mark on a store of blobs that others could use as well.
+pub(crate) fn blob_owner(ca: Digest) -> String {
+    format!("CA {ca}")
 }
 
 fn app(state: &AppState, registry: Registry) -> Router {

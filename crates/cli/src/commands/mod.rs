@@ -1,6 +1,7 @@
 //! One module for each noun: its arguments, and what they do.
 
 pub mod audit;
+pub mod backup;
 pub mod blueprint;
 pub mod class;
 pub mod completions;
@@ -55,6 +56,8 @@ pub async fn run(args: Args) -> Result<()> {
     let session = &session;
     match args.command {
         Command::Up(up) => up.run(session).await,
+        Command::Backup(backup) => backup.run(session).await,
+        Command::Restore(restore) => restore.run(session).await,
         Command::Ship(ship) => ship.run(session).await,
         Command::Sim(sim) => sim.run(session).await,
         Command::Serve(serve) => serve.run(session).await,

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::Serialize;
+use slmops_hub::backup::Place;
+use slmops_hub::blobs::S3;
 use slmops_hub::db::Postgres;
 use slmops_hub::{Hub as HubServer, HubConfig, RunningHub};
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,12 +25,8 @@ use crate::home::{Context, DEFAULT_KEY};
     after_help = "Examples:\n  $ slm up\n  $ slm up --data /var/lib/slm --listen 0.0.0.0:8443 --public-url https://hub.example:8443"
 )]
 pub struct Up {
-    /// Where the hub keeps everything [default: SLM_HOME/hub]
-    #[arg(long, value_name = "DIR", env = "SLM_DATA", hide_env_values = true)]
-    pub data: Option<PathBuf>,
-    /// Keep the tables in PostgreSQL: postgres://USER@HOST/DATABASE; see docs/configuration.md
-    #[arg(long, value_name = "URL", env = "SLM_DATABASE", hide_env_values = true)]
-    pub database: Option<String>,
+    #[command(flatten)]
+    pub storage: Storage,
     /// Where HTTPS answers, for devices and operators; port 0 takes a free one
     #[arg(
         long,
@@ -52,20 +50,61 @@ pub struct Up {
     pub public_url: Option<String>,
 }
 
+/// Where a hub keeps what it has.
+#[derive(Debug, clap::Args)]
+pub struct Storage {
+    /// Where the hub keeps everything [default: SLM_HOME/hub]
+    #[arg(long, value_name = "DIR", env = "SLM_DATA", hide_env_values = true)]
+    data: Option<PathBuf>,
+    /// Keep the tables in PostgreSQL: postgres://USER@HOST/DATABASE; see docs/configuration.md
+    #[arg(long, value_name = "URL", env = "SLM_DATABASE", hide_env_values = true)]
+    database: Option<String>,
+    /// Keep blobs in an S3-compatible store: s3://BUCKET/PREFIX; see docs/configuration.md
+    #[arg(long, value_name = "URL", env = "SLM_BLOBS", hide_env_values = true)]
+    blobs: Option<String>,
+}
+
+impl Storage {
+    /// What the options and the environment say.
+    pub(super) fn place(&self, session: &Session) -> Result<Place> {
+        let data = self.data.clone().unwrap_or_else(|| session.home.hub_data());
+        let data_dir =
+            std::path::absolute(&data).user(|| format!("find the folder `{}`", data.display()))?;
+        Ok(Place {
+            data_dir,
+            database: self.database.as_deref().map(database).transpose()?,
+            blobs: self.blobs.as_deref().map(blobs).transpose()?,
+        })
+    }
+}
+
 /// Where the tables are, with a password that no other user of this machine can read.
 fn database(url: &str) -> Result<Postgres> {
     let password = match std::env::var("PGPASSWORD") {
         Ok(password) => Some(password),
-        Err(_) => match std::env::var_os("SLM_DATABASE_PASSWORD_FILE") {
-            Some(path) => {
-                let text = std::fs::read_to_string(&path)
-                    .user(|| format!("read `{}`", PathBuf::from(&path).display()))?;
-                Some(text.trim_end_matches(['\r', '\n']).to_owned())
-            }
-            None => None,
-        },
+        Err(_) => read_named("SLM_DATABASE_PASSWORD_FILE")?,
     };
     Postgres::parse(url, password.as_deref()).user(|| "use --database".to_owned())
+}
+
+/// Where blobs are, with a secret that no other user of this machine can read.
+fn blobs(url: &str) -> Result<S3> {
+    let mut settings: Vec<(String, String)> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    if let Some(secret) = read_named("SLM_BLOBS_SECRET_FILE")? {
+        settings.push(("AWS_SECRET_ACCESS_KEY".to_owned(), secret));
+    }
+    let ca = read_named("SLM_BLOBS_CA")?;
+    S3::parse(url, settings, ca.as_deref().map(str::as_bytes)).user(|| "use --blobs".to_owned())
+}
+
+/// The text of the file that an environment variable names, without its last line's end.
+fn read_named(variable: &str) -> Result<Option<String>> {
+    let Some(path) = std::env::var_os(variable) else { return Ok(None) };
+    let text = std::fs::read_to_string(&path)
+        .user(|| format!("read `{}`, which {variable} names", PathBuf::from(&path).display()))?;
+    Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
 }
 
 /// What is said when the hub is ready.
@@ -84,12 +123,12 @@ struct Ready {
 
 impl Up {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
-        let data = self.data.clone().unwrap_or_else(|| session.home.hub_data());
-        let data =
-            std::path::absolute(&data).user(|| format!("find the folder `{}`", data.display()))?;
+        let place = self.storage.place(session)?;
+        let data = place.data_dir.clone();
         let config = HubConfig {
-            data_dir: data.clone(),
-            database: self.database.as_deref().map(database).transpose()?,
+            data_dir: place.data_dir,
+            database: place.database,
+            blobs: place.blobs,
             listen: Some(self.listen),
             http: Some(self.http),
             names: self.names()?,

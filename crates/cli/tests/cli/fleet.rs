@@ -43,6 +43,10 @@ impl Drop for Process {
 /// A hub and its devices in one temporary folder.
 pub struct Fleet {
     folder: tempfile::TempDir,
+    /// Environment variables of the hub and of the operator's commands.
+    pub settings: Vec<(String, String)>,
+    /// The hub's data folder.
+    pub data: PathBuf,
     /// What `slm up` said when it was ready.
     pub ready: Value,
     hub: Option<Process>,
@@ -53,16 +57,22 @@ pub struct Fleet {
 impl Fleet {
     /// A hub on free ports.
     pub fn start() -> Self {
+        Self::with(Vec::new())
+    }
+
+    /// A hub on free ports with these environment variables.
+    pub fn with(settings: Vec<(String, String)>) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let mut fleet = Self { folder, ready: Value::Null, hub: None, devices: Vec::new() };
+        let data = folder.path().join("hub");
+        let (ready, hub, devices) = (Value::Null, None, Vec::new());
+        let mut fleet = Self { folder, settings, data, ready, hub, devices };
         fleet.start_hub("127.0.0.1:0");
         fleet
     }
 
     fn start_hub(&mut self, listen: &str) {
         let mut command = self.slm(&["up", "--output", "json", "--http", "127.0.0.1:0"]);
-        let data = self.path("hub");
-        command.arg("--data").arg(data).args(["--listen", listen]);
+        command.arg("--data").arg(&self.data).args(["--listen", listen]);
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("slm up starts");
         let mut line = String::new();
@@ -100,6 +110,7 @@ impl Fleet {
         for variable in ["SLM_HUB", "SLM_TOKEN", "SLM_CA", "SLM_OUTPUT"] {
             command.env_remove(variable);
         }
+        command.envs(self.settings.iter().map(|(name, value)| (name, value)));
         command
     }
 

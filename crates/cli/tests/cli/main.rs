@@ -5,4 +5,5 @@ mod architecture;
 mod fleet;
 mod kills;
 mod snapshots;
+mod storage;
 mod whole;

@@ -1,6 +1,14 @@
-use object_store::memory::InMemory;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
+
+#[path = "../../tests/support/s3.rs"]
+mod server;
+use server::S3Server;
 
 fn pieces(pieces: &[&'static [u8]]) -> impl Stream<Item = Result<Bytes, BlobError>> + Unpin {
     stream::iter(pieces.iter().map(|piece| Ok(Bytes::from_static(piece))).collect::<Vec<_>>())
@@ -54,13 +62,6 @@ async fn check_store(blobs: &Blobs) {
 async fn files_keep_blobs() {
     let folder = tempfile::tempdir().unwrap();
     check_store(&Blobs::open(folder.path()).unwrap()).await;
-}
-
-#[tokio::test]
-async fn any_object_store_keeps_blobs() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = Arc::new(InMemory::new());
-    check_store(&Blobs::with_store(store, folder.path()).unwrap()).await;
 }
 
 #[tokio::test]
@@ -124,4 +125,170 @@ async fn a_blob_cut_short_on_disk_ends_with_an_error() {
     // Pushing it again mends it.
     blobs.put(pieces(&[b"hello world"]), None).await.unwrap();
     assert_eq!(&blobs.read(&put.digest, 100).await.unwrap()[..], b"hello world");
+}
+
+const OWNER: &str = "CA sha256:1234";
+
+fn place(url: &str, server: &S3Server) -> S3 {
+    S3::parse(url, server.settings(), None).unwrap()
+}
+
+/// Bytes of which no part looks like another.
+fn noise(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    rand::RngCore::fill_bytes(&mut rand::rng(), &mut bytes);
+    bytes
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s3_keeps_blobs() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let server = S3Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let here = place("s3://fleet/blobs/of/one", &server);
+    check_store(&Blobs::open_s3(&here, OWNER, folder.path()).await.unwrap()).await;
+
+    // What is larger than a part is sent in several, and read from anywhere in it.
+    let blobs = Blobs::open_s3(&here, OWNER, folder.path()).await.unwrap();
+    let bytes = noise(2 * PART_BYTES as usize + 12_345);
+    let put = blobs.put(whole(&bytes), Some(Digest::of(&bytes))).await.unwrap();
+    assert_eq!(blobs.size(&put.digest).await.unwrap(), Some(bytes.len() as u64));
+    assert!(collect(blobs.get(&put.digest, None).await.unwrap()).await == bytes);
+    let around = PART_BYTES - 10..PART_BYTES + 10;
+    let read = collect(blobs.get(&put.digest, Some(around.clone())).await.unwrap()).await;
+    assert_eq!(read, bytes[around.start as usize..around.end as usize]);
+
+    // Others keep out, as long as they name another place.
+    let error = Blobs::open_s3(&here, "CA sha256:5678", folder.path()).await.err().unwrap();
+    assert!(matches!(&error, BlobError::Owned { owner, .. } if owner == OWNER), "{error}");
+    let other = place("s3://fleet", &server);
+    let other = Blobs::open_s3(&other, "CA sha256:5678", folder.path()).await.unwrap();
+    assert_eq!(other.size(&put.digest).await.unwrap(), None);
+
+    // What is wrong is said at once, with what to do, and never with the secret.
+    let error = Blobs::open_s3(&place("s3://nowhere/x", &server), OWNER, folder.path()).await;
+    let error = error.err().unwrap();
+    assert!(matches!(&error, BlobError::NoBucket { bucket, .. } if bucket == "nowhere"), "{error}");
+    for (setting, value, reason) in [
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "SignatureDoesNotMatch"),
+        ("AWS_ACCESS_KEY_ID", "AKIAUNKNOWN", "InvalidAccessKeyId"),
+    ] {
+        let mut settings = server.settings();
+        settings.push((setting.to_owned(), value.to_owned()));
+        let wrong = S3::parse("s3://fleet/blobs/of/one", settings, None).unwrap();
+        let error = Blobs::open_s3(&wrong, OWNER, folder.path()).await.err().unwrap();
+        assert!(matches!(error, BlobError::Denied { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains(reason) && text.contains("hint: check the access key"), "{text}");
+        assert!(!format!("{text}{wrong:?}").contains(&server.secret), "{text}");
+    }
+}
+
+fn whole(bytes: &[u8]) -> impl Stream<Item = Result<Bytes, BlobError>> + Unpin {
+    stream::iter([Ok(Bytes::copy_from_slice(bytes))])
+}
+
+/// Passes connections on until `allowed` bytes went to the server, and then cuts them all.
+async fn cutting_proxy(server: SocketAddr, allowed: Arc<AtomicU64>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let allowed = Arc::clone(&allowed);
+            tokio::spawn(async move {
+                let server = TcpStream::connect(server).await?;
+                let ((mut from, mut back), (mut answers, mut to)) =
+                    (client.into_split(), server.into_split());
+                let answers =
+                    tokio::spawn(async move { tokio::io::copy(&mut answers, &mut back).await });
+                let mut buffer = vec![0; 64 << 10];
+                loop {
+                    let read = from.read(&mut buffer).await?;
+                    let left = allowed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                        left.checked_sub(read as u64)
+                    });
+                    if read == 0 || left.is_err() {
+                        answers.abort();
+                        return Ok::<_, io::Error>(());
+                    }
+                    to.write_all(&buffer[..read]).await?;
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_lost_in_the_middle_of_a_blob_loses_nothing() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let server = S3Server::start();
+    let allowed = Arc::new(AtomicU64::new(u64::MAX));
+    let proxy = cutting_proxy(server.address(), Arc::clone(&allowed)).await;
+    let mut settings = server.settings();
+    settings.push(("AWS_ENDPOINT_URL".to_owned(), format!("http://{proxy}")));
+    let here = S3::parse("s3://fleet/blobs", settings, None).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = Blobs::open_s3(&here, OWNER, folder.path()).await.unwrap();
+
+    let bytes = noise(3 * PART_BYTES as usize);
+    let digest = Digest::of(&bytes);
+    let staged = Box::new(blobs.stage("up").await.unwrap());
+    let (staged, added) = append(staged, whole(&bytes), MAX_BLOB_BYTES).await;
+    added.unwrap();
+    // One part gets there, and a half.
+    allowed.store(PART_BYTES + PART_BYTES / 2, Ordering::Relaxed);
+    let (staged, committed) = blobs.commit(staged, Some(digest)).await;
+    let error = committed.unwrap_err();
+    assert!(matches!(error, BlobError::Unreachable { .. }), "{error:?}");
+    assert!(error.to_string().contains("hint: "), "{error}");
+    assert_eq!(blobs.staged_bytes("up").await.unwrap(), bytes.len() as u64, "it is kept here");
+
+    allowed.store(u64::MAX, Ordering::Relaxed);
+    assert_eq!(blobs.size(&digest).await.unwrap(), None, "half a blob is none");
+    blobs.commit(staged, Some(digest)).await.1.unwrap();
+    assert!(collect(blobs.get(&digest, None).await.unwrap()).await == bytes);
+    assert_eq!(blobs.staged().await.unwrap(), Vec::<String>::new());
+
+    // A server that is gone, and one that comes back empty: said, and not taken for an empty fleet.
+    let address = server.address();
+    drop(server);
+    let error = blobs.size(&digest).await.unwrap_err();
+    assert!(matches!(error, BlobError::Unreachable { .. }), "{error:?}");
+    let server = S3Server::at(address);
+    let here = place("s3://fleet/blobs", &server);
+    let blobs = Blobs::open_s3(&here, OWNER, folder.path()).await.unwrap();
+    let error = blobs.get(&digest, None).await.err().unwrap();
+    assert!(matches!(error, BlobError::NotFound(_)), "{error:?}");
+}
+
+#[test]
+fn places_say_what_is_wrong_and_never_the_secret() {
+    let key = |name: &str| (name.to_owned(), "hunter2".to_owned());
+    let endpoint = |url: &str| ("AWS_ENDPOINT_URL".to_owned(), url.to_owned());
+    let both = || vec![key("AWS_ACCESS_KEY_ID"), key("AWS_SECRET_ACCESS_KEY")];
+    let with = |url: &str| [both(), vec![endpoint(url)]].concat();
+    for (url, settings, expected) in [
+        ("https://fleet/x", both(), "does not start with `s3://`"),
+        ("s3://", both(), "no name of a bucket"),
+        ("s3://a?b/x", both(), "no name of a bucket"),
+        ("s3://fleet/a//b", both(), "cannot start the names"),
+        ("s3://fleet", vec![key("AWS_ACCESS_KEY_ID")], "AWS_SECRET_ACCESS_KEY is not set"),
+        ("s3://fleet", vec![endpoint("https://s3.example.com")], "neither AWS_ACCESS_KEY_ID"),
+        ("s3://fleet", with("http://s3.example.com"), "could be read"),
+        ("s3://fleet", with("http://localhost.example.com"), "could be read"),
+        ("s3://fleet", with("s3.example.com"), "is no URL"),
+    ] {
+        let error = S3::parse(url, settings, None).expect_err(url).to_string();
+        assert!(error.contains(expected) && error.contains("hint:"), "{url}: {error}");
+        assert!(!error.contains("hunter"), "{error}");
+    }
+    for url in ["http://localhost:9000", "http://127.0.0.1:9000/", "https://s3.example.com"] {
+        let place = S3::parse("s3://fleet/a/b/", with(url), None).unwrap();
+        assert_eq!(format!("{place:?}"), "s3://fleet/a/b");
+    }
+    let protected = [with("http://s3.example.com"), vec![("AWS_ALLOW_HTTP".into(), "true".into())]];
+    S3::parse("s3://fleet", protected.concat(), None).unwrap();
+    let error = S3::parse("s3://fleet", both(), Some(b"no certificate")).expect_err("no PEM");
+    assert!(error.to_string().contains("certificates to trust"), "{error}");
 }

@@ -162,6 +162,9 @@ impl RegistryError {
             Self::Blob(BlobError::DiskFull) | Self::Db(DbError::DiskFull) => {
                 (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN")
             }
+            Self::Blob(BlobError::Denied { .. } | BlobError::Unreachable { .. }) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN")
+            }
             Self::Blob(_) => (StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN"),
             Self::Db(DbError::ZeroByte) => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
             Self::Db(_) | Self::Observer(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),

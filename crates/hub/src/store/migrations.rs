@@ -83,6 +83,8 @@ async fn fill(db: &Database) {
     told.generation = 2;
     store.record_report(at(30), "d1".parse().unwrap(), told).await.unwrap();
     store.revoke_device(by(), "d2".parse().unwrap()).await.unwrap();
+    let away = OrdersChange::Exclude("it's away".to_owned());
+    store.order_device(by(), "d1".parse().unwrap(), away).await.unwrap();
     store.put_class(by(), class("small")).await.unwrap();
     let blueprint = StoredBlueprint {
         place: slmops_api::blueprint::Layer::Device("d1".parse().unwrap()),
@@ -153,6 +155,10 @@ async fn check(version: &str, db: &Database) {
     assert_eq!(device.report.as_ref().unwrap().sequence, 3, "{version}");
     assert_eq!(device.desired.model.as_ref().unwrap().version.to_string(), "1.0.0");
     assert!(store.device("d2".to_owned()).await.unwrap().revoked, "{version}");
+    if !version.starts_with("store-1_") {
+        let exclusion = device.orders.as_ref().unwrap().exclusion.as_ref().unwrap();
+        assert_eq!(exclusion.reason, "it's away", "{version}");
+    }
     let history = store.history(device.id.clone(), PageRequest::default()).await.unwrap().items;
     assert!(history.iter().any(|event| event.what.starts_with("told to be m 1.0.0")), "{version}");
     let invitations = store.invitations().await.unwrap();

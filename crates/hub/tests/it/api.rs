@@ -1,5 +1,6 @@
 //! The hub through real HTTP, with devices that behave as the test says.
 
+mod backup;
 mod crash;
 mod operators;
 mod rig;
@@ -571,6 +572,7 @@ async fn hub_refuses_what_would_not_work() {
     let folder = tempfile::tempdir().unwrap();
     let config = |http: Option<&str>, listen: Option<&str>| HubConfig {
         database: None,
+        blobs: None,
         data_dir: folder.path().join("hub"),
         listen: listen.map(|address| address.parse().unwrap()),
         http: http.map(|address| address.parse().unwrap()),

@@ -20,6 +20,7 @@ async fn hub_process() {
     let Some(data_dir) = std::env::var_os(DATA_VARIABLE) else { return };
     let config = HubConfig {
         database: None,
+        blobs: None,
         data_dir: data_dir.into(),
         listen: None,
         http: Some("127.0.0.1:0".parse().unwrap()),

@@ -1,5 +1,6 @@
 //! A real hub on free ports, a client for it, packages to push, and devices in the test's hands.
 
+use std::path::Path;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -18,7 +19,9 @@ use slmops_artifact::package::{
     signature_manifest,
 };
 use slmops_artifact::signing::{PrivateKey, sign};
-use slmops_hub::{Hub, HubConfig, RunningHub};
+use slmops_hub::backup::Place;
+use slmops_hub::db::{DbError, Postgres};
+use slmops_hub::{Hub, HubConfig, HubError, RunningHub};
 
 /// How long a test waits for something that must happen.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -49,7 +52,7 @@ pub struct Rig {
     client: Client,
     url: String,
     publisher: PrivateKey,
-    _folder: tempfile::TempDir,
+    _folder: Option<tempfile::TempDir>,
 }
 
 /// A release that was pushed but not registered.
@@ -60,21 +63,43 @@ pub struct Pushed {
 impl Rig {
     pub async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
+        let mut rig = Self::at(&folder.path().join("hub"), None).await;
+        rig._folder = Some(folder);
+        rig
+    }
+
+    /// A hub on a data folder that outlives it, with its tables there or at a URL.
+    pub async fn at(data: &Path, database: Option<&str>) -> Self {
+        let database = database.map(|url| Postgres::parse(url, None).unwrap());
+        Self::of(&Place { data_dir: data.to_owned(), database, blobs: None }).await
+    }
+
+    pub async fn of(place: &Place) -> Self {
         let config = HubConfig {
-            database: None,
-            data_dir: folder.path().join("hub"),
+            data_dir: place.data_dir.clone(),
+            database: place.database.clone(),
+            blobs: place.blobs.clone(),
             listen: Some("127.0.0.1:0".parse().unwrap()),
             http: Some("127.0.0.1:0".parse().unwrap()),
             names: vec![],
             public_url: None,
         };
-        let hub = Hub::start(config).await.unwrap();
+        let started = std::time::Instant::now();
+        // One that was dropped just now may still be letting go of the folder.
+        let hub = loop {
+            match Hub::start(config.clone()).await {
+                Err(HubError::Db(DbError::InUse { .. })) if started.elapsed() < PATIENCE => {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+                started => break started.unwrap(),
+            }
+        };
         let url = format!("http://{}", hub.http.unwrap());
         let admin = hub.admin_token().unwrap();
         // Another test of this process may have been first.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
-        Self { hub, admin, client, url, publisher: new_key(), _folder: folder }
+        Self { hub, admin, client, url, publisher: new_key(), _folder: None }
     }
 
     pub async fn request(
@@ -444,10 +469,36 @@ impl FakeDevice {
         desired
     }
 
+    /// Speaks to another hub from now on.
+    pub fn move_to(&mut self, rig: &Rig) {
+        self.url.clone_from(&rig.url);
+    }
+
+    /// Learns what it should be, and tells nobody.
+    pub async fn learn(&mut self) {
+        self.desired = Some(self.desired().await);
+    }
+
+    /// The generation that it learned last.
+    pub fn generation(&self) -> u64 {
+        self.desired.as_ref().map_or(1, |desired| desired.generation)
+    }
+
+    /// Whether it can have this blob.
+    pub async fn pull(&self, blob: &Digest) -> StatusCode {
+        let url = format!("{}/v2/m/blobs/{blob}", self.url);
+        let response = self.client.get(url).bearer_auth(&self.token).send().await.unwrap();
+        let status = response.status();
+        if status == StatusCode::OK {
+            assert_eq!(Digest::of(&response.bytes().await.unwrap()), *blob);
+        }
+        status
+    }
+
     pub fn full_report(&self, phase: Phase) -> DeviceReport {
         DeviceReport {
             sequence: self.sequence + 1,
-            generation: self.desired.as_ref().map_or(1, |desired| desired.generation),
+            generation: self.generation(),
             phase,
             running: self.running.clone(),
             previous: None,

@@ -49,6 +49,7 @@ impl RealHub {
         let folder = tempfile::tempdir().expect("a folder");
         let config = HubConfig {
             database: None,
+            blobs: None,
             data_dir: folder.path().join("hub"),
             listen: None,
             http: Some("127.0.0.1:0".parse().expect("an address")),
