@@ -4,10 +4,12 @@ use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use llama_cpp_sys_2 as sys;
 use slmops_api::runtime::KvType;
 
+use super::pace::{self, Pace};
 use super::{EngineError, Model, Token, log};
 
 /// The engine allots context in steps of this many tokens for each sequence.
@@ -25,7 +27,8 @@ pub struct ContextOptions {
     /// Tokens whose logits (or embeddings) one batch may ask for, at most: each costs memory for
     /// one row of the vocabulary, twice. 0 means all of them.
     pub outputs: u32,
-    /// Compute threads; 0 means one for each core that this process may use.
+    /// Compute threads; 0 means one for each core that this process may use, and fewer while other
+    /// programs want the cores.
     pub threads: u32,
     /// Number format of the key-value cache.
     pub kv_type: KvType,
@@ -108,6 +111,8 @@ pub struct Context {
     /// Which tokens of the last batch have logits.
     outputs: Vec<i8>,
     output_limit: usize,
+    /// Absent where the number of threads is fixed.
+    pace: Option<Pace>,
     options: ContextOptions,
     reported: Reported,
     _abort: Option<Arc<AtomicBool>>,
@@ -194,6 +199,7 @@ impl Context {
             model: Arc::clone(model),
             outputs: Vec::new(),
             output_limit: outputs.min(batch) as usize,
+            pace: (options.threads == 0).then(|| Pace::new(threads.cast_unsigned())),
             options: options.clone(),
             reported: Reported::read(&lines),
             _abort: options.abort.clone(),
@@ -235,8 +241,13 @@ impl Context {
         unsafe { sys::llama_n_threads(self.raw.as_ptr()) }.max(0).cast_unsigned()
     }
 
-    /// Computes with so many threads from now on.
-    pub fn set_threads(&mut self, threads: u32) {
+    /// Whether the number of threads is left to the engine and others use the cores, or nothing is
+    /// known about them yet.
+    pub fn is_crowded(&self) -> bool {
+        self.pace.as_ref().is_some_and(Pace::is_crowded)
+    }
+
+    fn set_threads(&mut self, threads: u32) {
         let threads = i32::try_from(threads.max(1)).unwrap_or(i32::MAX);
         // SAFETY: `raw` is a live context that nothing else uses.
         unsafe { sys::llama_set_n_threads(self.raw.as_ptr(), threads, threads) }
@@ -301,9 +312,17 @@ impl Context {
             seq_id: ids.as_mut_ptr(),
             logits: batch.outputs.as_mut_ptr(),
         };
+        let waited_before = self.pace.as_ref().and_then(|_| pace::waited_for_a_core());
+        let started = Instant::now();
         // SAFETY: every array has `n_tokens` entries and outlives the call; tokens and sequences
         // are in range; the outputs fit (the library asserts it).
         let code = unsafe { sys::llama_decode(self.raw.as_ptr(), raw_batch) };
+        if let (Some(pace), Some(before)) = (&mut self.pace, waited_before)
+            && let Some(after) = pace::waited_for_a_core()
+            && let Some(threads) = pace.observe(started.elapsed(), after.saturating_sub(before))
+        {
+            self.set_threads(threads);
+        }
         match code {
             0 => {
                 self.outputs.extend_from_slice(&batch.outputs);

@@ -6,6 +6,7 @@
 mod context;
 mod log;
 mod model;
+mod pace;
 mod quantise;
 
 pub use context::{Batch, Context, ContextOptions};

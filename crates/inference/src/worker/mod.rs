@@ -3,7 +3,6 @@
 //! Whatever happens to the engine happens to that process; here its death is an event
 //! ([`Worker::ended`]) and a clear error of each request that was under way.
 
-mod pace;
 mod process;
 pub mod protocol;
 mod sampler;

@@ -122,9 +122,7 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
         load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
     };
     emit(&Event::Loaded { effective, info: Box::new(info) });
-    let any_threads = runtime.threads == 0;
-    let scheduler =
-        Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, any_threads, emit);
+    let scheduler = Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, emit);
     Ok((scheduler, model))
 }
 

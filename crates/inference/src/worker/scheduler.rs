@@ -5,13 +5,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::pace::{self, Pace};
 use super::protocol::{
     Embedding, Event, Finish, FinishReason, GenerateRequest, Piece, RequestError, Score,
 };
 use super::sampler::{Sampler, log_sum_exp, logprob, most_probable};
 use super::text::TextAssembler;
-use crate::llama::{Batch, Context, EngineError, Model, Token};
+use crate::llama::{Batch, Context, Model, Token};
 
 /// Prompt tokens in one step beside answers under way.
 const PROMPT_TOKENS_BESIDE_ANSWERS: usize = 64;
@@ -103,18 +102,14 @@ pub(super) struct Scheduler {
     slots: Vec<Slot>,
     queue: VecDeque<Task>,
     batch: Batch,
-    /// Absent where the number of threads is fixed.
-    pace: Option<Pace>,
     emit: fn(&Event),
 }
 
 impl Scheduler {
-    /// `any_threads`: their number is left to the worker.
     pub(super) fn new(
         context: Context,
         context_tokens: u32,
         queue_limit: u32,
-        any_threads: bool,
         emit: fn(&Event),
     ) -> Self {
         let slots = (0..context.sequences()).map(|_| Slot::default()).collect();
@@ -126,7 +121,6 @@ impl Scheduler {
             slots,
             queue: VecDeque::new(),
             batch: Batch::new(),
-            pace: any_threads.then(|| Pace::new(context.threads())),
             context,
             emit,
         }
@@ -227,7 +221,7 @@ impl Scheduler {
         self.admit();
         let (outputs, fed) = self.plan();
         if !self.batch.is_empty() {
-            match self.decode() {
+            match self.context.decode(&mut self.batch) {
                 Ok(()) => {
                     for (slot, count) in fed {
                         self.advance(slot, count);
@@ -245,20 +239,6 @@ impl Scheduler {
         }
         self.step_embeddings();
         self.admit();
-    }
-
-    /// Computes the batch, and learns from it how many threads the cores have room for.
-    fn decode(&mut self) -> Result<(), EngineError> {
-        let before = self.pace.as_ref().and_then(|_| pace::waited_for_a_core());
-        let started = Instant::now();
-        self.context.decode(&mut self.batch)?;
-        if let (Some(pace), Some(before)) = (&mut self.pace, before)
-            && let Some(after) = pace::waited_for_a_core()
-            && let Some(threads) = pace.observe(started.elapsed(), after.saturating_sub(before))
-        {
-            self.context.set_threads(threads);
-        }
-        Ok(())
     }
 
     /// Fills the batch: one token of each answer under way, then prompts in equal parts.
@@ -288,8 +268,7 @@ impl Scheduler {
         let mut room = self.batch_tokens - self.batch.len();
         // A prompt comes in pieces beside answers, and where the cores may be busy: a piece is the
         // least time after which something else can be done.
-        let crowded = self.pace.as_ref().is_some_and(Pace::is_crowded);
-        if !self.batch.is_empty() || crowded {
+        if !self.batch.is_empty() || self.context.is_crowded() {
             room = room.min(PROMPT_TOKENS_BESIDE_ANSWERS);
         }
         let mut waiting: Vec<usize> = (0..self.slots.len())

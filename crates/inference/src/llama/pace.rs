@@ -1,8 +1,8 @@
-//! How many threads compute when their number is left to the worker.
+//! How many threads compute when their number is left to the engine.
 //!
 //! The engine's threads wait for each other many times per token, spinning. Where another program
 //! holds one of the cores, all of them wait for the one that is not running: two threads on a busy
-//! two-core machine were measured at 1 token/s, one thread at 30. So the worker watches how long
+//! two-core machine were measured at 1 token/s, one thread at 30. So a context watches how long
 //! its own thread was ready but not running (`/proc/thread-self/schedstat`, see "Documentation/
 //! scheduler/sched-stats" of Linux) and gives up as many threads as others need.
 
