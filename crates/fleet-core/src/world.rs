@@ -98,6 +98,9 @@ pub struct CompletedRollout {
 pub struct World<'a> {
     /// The time of the decision.
     pub now: Timestamp,
+    /// Since when the hub has listened without a gap: it started then, or its clock was set. Nobody
+    /// is late for what could not be heard before.
+    pub listening_since: Timestamp,
     /// All devices; sorted by id, or finding one takes as long as there are devices.
     pub devices: &'a [FleetDevice],
     /// All releases that devices or rollouts refer to.

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde_json::json;
@@ -24,6 +24,7 @@ use tokio::sync::watch;
 
 use crate::db::DbError;
 use crate::events::{Board, Events};
+use crate::listening::Listening;
 use crate::store::{
     AuditDraft, By, PageRequest, Snapshot, Store, StoreError, StoredDevice, Transition,
 };
@@ -46,12 +47,18 @@ pub struct Engine {
     board: Board,
     events: Events,
     wake: Arc<Notify>,
+    listening: Arc<Listening>,
 }
 
 impl Engine {
     /// An engine over a store; [`Engine::run`] must run for devices to be told anything.
     pub fn new(store: Arc<dyn Store>, board: Board, events: Events) -> Self {
-        Self { store, board, events, wake: Arc::default() }
+        let listening = Arc::new(Listening::begin(Timestamp::now(), Instant::now()));
+        Self { store, board, events, wake: Arc::default(), listening }
+    }
+
+    fn moment(&self, now: Timestamp) -> Moment {
+        Moment { now, listening_since: self.listening.since(now, Instant::now()) }
     }
 
     /// Says that something changed. Returns at once; several calls may be one decision.
@@ -103,14 +110,15 @@ impl Engine {
         for _ in 0..MAX_ROUNDS {
             // Most wakes change nothing: look over a read-only snapshot first.
             let now = Timestamp::now();
+            let moment = self.moment(now);
             let snapshot = self.store.snapshot(vec![]).await?;
             let board = self.board.clone();
-            let look = tick(&snapshot, &board, now);
+            let look = tick(&snapshot, &board, moment);
             if look.is_empty() {
                 return Ok(look.deadline);
             }
             let board = self.board.clone();
-            let decide = move |snapshot: &Snapshot| Ok(tick(snapshot, &board, now));
+            let decide = move |snapshot: &Snapshot| Ok(tick(snapshot, &board, moment));
             let done = self.store.transition(By::hub(now), vec![], Box::new(decide)).await?;
             self.publish(&done);
         }
@@ -139,14 +147,14 @@ impl Engine {
         asked: NewRollout,
     ) -> Result<(Rollout, bool), StoreError> {
         let board = self.board.clone();
-        let (at, actor) = (by.at, by.actor.clone());
+        let (moment, actor) = (self.moment(by.at), by.actor.clone());
         let (given, wanted) = (id.clone(), asked.clone());
         let decide = move |snapshot: &Snapshot| {
             if under_way(snapshot, &asked).is_some() {
                 return Ok(Transition::default());
             }
             let devices = fleet_devices(snapshot, &board);
-            let world = world(snapshot, &devices, at);
+            let world = world(snapshot, &devices, moment);
             let created =
                 rollout::create(id.clone(), asked.clone(), &actor, &world, &snapshot.rollouts)?;
             let mut records = snapshot.rollouts.clone();
@@ -223,10 +231,10 @@ impl Engine {
         let snapshot = self.store.snapshot(vec![]).await?;
         let recent = PageRequest { cursor: None, limit: PACE_ROLLOUTS };
         let recent = self.store.rollouts(recent).await?.items;
-        let board = self.board.clone();
+        let (board, moment) = (self.board.clone(), self.moment(Timestamp::now()));
         let asked = tokio::task::spawn_blocking(move || {
             let devices = fleet_devices(&snapshot, &board);
-            let world = world(&snapshot, &devices, Timestamp::now());
+            let world = world(&snapshot, &devices, moment);
             ask(&world, &snapshot.rollouts, &Pace::measure(&world, &recent))
         });
         asked.await.map_err(|_| DbError::Panicked)?
@@ -243,11 +251,11 @@ impl Engine {
         command: Command,
     ) -> Result<Rollout, StoreError> {
         let board = self.board.clone();
-        let (at, actor) = (by.at, by.actor.clone());
+        let (moment, actor) = (self.moment(by.at), by.actor.clone());
         let wanted = id.clone();
         let decide = move |snapshot: &Snapshot| {
             let devices = fleet_devices(snapshot, &board);
-            let world = world(snapshot, &devices, at);
+            let world = world(snapshot, &devices, moment);
             let record = snapshot.rollouts.iter().find(|record| record.rollout.id == wanted);
             let record = record.ok_or_else(|| StoreError::NotFound {
                 kind: "rollout",
@@ -284,6 +292,13 @@ impl Engine {
     }
 }
 
+/// When a decision is made, and since when the hub has heard everything.
+#[derive(Clone, Copy)]
+struct Moment {
+    now: Timestamp,
+    listening_since: Timestamp,
+}
+
 /// Waits until the hub stops, or nobody is left who could say so.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
@@ -304,9 +319,9 @@ fn under_way<'s>(snapshot: &'s Snapshot, asked: &NewRollout) -> Option<&'s Rollo
 }
 
 /// One decision of the hub by itself.
-fn tick(snapshot: &Snapshot, board: &Board, now: Timestamp) -> Transition {
+fn tick(snapshot: &Snapshot, board: &Board, moment: Moment) -> Transition {
     let devices = fleet_devices(snapshot, board);
-    let world = world(snapshot, &devices, now);
+    let world = world(snapshot, &devices, moment);
     let plan = rollout::plan(&world, &snapshot.rollouts, Targets::new());
     let known = |pair: &_| snapshot.quarantine.contains(pair);
     let plan = Plan {
@@ -337,9 +352,10 @@ fn transition(plan: Plan, mut forced: Vec<RolloutRecord>, audit: Vec<AuditDraft>
     }
 }
 
-fn world<'a>(snapshot: &'a Snapshot, devices: &'a [FleetDevice], now: Timestamp) -> World<'a> {
+fn world<'a>(snapshot: &'a Snapshot, devices: &'a [FleetDevice], moment: Moment) -> World<'a> {
     World {
-        now,
+        now: moment.now,
+        listening_since: moment.listening_since,
         devices,
         releases: &snapshot.releases,
         quarantine: &snapshot.quarantine,

@@ -11,6 +11,7 @@ pub mod db;
 pub mod durable;
 pub mod engine;
 pub mod events;
+mod listening;
 pub mod registry;
 pub mod routes;
 pub mod server;

@@ -161,6 +161,7 @@ impl Hub {
     fn world<'a>(&'a self, now: Time, catalog: &'a Catalog) -> World<'a> {
         World {
             now: now.timestamp(),
+            listening_since: self.up_at.timestamp(),
             devices: &self.devices,
             releases: &catalog.releases,
             quarantine: &self.quarantine,

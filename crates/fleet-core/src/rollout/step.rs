@@ -64,7 +64,7 @@ pub(super) fn step(
         RolloutState::Completed | RolloutState::Aborted | RolloutState::RolledBack => {}
     }
     let updating = record.rollout.devices.iter().filter(|part| part.outcome == Outcome::Updating);
-    outcome.deadline = earlier(outcome.deadline, first_straggles_at(record, updating));
+    outcome.deadline = earlier(outcome.deadline, first_straggles_at(record, world, updating));
     let rollout = &record.rollout;
     outcome.changed |= (rollout.decisions.len(), rollout.current_wave) != (before.0, before.1)
         || rollout.waiting_for != before.2;
@@ -75,13 +75,14 @@ pub(super) fn halted_waits(id: &RolloutId) -> String {
     format!("an operator: `slm rollout rollback {id}`, or ship a better version")
 }
 
-/// When the first of these devices has had its time to confirm.
+/// When the first of these devices has had its time to confirm, with a hub that listened.
 fn first_straggles_at<'p>(
     record: &RolloutRecord,
+    world: &World<'_>,
     parts: impl Iterator<Item = &'p RolloutDevice>,
 ) -> Option<Timestamp> {
     let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
-    let started_at = parts.filter_map(|part| part.started_at).min()?;
+    let started_at = parts.filter_map(|part| part.started_at).min()?.max(world.listening_since);
     started_at.checked_add(SignedDuration::from_secs(i64::from(timeout_s))).ok()
 }
 
@@ -169,8 +170,10 @@ fn observe(
 ) {
     let now = world.now;
     let timeout_s = i64::from(record.rollout.asked.policy.confirm_timeout_s);
-    // Whoever was told then or earlier has had its time; nobody, where time does not reach back.
+    // Whoever was told then or earlier has had its time; nobody, where time does not reach back, or
+    // the hub has not listened for so long.
     let told_by = now.checked_sub(SignedDuration::from_secs(timeout_s)).ok();
+    let told_by = told_by.filter(|by| *by >= world.listening_since);
     let unheard = record.rollout.asked.policy.stragglers.unheard;
     let mut failed = Vec::new();
     for (index, part) in record.rollout.devices.iter_mut().enumerate() {
@@ -426,7 +429,9 @@ fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutc
             .iter()
             .filter(|part| part.outcome == Outcome::Confirmed)
             .filter_map(|part| part.finished_at)
-            .max();
+            .max()
+            // What went wrong while the hub did not listen, it hears of now.
+            .map(|at| at.max(world.listening_since));
         let verdict = gate::weigh(record, world, outcome);
         if let Verdict::Halted = verdict {
             return;
@@ -485,7 +490,7 @@ fn waits_for_devices(
     if !updating.is_empty() {
         let names: Vec<String> =
             updating.iter().take(NAMES_SHOWN).map(|part| at_work(part, world)).collect();
-        let first = first_straggles_at(record, updating.iter().copied());
+        let first = first_straggles_at(record, world, updating.iter().copied());
         let limit = first.map(|at| format!("; fails at {}", clock(at))).unwrap_or_default();
         let more = updating.len() - names.len();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };

@@ -24,10 +24,12 @@ use crate::testing;
 use crate::world::{CompletedRollout, FleetDevice, Releases};
 
 const MODEL: &str = "m";
+const START: &str = "2026-01-01T00:00:00Z";
 
 /// A fleet in memory: what the hub's store and devices would do, step by step.
 struct Fleet {
     now: Timestamp,
+    listening_since: Timestamp,
     devices: Vec<FleetDevice>,
     releases: Releases,
     quarantine: BTreeSet<(Digest, ClassName)>,
@@ -39,7 +41,8 @@ struct Fleet {
 impl Fleet {
     fn new(budgets_mib: &[u64]) -> Self {
         let mut fleet = Self {
-            now: "2026-01-01T00:00:00Z".parse().unwrap(),
+            now: START.parse().unwrap(),
+            listening_since: START.parse().unwrap(),
             devices: vec![],
             releases: Releases::new(),
             quarantine: BTreeSet::new(),
@@ -98,6 +101,7 @@ impl Fleet {
     fn world(&self) -> World<'_> {
         World {
             now: self.now,
+            listening_since: self.listening_since,
             devices: &self.devices,
             releases: &self.releases,
             quarantine: &self.quarantine,
@@ -439,6 +443,29 @@ fn straggler_counts_as_failed() {
     assert_eq!(fleet.told(0), "nothing");
     // Nobody's model is to blame.
     assert!(fleet.quarantine.is_empty());
+}
+
+#[test]
+fn nobody_is_late_for_a_hub_that_was_down() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let policy = RolloutPolicy { confirm_timeout_s: 60, bake_s: 30, ..RolloutPolicy::default() };
+    let id = fleet.start("1.0.0", policy).unwrap();
+    // Down for an hour: the device may have confirmed long ago, and has its time to say so.
+    fleet.now += SignedDuration::from_secs(3_600);
+    fleet.listening_since = fleet.now;
+    fleet.pass_s(59);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Running, "{}", why(fleet.rollout(&id)));
+    fleet.confirm(0);
+    // Down again, while the wave bakes: what went wrong meanwhile is heard before the next starts.
+    fleet.now += SignedDuration::from_secs(3_600);
+    fleet.listening_since = fleet.now;
+    fleet.pass_s(29);
+    assert_eq!(fleet.told(1), "nothing");
+    fleet.pass_s(1);
+    assert!(fleet.told(1).starts_with("1.0.0"), "{}", fleet.told(1));
+    // A device that stays silent is late all the same.
+    fleet.pass_s(60);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
 }
 
 #[test]

@@ -239,6 +239,7 @@ pub(super) fn rollout_record(id: &str, version: &str, state: RolloutState) -> Ro
     )]);
     let world = World {
         now: at(20),
+        listening_since: at(0),
         devices: &[],
         releases: &releases,
         quarantine: &BTreeSet::new(),
