@@ -198,14 +198,21 @@ async fn refused(response: Response, what: &str) -> Failure {
         .get(reqwest::header::CONTENT_TYPE)
         .is_some_and(|kind| kind.as_bytes().starts_with(PROBLEM_MEDIA_TYPE.as_bytes()));
     let body = bounded(response, what).await.unwrap_or_default();
-    let told = |message: String| Failure::user(format!("{what}: {message}")).exit(exit);
+    let told = |message: String, hint: Option<String>| {
+        let failure = Failure::user(format!("{what}: {message}")).exit(exit);
+        let usual = match status {
+            StatusCode::UNAUTHORIZED => Some(TOKEN_HINT),
+            StatusCode::INSUFFICIENT_STORAGE => Some(SPACE_HINT),
+            _ => None,
+        };
+        match hint.or(usual.map(str::to_owned)) {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        }
+    };
     if let (true, Ok(problem)) = (is_problem, serde_json::from_slice::<Problem>(&body)) {
         let message = if problem.detail.is_empty() { problem.title } else { problem.detail };
-        return match problem.hint {
-            Some(hint) => told(message).hint(hint),
-            None if status == StatusCode::UNAUTHORIZED => told(message).hint(TOKEN_HINT),
-            None => told(message),
-        };
+        return told(message, problem.hint);
     }
     // The registry's own errors (OCI distribution-spec, "Error Codes").
     let registry = serde_json::from_slice::<serde_json::Value>(&body).ok();
@@ -214,8 +221,10 @@ async fn refused(response: Response, what: &str) -> Failure {
         .and_then(|value| value.pointer("/errors/0/message"))
         .and_then(|message| message.as_str())
         .map_or_else(|| format!("the hub answered {status}"), str::to_owned);
-    if status == StatusCode::UNAUTHORIZED { told(message).hint(TOKEN_HINT) } else { told(message) }
+    told(message, None)
 }
 
 const TOKEN_HINT: &str =
     "the token is unknown or has expired: set SLM_TOKEN, or run `slm up` on the hub's machine";
+const SPACE_HINT: &str =
+    "free some space on the hub's disk and run the same again: it goes on where it stopped";
