@@ -59,10 +59,11 @@ SEEDS ?= 2000
 FIRST_SEED ?= $(shell date +%s)
 
 .PHONY: nightly
-nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time; saves and shrinks what fails
+nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and shrinks what fails; real ones over bad networks
 	@echo "random fleets: SEEDS=$(SEEDS) FIRST_SEED=$(FIRST_SEED)" >&2
 	SLM_SIM_SEEDS=$(SEEDS) SLM_SIM_FIRST_SEED=$(FIRST_SEED) \
 	  cargo test --release -p slmops-sim --test simulation -- --nocapture random_seeds
+	SLM_NETWORK_ROUNDS=10 cargo nextest run --release --workspace --no-capture -E 'test(bad_networks)'
 
 .PHONY: bench
 bench: build ## Measures the reference model and its variants on this machine

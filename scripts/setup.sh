@@ -2,7 +2,7 @@
 # Installs what this machine lacks, by its package manager, saying first what and why.
 # usage: scripts/setup.sh [build] [model] [test]
 #   build  compilers for slm and slm-agent    model  what fetches the demo's model
-#   test   cargo-nextest, cargo-deny, a headless Chromium and a PostgreSQL server
+#   test   cargo-nextest, cargo-deny, a headless Chromium, a PostgreSQL server and libfaketime
 # Quick and silent about what is there already; safe to run again.
 set -euo pipefail
 export PATH="$HOME/.cargo/bin:$PATH"
@@ -36,6 +36,7 @@ have_clang_headers() {
 }
 have_chromium() { have chromium || have chromium-browser || have google-chrome || have chrome; }
 have_postgres() { have initdb || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null; }
+have_faketime() { compgen -G '/usr/lib*/faketime/libfaketime.so.1' >/dev/null || compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null; }
 have_pip() { have python3 && { python3 -m pip --version >/dev/null 2>&1 || python3 -c 'import ensurepip, venv' 2>/dev/null; }; }
 
 if have apt-get; then manager=apt
@@ -64,6 +65,7 @@ name_of() {
     brew:chromedriver) echo --cask chromedriver ;;
     apt:postgresql) echo postgresql ;; dnf:postgresql) echo postgresql-server ;;
     *:postgresql) echo postgresql ;;
+    *:faketime) echo libfaketime ;;
     *:certificates) echo ca-certificates ;;
   esac
 }
@@ -83,6 +85,7 @@ fi
 if wants test; then
   have_chromium || need chromium "chromium: the tests open every dashboard page in it"
   have chromedriver || need chromedriver "chromedriver: drives that browser"
+  have_faketime || need faketime "libfaketime: lets the clocks of hub and devices jump in the tests"
   have_postgres || need postgresql "postgresql: the tests of the store run over it, in a private folder"
 fi
 

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::fleet::{Fleet, TIMEOUT, model};
+use crate::fleet::{Fleet, answers, confirmed};
 
 /// Kills in one run; together with those of the hub's and the agent's own tests more than 200.
 const KILLS: u32 = 160;
@@ -35,18 +35,11 @@ fn the_fleet_converges_after_every_kill() {
     for name in DEVICES {
         fleet.join(name, "150MB");
     }
-    fleet.wait_for("the devices", |devices| {
-        devices.len() == DEVICES.len() && devices.iter().all(|device| !device["report"].is_null())
-    });
-    let ship = |fleet: &Fleet, version: &str| {
-        let arguments = ["ship", &model(), "--name", "glass", "--yes", "--version", version];
-        let rollout = fleet.json(&arguments);
-        assert_eq!(rollout["state"], "completed", "{rollout}");
-    };
-    ship(&fleet, VERSIONS[0]);
+    fleet.wait_for_reports(DEVICES.len());
     // Another file for the second version, so that there is something to download.
-    fleet.json(&["class", "set", "small", "--min-memory", "0", "--quantisation", "Q8_0"]);
-    ship(&fleet, VERSIONS[1]);
+    for (version, quantisation) in VERSIONS.iter().zip(["Q4_0", "Q8_0"]) {
+        fleet.ship(version, quantisation);
+    }
 
     let mut random = ChaCha8Rng::seed_from_u64(SEED);
     let mut acknowledged = 2;
@@ -74,7 +67,7 @@ fn the_fleet_converges_after_every_kill() {
         fleet.wait_for(&format!("convergence after {context}"), |devices| {
             devices.iter().all(|device| confirmed(device, version))
         });
-        let ended = wait_for_end(&fleet, &rollout);
+        let ended = fleet.wait_for_end(&rollout);
         assert_eq!(ended["state"], "completed", "{context}: {ended:#}");
         for device in fleet.json(&["device", "list"]).as_array().expect("a list") {
             answers(device, &context);
@@ -96,53 +89,13 @@ fn kill(fleet: &mut Fleet, victim: Victim) -> bool {
         Victim::Hub => fleet.kill_hub(),
         Victim::Agent(index) => fleet.kill_agent(index),
         Victim::Worker(index) => {
-            let worker = fleet.devices[index].1.child().and_then(rustix::process::Pid::from_raw);
+            let worker =
+                fleet.devices[index].agent.child().and_then(rustix::process::Pid::from_raw);
             let Some(worker) = worker else { return false };
             return rustix::process::kill_process(worker, rustix::process::Signal::KILL).is_ok();
         }
     }
     true
-}
-
-fn confirmed(device: &Value, version: &str) -> bool {
-    let report = &device["report"];
-    report["phase"] == "confirmed"
-        && report["generation"] == device["desired"]["generation"]
-        && report["running"]["version"] == version
-        && report["running"]["manifest"] == device["desired"]["model"]["manifest"]
-        && device["desired"]["model"]["version"] == version
-}
-
-fn wait_for_end(fleet: &Fleet, rollout: &str) -> Value {
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
-        let status = fleet.json(&["rollout", "status", rollout]);
-        if status["state"] != "running" {
-            return status;
-        }
-        assert!(Instant::now() < deadline, "the rollout does not end: {status:#}");
-    }
-}
-
-/// The device's own endpoint answers a question. It may just be starting its worker again, which it
-/// says with a 503.
-fn answers(device: &Value, context: &str) {
-    let endpoint = device["report"]["facts"]["endpoint"].as_str().expect("an endpoint");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.expect("a runtime").block_on(async {
-        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        let body = json!({ "prompt": "Alice was beginning to", "max_tokens": 4 });
-        let deadline = Instant::now() + TIMEOUT;
-        loop {
-            let request = client.post(format!("{endpoint}/v1/completions")).json(&body);
-            let status = request.send().await.map(|response| response.status().as_u16());
-            match status {
-                Ok(200) => return,
-                Ok(503) | Err(_) if Instant::now() < deadline => tokio::task::yield_now().await,
-                other => panic!("{context}: {} at {endpoint} answers {other:?}", device["name"]),
-            }
-        }
-    });
 }
 
 fn audit_entries(fleet: &Fleet) -> Vec<Value> {

@@ -2,8 +2,11 @@
 //! with the tiny model of `testdata/`; and what ARCHITECTURE.md says of the workspace's crates.
 
 mod architecture;
+mod disks_and_clocks;
 mod fleet;
 mod kills;
+mod link;
+mod networks;
 mod snapshots;
 mod storage;
 mod whole;

@@ -50,7 +50,7 @@ fn postgres_and_s3_from_start_to_restore() {
     fleet.suit_the_tiny_model();
     fleet.join("till", "150MB");
     fleet.wait_for("the device", |devices| devices.len() == 1 && !devices[0]["report"].is_null());
-    let rollout = fleet.json(&["ship", &model(), "--name", "glass", "--yes", "--version", "1.0.0"]);
+    let rollout = fleet.json(&["ship", model(), "--name", "glass", "--yes", "--version", "1.0.0"]);
     assert_eq!(rollout["state"], "completed", "{rollout}");
     assert!(!fleet.data.join("hub.db").exists() && !fleet.data.join("blobs").exists());
 

@@ -63,7 +63,7 @@ fn a_model_travels_from_a_file_to_a_confirmed_device() {
     fleet.join("till", "150MB");
     fleet.wait_for("the device", |devices| devices.len() == 1);
 
-    let ship = ["ship", &model(), "--name", "glass", "--yes"];
+    let ship = ["ship", model(), "--name", "glass", "--yes"];
     let rollout = fleet.json(&ship);
     assert_eq!(rollout["state"], "completed", "{rollout}");
     let devices =
