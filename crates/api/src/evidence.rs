@@ -16,8 +16,10 @@ pub struct Evidence {
     pub counts: EvidenceCounts,
 }
 
-/// The numbers of [`Evidence`]; all but the memory's peak only grow.
+/// The numbers of [`Evidence`]; all but the memory's peak only grow. Those that an older agent does not
+/// count stay 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
 pub struct EvidenceCounts {
     /// Seconds for which it has been the running model.
     pub serving_s: f64,
@@ -31,6 +33,22 @@ pub struct EvidenceCounts {
     pub empty: u64,
     /// Answers that ended because they had reached their limit of tokens.
     pub truncated: u64,
+    /// Answers that ended in circles: the same few tokens again and again.
+    pub repetitive: u64,
+    /// Answers that began with a refusal, as far as English phrases tell.
+    pub refusals: u64,
+    /// Answers that began like JSON.
+    pub json: u64,
+    /// Of these, answers that were none.
+    pub invalid_json: u64,
+    /// Answers that somebody called good.
+    pub thumbs_up: u64,
+    /// Answers that somebody called bad.
+    pub thumbs_down: u64,
+    /// Tokens whose entropy is in `entropy_nats`: some of all.
+    pub entropy_tokens: u64,
+    /// Sum of the entropies, in nats, of what the model thought of as the next token.
+    pub entropy_nats: f64,
     /// Requests whose time to first token is in `first_token_ln_ms`.
     pub first_tokens: u64,
     /// Sum of the natural logarithms of times to first token in milliseconds.
@@ -54,6 +72,14 @@ impl EvidenceCounts {
             crashes: self.crashes + other.crashes,
             empty: self.empty + other.empty,
             truncated: self.truncated + other.truncated,
+            repetitive: self.repetitive + other.repetitive,
+            refusals: self.refusals + other.refusals,
+            json: self.json + other.json,
+            invalid_json: self.invalid_json + other.invalid_json,
+            thumbs_up: self.thumbs_up + other.thumbs_up,
+            thumbs_down: self.thumbs_down + other.thumbs_down,
+            entropy_tokens: self.entropy_tokens + other.entropy_tokens,
+            entropy_nats: self.entropy_nats + other.entropy_nats,
             first_tokens: self.first_tokens + other.first_tokens,
             first_token_ln_ms: self.first_token_ln_ms + other.first_token_ln_ms,
             decoded_tokens: self.decoded_tokens + other.decoded_tokens,
@@ -72,6 +98,14 @@ impl EvidenceCounts {
             crashes: self.crashes.saturating_sub(earlier.crashes),
             empty: self.empty.saturating_sub(earlier.empty),
             truncated: self.truncated.saturating_sub(earlier.truncated),
+            repetitive: self.repetitive.saturating_sub(earlier.repetitive),
+            refusals: self.refusals.saturating_sub(earlier.refusals),
+            json: self.json.saturating_sub(earlier.json),
+            invalid_json: self.invalid_json.saturating_sub(earlier.invalid_json),
+            thumbs_up: self.thumbs_up.saturating_sub(earlier.thumbs_up),
+            thumbs_down: self.thumbs_down.saturating_sub(earlier.thumbs_down),
+            entropy_tokens: self.entropy_tokens.saturating_sub(earlier.entropy_tokens),
+            entropy_nats: (self.entropy_nats - earlier.entropy_nats).max(0.0),
             first_tokens: self.first_tokens.saturating_sub(earlier.first_tokens),
             first_token_ln_ms: self.first_token_ln_ms - earlier.first_token_ln_ms,
             decoded_tokens: self.decoded_tokens.saturating_sub(earlier.decoded_tokens),

@@ -18,24 +18,39 @@ pub enum Metric {
     Empty,
     /// Answers cut off at their limit of tokens, per answer.
     Truncated,
+    /// Answers that end in circles, per answer.
+    Repetition,
+    /// Answers that begin with a refusal, per answer.
+    Refusals,
+    /// Answers that begin like JSON and are none, of those that do.
+    InvalidJson,
+    /// Answers that were called bad, of those that were called good or bad.
+    ThumbsDown,
     /// Time to first token.
     FirstToken,
     /// Time per generated token.
     TokenTime,
     /// Peak memory of the worker.
     Memory,
+    /// Entropy of the next token: how unsure the model is.
+    Entropy,
 }
 
 impl Metric {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 12] = [
         Self::Errors,
         Self::Crashes,
         Self::Empty,
         Self::Truncated,
+        Self::Repetition,
+        Self::Refusals,
+        Self::InvalidJson,
+        Self::ThumbsDown,
         Self::FirstToken,
         Self::TokenTime,
         Self::Memory,
+        Self::Entropy,
     ];
 
     /// Its name, as in JSON.
@@ -45,15 +60,20 @@ impl Metric {
             Self::Crashes => "crashes",
             Self::Empty => "empty",
             Self::Truncated => "truncated",
+            Self::Repetition => "repetition",
+            Self::Refusals => "refusals",
+            Self::InvalidJson => "invalid_json",
+            Self::ThumbsDown => "thumbs_down",
             Self::FirstToken => "first_token",
             Self::TokenTime => "token_time",
             Self::Memory => "memory",
+            Self::Entropy => "entropy",
         }
     }
 
     /// Whether it counts events; the others are compared as ratios to before.
     pub fn is_count(self) -> bool {
-        matches!(self, Self::Errors | Self::Crashes | Self::Empty | Self::Truncated)
+        !matches!(self, Self::FirstToken | Self::TokenTime | Self::Memory | Self::Entropy)
     }
 
     /// The loss in thousandths up to which a difference is let be where the policy does not say.
@@ -61,10 +81,11 @@ impl Metric {
     /// share of what it was before.
     pub fn usual_allowance(self) -> u32 {
         match self {
-            Self::Errors | Self::Empty => 20,
-            Self::Crashes | Self::Truncated => 50,
+            Self::Errors | Self::Empty | Self::Repetition => 20,
+            Self::Crashes | Self::Truncated | Self::Refusals => 50,
+            Self::InvalidJson | Self::ThumbsDown => 100,
             Self::Memory => 100,
-            Self::FirstToken | Self::TokenTime => 250,
+            Self::FirstToken | Self::TokenTime | Self::Entropy => 250,
         }
     }
 }

@@ -216,6 +216,7 @@ impl ModelHost {
             let current = Current { spec: Arc::clone(&spec), worker };
             (state.current.replace(current), state.activation)
         };
+        self.metrics.forget_answers();
         self.change();
         let _ = self.events.send(HostEvent::Activated { model });
         tokio::spawn(supervise(Arc::downgrade(self), spec, activation, ended));

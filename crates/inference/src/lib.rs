@@ -11,4 +11,5 @@ pub mod llama;
 mod metrics;
 pub mod probe;
 pub mod server;
+mod shape;
 pub mod worker;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use slmops_api::device::Telemetry;
 use slmops_api::evidence::EvidenceCounts;
 
+use crate::shape::{Findings, Shape};
 use crate::worker::{Finish, FinishReason, Piece, RequestError, WorkerError};
 
 /// Upper bounds of the histograms of whole durations, in seconds.
@@ -19,6 +20,8 @@ const TOKEN_BUCKETS_S: [f64; 12] =
     [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0];
 /// Requests whose time to first token makes the median.
 const RECENT_REQUESTS: usize = 100;
+/// Answers that can still be called good or bad.
+const RECENT_ANSWERS: usize = 1_000;
 /// Seconds over which the rate of generation is taken.
 const RATE_WINDOW_S: u64 = 60;
 
@@ -79,6 +82,8 @@ struct Counters {
     between_tokens: Histogram,
     whole: Histogram,
     recent_first_token_ms: VecDeque<f64>,
+    /// Ids of answers of the model that serves which nobody has called good or bad.
+    recent_answers: VecDeque<String>,
     /// `(second since began, tokens generated in it)`, the last minute.
     rate: VecDeque<(u64, u64)>,
 }
@@ -103,6 +108,7 @@ impl Default for Metrics {
             between_tokens: Histogram::new(&TOKEN_BUCKETS_S),
             whole: Histogram::new(&LONG_BUCKETS_S),
             recent_first_token_ms: VecDeque::new(),
+            recent_answers: VecDeque::new(),
             rate: VecDeque::new(),
         })))
     }
@@ -153,6 +159,7 @@ impl Metrics {
             stage: Stage::Waiting,
             last_token_at: None,
             counted_tokens: 0,
+            shape: Shape::default(),
         }
     }
 
@@ -162,6 +169,35 @@ impl Metrics {
 
     pub(crate) fn worker_crashes(&self) -> u64 {
         self.with(|counters| counters.worker_crashes)
+    }
+
+    /// An answer has this id, by which somebody may call it good or bad.
+    pub(crate) fn remember_answer(&self, id: &str) {
+        self.with(|counters| {
+            if counters.recent_answers.len() == RECENT_ANSWERS {
+                counters.recent_answers.pop_front();
+            }
+            counters.recent_answers.push_back(id.to_owned());
+        });
+    }
+
+    /// Another model serves: what is said of answers so far is not about it.
+    pub(crate) fn forget_answers(&self) {
+        self.with(|counters| counters.recent_answers.clear());
+    }
+
+    /// Somebody called an answer good or bad. Whether that was counted: once for each recent answer.
+    pub(crate) fn count_thumb(&self, id: &str, good: bool) -> bool {
+        self.with(|counters| {
+            let place = counters.recent_answers.iter().position(|known| known == id);
+            let found = place.and_then(|place| counters.recent_answers.remove(place)).is_some();
+            let quality = &mut counters.quality;
+            match good {
+                true => quality.thumbs_up += u64::from(found),
+                false => quality.thumbs_down += u64::from(found),
+            }
+            found
+        })
     }
 
     /// An embedding was made, or failed by our fault.
@@ -288,6 +324,7 @@ pub(crate) struct GenerationMeter {
     last_token_at: Option<Instant>,
     /// Tokens of this answer that are counted already.
     counted_tokens: u64,
+    shape: Shape,
 }
 
 impl GenerationMeter {
@@ -322,6 +359,7 @@ impl GenerationMeter {
     pub(crate) fn piece(&mut self, piece: &Piece) {
         let tokens = piece.tokens.len() as u64;
         self.counted_tokens += tokens;
+        self.shape.piece(piece);
         let now = Instant::now();
         let last = self.last_token_at.replace(now);
         let first_ms = (now - self.began).as_secs_f64() * 1e3;
@@ -347,10 +385,17 @@ impl GenerationMeter {
         // The end token, and tokens of a stop string, are no part of any piece.
         let rest = u64::from(finish.completion_tokens).saturating_sub(self.counted_tokens);
         let wordless = self.counted_tokens == 0;
+        let Findings { repetitive, refusal, json } = self.shape.findings();
         self.enter(Stage::Over, |counters, elapsed| {
             counters.answered += 1;
             counters.quality.empty += u64::from(wordless);
             counters.quality.truncated += u64::from(finish.reason == FinishReason::Length);
+            counters.quality.repetitive += u64::from(repetitive);
+            counters.quality.refusals += u64::from(refusal);
+            counters.quality.json += u64::from(json.is_some());
+            counters.quality.invalid_json += u64::from(json == Some(false));
+            counters.quality.entropy_tokens += u64::from(finish.entropy_tokens);
+            counters.quality.entropy_nats += finish.entropy_nats;
             counters.quality.decoded_tokens +=
                 u64::from(finish.completion_tokens.saturating_sub(1));
             counters.quality.decode_ms += finish.decode_ms;

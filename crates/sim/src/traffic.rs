@@ -22,6 +22,16 @@ const LONGEST_MS: u64 = 10 * MINUTE;
 /// Answers of which none fails, by what else may be wrong with them.
 const EMPTY_RATE: f64 = 0.002;
 const TRUNCATED_RATE: f64 = 0.05;
+const REPETITIVE_RATE: f64 = 0.01;
+const REFUSAL_RATE: f64 = 0.02;
+/// Answers that begin like JSON, and of these those that are none.
+const JSON_RATE: f64 = 0.1;
+const INVALID_RATE: f64 = 0.03;
+/// Answers that are called good or bad, and of these bad ones.
+const THUMBS_RATE: f64 = 0.05;
+const DOWN_RATE: f64 = 0.2;
+/// How unsure the model is of a typical token.
+const ENTROPY_NATS: f64 = 1.5;
 /// Tokens of an answer after its first.
 const TOKENS: u64 = 20;
 /// A typical time to first token, and per token, in milliseconds.
@@ -139,6 +149,17 @@ impl Traffic {
         counters.answered += answered;
         counters.empty += binomial(rng, answered, EMPTY_RATE * times(Metric::Empty));
         counters.truncated += binomial(rng, answered, TRUNCATED_RATE * times(Metric::Truncated));
+        counters.repetitive += binomial(rng, answered, REPETITIVE_RATE * times(Metric::Repetition));
+        counters.refusals += binomial(rng, answered, REFUSAL_RATE * times(Metric::Refusals));
+        let json = binomial(rng, answered, JSON_RATE);
+        counters.json += json;
+        counters.invalid_json += binomial(rng, json, INVALID_RATE * times(Metric::InvalidJson));
+        let thumbs = binomial(rng, answered, THUMBS_RATE);
+        let down = binomial(rng, thumbs, DOWN_RATE * times(Metric::ThumbsDown));
+        counters.thumbs_up += thumbs - down;
+        counters.thumbs_down += down;
+        counters.entropy_tokens += answered;
+        counters.entropy_nats += answered as f64 * ENTROPY_NATS * times(Metric::Entropy);
         let number = answered as f64;
         let slowed = load.max(0.1).powf(SLOWED_BY_LOAD);
         let first_token_ms = self.first_token_ms * slowed * times(Metric::FirstToken);

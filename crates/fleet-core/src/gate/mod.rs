@@ -22,6 +22,8 @@ const LEAST_DEVICES: usize = 5;
 pub const FIRST_LOOKS_S: u32 = 300;
 /// Later looks come after this share of the time since the comparison began.
 const LATER_LOOKS: u32 = 4;
+/// How many looks are foreseen: 64 later ones are a million times as late.
+const LOOKS_AHEAD: u32 = 64;
 
 /// One device in a comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -72,10 +74,18 @@ pub fn look(
 }
 
 /// The evidence for harm over all metrics: their e-values' mean, in which those count 0 whose loss
-/// does not look greater than is allowed.
-pub fn harm(readings: &[MetricReading]) -> f64 {
+/// does not look greater than is allowed. Those that the policy names weigh half of it together: what
+/// is asked for is found sooner, and each metric more that can halt costs them nothing.
+pub fn harm(policy: &GatePolicy, readings: &[MetricReading]) -> f64 {
+    let named = policy.allow.len();
+    let others = Metric::ALL.len() - named;
+    let weight = |metric: Metric| match policy.allow.contains_key(&metric) {
+        true if others > 0 => 0.5 / named as f64,
+        false if named > 0 => 0.5 / others as f64,
+        _ => 1.0 / Metric::ALL.len() as f64,
+    };
     let harmful = readings.iter().filter(|reading| reading.loss > reading.allowed);
-    harmful.fold(0.0, |sum, reading| sum + reading.e_value) / Metric::ALL.len() as f64
+    harmful.fold(0.0, |sum, reading| sum + weight(reading.metric) * reading.e_value)
 }
 
 fn read(
@@ -93,14 +103,12 @@ fn read(
         true => (|loss| loss, allowed),
         false => (f64::exp_m1, allowed.ln_1p()),
     };
-    // A bound of the tail of the normal distribution: P(Z > z) ≤ exp(-z²/2) / 2.
-    let z = (-2.0 * (2.0 * BOUND_ALPHA * share_of_look(look)).ln()).sqrt();
-    let bound = difference.error.map(|error| difference.loss + z * error);
+    let bound = difference.error.map(|error| difference.loss + quantile(look) * error);
     let room = on_scale - difference.loss;
     let hours: f64 = strata.iter().flat_map(|stratum| &stratum.canaries).map(served_h).sum();
     let device_hours_needed = match (bound, difference.error) {
         (Some(bound), Some(error)) if bound > on_scale && room > 0.0 => {
-            Some(hours * ((z * error / room).powi(2) - 1.0))
+            times_needed(look, error / room).map(|times| hours * (times - 1.0))
         }
         _ => None,
     };
@@ -118,6 +126,28 @@ fn read(
 
 fn served_h(device: &Compared) -> f64 {
     device.after.serving_s / 3_600.0
+}
+
+/// How many standard errors the bound of a look lies above the loss: a bound of the tail of the
+/// normal distribution, P(Z > z) ≤ exp(-z²/2) / 2.
+fn quantile(look: u32) -> f64 {
+    (-2.0 * (2.0 * BOUND_ALPHA * share_of_look(look)).ln()).sqrt()
+}
+
+/// How many times as much time it takes until a standard error that is now `error` (of the room up
+/// to what is allowed) is small enough, at the look that finds it so. None if that is out of sight.
+fn times_needed(look: u32, error: f64) -> Option<f64> {
+    let wait_s = |elapsed_s: f64| f64::from(FIRST_LOOKS_S).max(elapsed_s / f64::from(LATER_LOOKS));
+    let mut elapsed_s = 0.0;
+    for _ in 0..look {
+        elapsed_s += wait_s(elapsed_s);
+    }
+    let so_far_s = elapsed_s;
+    (look + 1..=look + LOOKS_AHEAD).find_map(|later| {
+        elapsed_s += wait_s(elapsed_s);
+        let times = elapsed_s / so_far_s;
+        (quantile(later) * error <= times.sqrt()).then_some(times)
+    })
 }
 
 /// The e-value of one look: strata are drawn from independently, so that theirs multiply; the mean
@@ -141,18 +171,28 @@ fn e_value(strata: &[Stratum], metric: Metric) -> f64 {
 struct Difference {
     canaries: f64,
     controls: f64,
-    /// Their difference, stratum by stratum, weighed by the canaries in each.
+    /// Their difference, stratum by stratum, weighed by the canaries in each; less by what their
+    /// numbers before let expect.
     loss: f64,
     /// Its standard error, from the spread between devices.
     error: Option<f64>,
 }
 
 fn difference(strata: &[Stratum], metric: Metric) -> Option<Difference> {
-    let (mut canaries, mut controls, mut variance, mut total) = (0.0, 0.0, Some(0.0), 0.0);
+    let (mut canaries, mut controls, mut loss, mut total) = (0.0, 0.0, 0.0, 0.0);
+    let mut variance = Some(0.0);
     for stratum in strata {
-        let arms = [&stratum.canaries, &stratum.controls]
-            .map(|devices| weights::arm(&weights::samples(devices, metric)));
-        let [Some(ours), Some(theirs)] = arms else { continue };
+        let ours = weights::samples(&stratum.canaries, metric);
+        let number = ours.len();
+        let mut all = ours;
+        all.extend(weights::samples(&stratum.controls, metric));
+        let expected = weights::expected(&all);
+        let (ours, theirs) = (
+            weights::arm(&all[..number], &expected[..number]),
+            weights::arm(&all[number..], &expected[number..]),
+        );
+        let (Some(ours), Some(theirs)) = (ours, theirs) else { continue };
+        loss += ours.weight * (ours.beyond - theirs.beyond);
         canaries += ours.weight * ours.mean;
         controls += ours.weight * theirs.mean;
         let both = ours.variance.zip(theirs.variance).map(|(ours, theirs)| ours + theirs);
@@ -162,7 +202,7 @@ fn difference(strata: &[Stratum], metric: Metric) -> Option<Difference> {
     (total > 0.0).then(|| Difference {
         canaries: canaries / total,
         controls: controls / total,
-        loss: (canaries - controls) / total,
+        loss: loss / total,
         error: variance.map(|variance| variance.sqrt() / total),
     })
 }

@@ -121,6 +121,9 @@ fn pass(
     let answered = requests - errors;
     let slow = device.slow + device.drift * 0.3 + shift.ln() * 0.2 + effect.slowdown.ln();
     let noise = 0.3 * random.normal() / (answered.max(1) as f64).sqrt();
+    let json = (0..answered).filter(|_| random.next() < 0.3).count() as u64;
+    let thumbs = (0..answered).filter(|_| random.next() < 0.1).count() as u64;
+    let thumbs_down = (0..thumbs).filter(|_| random.next() < 0.2 + rate).count() as u64;
     EvidenceCounts {
         serving_s: quarters * 900.0,
         answered,
@@ -128,6 +131,14 @@ fn pass(
         crashes: random.poisson(0.001 * quarters),
         empty: (0..answered).filter(|_| random.next() < rate / 4.0).count() as u64,
         truncated: (0..answered).filter(|_| random.next() < 0.1).count() as u64,
+        repetitive: (0..answered).filter(|_| random.next() < rate / 2.0).count() as u64,
+        refusals: (0..answered).filter(|_| random.next() < rate).count() as u64,
+        json,
+        invalid_json: (0..json).filter(|_| random.next() < rate).count() as u64,
+        thumbs_up: thumbs - thumbs_down,
+        thumbs_down,
+        entropy_tokens: answered * 3,
+        entropy_nats: answered as f64 * 3.0 * 1.5 * (slow * 0.1 + noise).exp(),
         first_tokens: answered,
         first_token_ln_ms: answered as f64 * (5.0 + slow + noise),
         decoded_tokens: answered * 20,
@@ -148,7 +159,7 @@ fn halted_after(mut fleet: Fleet, halt_at: f64, hours: u32) -> Option<u32> {
         }
         fleet.pass(f64::from(wait_s) / 60.0);
         readings = look(&policy, &[fleet.stratum()], number, &readings);
-        if harm(&readings) >= halt_at {
+        if harm(&GatePolicy::default(), &readings) >= halt_at {
             return Some(elapsed_s / 60);
         }
     }
@@ -168,9 +179,11 @@ fn false_alarms(world: World, runs: u64, devices: usize, canaries: usize) -> u64
             fleet.pass(f64::from(wait_s) / 60.0);
             readings = look(&policy, &[fleet.stratum()], number, &readings);
         }
-        // They only grow: the last is the greatest.
-        readings.iter().map(|reading| reading.e_value).sum::<f64>() / Metric::ALL.len() as f64
-            >= 100.0
+        // They only grow: the last is the greatest. Whatever the loss looks like, all count.
+        for reading in &mut readings {
+            reading.loss = f64::INFINITY;
+        }
+        harm(&policy, &readings) >= 100.0
     };
     (0..runs).filter(|seed| alarm(*seed)).count() as u64
 }
@@ -180,6 +193,7 @@ fn false_alarms(world: World, runs: u64, devices: usize, canaries: usize) -> u64
 fn check_false_alarms(world: World) {
     let runs = 10_000;
     let alarms = false_alarms(world, runs, 30, 6);
+    println!("{world:?}: {alarms} false alarms in {runs}");
     assert!(alarms <= runs / 100, "{world:?}: {alarms} false alarms in {runs}");
 }
 
@@ -247,7 +261,103 @@ fn a_release_that_is_no_worse_is_shown_to_be() {
         assert!(reading.loss_at_most.unwrap() < reading.allowed, "{reading:?}");
         assert_eq!(reading.device_hours_needed, None);
     }
-    assert_eq!(harm(&second), 0.0);
+    assert_eq!(harm(&policy, &second), 0.0);
+}
+
+/// The number of device-hours that it says it takes is about what it takes.
+#[test]
+fn a_gate_that_holds_knows_how_long() {
+    let policy = GatePolicy::default();
+    let mut ratios = Vec::new();
+    for seed in 1..=60 {
+        let mut fleet = Fleet::new(World::Heterogeneous, 300, 60, NONE, seed);
+        let (mut readings, mut elapsed_s, mut said) = (Vec::new(), 0, None);
+        for number in 1..=40 {
+            let wait_s = next_look_in_s(elapsed_s);
+            elapsed_s += wait_s;
+            fleet.pass(f64::from(wait_s) / 60.0);
+            readings = look(&policy, &[fleet.stratum()], number, &readings);
+            let errors = readings.iter().find(|reading| reading.metric == Metric::Errors);
+            let Some(errors) = errors else { continue };
+            let hours = f64::from(elapsed_s) / 3_600.0 * 60.0;
+            // After some looks, so that there is something to go by.
+            if number == 8 {
+                said = errors.device_hours_needed.map(|needed| hours + needed);
+            }
+            if errors.loss_at_most.is_some_and(|at_most| at_most <= errors.allowed) {
+                ratios.extend(said.map(|said| said / hours));
+                break;
+            }
+        }
+    }
+    assert!(ratios.len() >= 40, "{} of 60 had to wait and passed", ratios.len());
+    ratios.sort_by(f64::total_cmp);
+    let [low, median, high] = [1, 2, 3].map(|quarter| ratios[ratios.len() * quarter / 4]);
+    assert!((0.6..=1.6).contains(&median), "median {median}");
+    assert!(low >= 0.25 && high <= 4.0, "quartiles {low} and {high}");
+}
+
+/// A loss just beyond what is allowed is let through in one of twenty rollouts, at most.
+#[test]
+fn a_greater_loss_is_rarely_let_through() {
+    let policy = GatePolicy::default();
+    let runs = 300;
+    let passes = |seed: u64| {
+        // The log-normal mean is e^½ times its median: 3.3 % of requests, and as many more.
+        let effect = Effect { errors: 2.0, slowdown: 1.0 };
+        let mut fleet = Fleet::new(World::Heterogeneous, 100, 30, effect, seed);
+        let (mut readings, mut elapsed_s) = (Vec::new(), 0);
+        (1..=20).any(|number| {
+            let wait_s = next_look_in_s(elapsed_s);
+            elapsed_s += wait_s;
+            fleet.pass(f64::from(wait_s) / 60.0);
+            readings = look(&policy, &[fleet.stratum()], number, &readings);
+            let errors = readings.iter().find(|reading| reading.metric == Metric::Errors);
+            errors.and_then(|it| it.loss_at_most).is_some_and(|at_most| at_most <= 0.02)
+        })
+    };
+    let passed = (1..=runs).filter(|seed| passes(*seed)).count() as u64;
+    assert!(passed * 20 <= runs, "{passed} of {runs}");
+}
+
+/// Two sites, one of which has an outage, and canaries unevenly spread over them: strata must be those
+/// within which chance decided.
+#[test]
+fn what_befalls_a_site_is_not_blamed_on_the_release() {
+    let policy = GatePolicy::default();
+    let site = |devices: usize, canaries: usize, shift: f64, random: &mut Random| {
+        let mut all: Vec<Compared> = Vec::new();
+        for _ in 0..devices {
+            let device = Device {
+                traffic: REQUESTS,
+                error_rate: ERROR_RATE,
+                slow: 0.0,
+                drift: 0.0,
+                compared: Compared::default(),
+            };
+            let before = pass(&device, 192.0, NONE, 1.0, random);
+            let after = pass(&device, 48.0, NONE, shift, random);
+            all.push(Compared { before, after });
+        }
+        let controls = all.split_off(canaries);
+        Stratum { canaries: all, controls }
+    };
+    let alarm = |seed: u64, apart: bool| {
+        let mut random = Random(seed);
+        let out = site(40, 20, 10.0, &mut random);
+        let well = site(400, 20, 1.0, &mut random);
+        let strata = match apart {
+            true => vec![out, well],
+            false => vec![Stratum {
+                canaries: [out.canaries, well.canaries].concat(),
+                controls: [out.controls, well.controls].concat(),
+            }],
+        };
+        harm(&policy, &look(&policy, &strata, 1, &[])) >= 100.0
+    };
+    assert_eq!((1..=100).filter(|seed| alarm(*seed, true)).count(), 0);
+    // Thrown together they would be.
+    assert!((1..=100).filter(|seed| alarm(*seed, false)).count() > 50);
 }
 
 #[test]
@@ -300,7 +410,7 @@ impl Rule {
         let answered = |arm: &[Compared]| arm.iter().map(|d| d.after.answered).sum::<u64>() as f64;
         let Stratum { canaries, controls } = stratum;
         match self {
-            Self::Gate => harm(readings) >= 100.0,
+            Self::Gate => harm(&GatePolicy::default(), readings) >= 100.0,
             Self::Threshold => {
                 let rate = |arm| errors(arm) / (errors(arm) + answered(arm)).max(1.0);
                 errors(canaries) >= 5.0 && rate(canaries) > 2.0 * rate(controls)

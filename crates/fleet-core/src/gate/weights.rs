@@ -38,6 +38,15 @@ fn sample(device: &Compared, metric: Metric) -> Option<Sample> {
         Metric::Crashes => count(|c| (c.crashes as f64, c.serving_s / 3_600.0)),
         Metric::Empty => count(|c| (c.empty as f64, c.answered as f64)),
         Metric::Truncated => count(|c| (c.truncated as f64, c.answered as f64)),
+        Metric::Repetition => count(|c| (c.repetitive as f64, c.answered as f64)),
+        Metric::Refusals => count(|c| (c.refusals as f64, c.answered as f64)),
+        Metric::InvalidJson => count(|c| (c.invalid_json as f64, c.json as f64)),
+        Metric::ThumbsDown => {
+            count(|c| (c.thumbs_down as f64, (c.thumbs_up + c.thumbs_down) as f64))
+        }
+        Metric::Entropy => ratio(|c| {
+            (c.entropy_tokens > 0).then(|| (c.entropy_nats / c.entropy_tokens as f64).ln())
+        }),
         Metric::FirstToken => {
             ratio(|c| (c.first_tokens > 0).then(|| c.first_token_ln_ms / c.first_tokens as f64))
         }
@@ -76,13 +85,12 @@ pub(super) fn log_weights(samples: &[Sample], strength: f64) -> Vec<f64> {
     }
 }
 
-/// Likelihood ratios of Poisson counts: `strength` times the expected number against that number.
-/// Expected is the device's own rate before (drawn to the stratum's), times what the whole stratum
-/// has now over what it had.
-fn count_weights(samples: &[Sample], strength: f64) -> Vec<f64> {
-    let counts = samples.iter().filter_map(|sample| match sample {
-        Sample::Count { before, after } => Some((*before, *after)),
-        Sample::Ratio(_) => None,
+/// How many events each device of a stratum should have by now: by its own rate before (drawn to the
+/// stratum's), times what the whole stratum has now over what it had. Of ratios, nothing.
+pub(super) fn expected(samples: &[Sample]) -> Vec<f64> {
+    let counts = samples.iter().map(|sample| match sample {
+        Sample::Count { before, after } => (*before, *after),
+        Sample::Ratio(_) => ((0.0, 0.0), (0.0, 0.0)),
     });
     let counts: Vec<_> = counts.collect();
     let events: f64 = counts.iter().map(|(before, _)| before.0).sum();
@@ -98,10 +106,16 @@ fn count_weights(samples: &[Sample], strength: f64) -> Vec<f64> {
     let events_now: f64 = counts.iter().map(|(_, after)| after.0).sum();
     let expected_now: f64 = expected.iter().sum();
     let shift = if expected_now > 0.0 { events_now / expected_now } else { 0.0 };
-    let weigh = |((_, after), expected): (&(_, (f64, f64)), &f64)| {
-        after.0 * strength.ln() - (strength - 1.0) * expected * shift
+    expected.into_iter().map(|expected| expected * shift).collect()
+}
+
+/// Likelihood ratios of Poisson counts: `strength` times the expected number against that number.
+fn count_weights(samples: &[Sample], strength: f64) -> Vec<f64> {
+    let weigh = |(sample, expected): (&Sample, f64)| match sample {
+        Sample::Count { after, .. } => after.0 * strength.ln() - (strength - 1.0) * expected,
+        Sample::Ratio(_) => 0.0,
     };
-    counts.iter().zip(&expected).map(weigh).collect()
+    samples.iter().zip(expected(samples)).map(weigh).collect()
 }
 
 /// `strength` for a device that grew worse by more than the median of its stratum.
@@ -117,37 +131,42 @@ fn ratio_weights(samples: &[Sample], strength: f64) -> Vec<f64> {
 pub(super) struct Arm {
     /// Events per exposure, or the mean of the ratios' logarithms.
     pub mean: f64,
-    /// Its variance, from the spread between devices; of too few there is none.
+    /// The same beyond what was expected of these devices: what differs before the release is no loss
+    /// (Deng, Xu, Kohavi and Walker 2013).
+    pub beyond: f64,
+    /// The variance of `beyond`, from the spread between devices; of too few there is none.
     pub variance: Option<f64>,
     /// Its exposure, or its number of devices.
     pub weight: f64,
 }
 
 /// What an arm shows; nothing where nothing was counted.
-pub(super) fn arm(samples: &[Sample]) -> Option<Arm> {
+pub(super) fn arm(samples: &[Sample], expected: &[f64]) -> Option<Arm> {
     // A mean is a rate whose exposure is one for each device.
-    let pairs: Vec<(f64, f64)> = samples
-        .iter()
-        .map(|sample| match sample {
-            Sample::Count { after, .. } => *after,
-            Sample::Ratio(ratio) => (*ratio, 1.0),
-        })
-        .filter(|(_, exposure)| *exposure > 0.0)
-        .collect();
-    let weight: f64 = pairs.iter().map(|(_, exposure)| exposure).sum();
+    let values = samples.iter().map(|sample| match sample {
+        Sample::Count { after, .. } => *after,
+        Sample::Ratio(ratio) => (*ratio, 1.0),
+    });
+    let counted = values.zip(expected).filter(|((_, exposure), _)| *exposure > 0.0);
+    let (mut sum, mut weight, mut pairs) = (0.0, 0.0, Vec::with_capacity(samples.len()));
+    for ((value, exposure), expected) in counted {
+        sum += value;
+        weight += exposure;
+        pairs.push((value - expected, exposure));
+    }
     if pairs.is_empty() {
         return None;
     }
-    let sum: f64 = pairs.iter().map(|(value, _)| value).sum();
-    let mean = sum / weight;
+    let beyond = pairs.iter().map(|(value, _)| value).sum::<f64>() / weight;
     let number = pairs.len() as f64;
     // The variance of a ratio estimate (Cochran 1977, 6.4).
     let squares: f64 =
-        pairs.iter().map(|(value, exposure)| (value - mean * exposure).powi(2)).sum::<f64>()
+        pairs.iter().map(|(value, exposure)| (value - beyond * exposure).powi(2)).sum::<f64>()
             * number
             / (number - 1.0).max(1.0);
     // Rare events: never surer than one event more would leave it.
     let least = if matches!(samples.first(), Some(Sample::Count { .. })) { sum + 1.0 } else { 0.0 };
     let variance = squares.max(least) / (weight * weight);
-    Some(Arm { mean, variance: (pairs.len() >= LEAST_DEVICES).then_some(variance), weight })
+    let mean = sum / weight;
+    Some(Arm { mean, beyond, variance: (pairs.len() >= LEAST_DEVICES).then_some(variance), weight })
 }

@@ -10,6 +10,7 @@ use slmops_api::gate::{GatePolicy, GateReading, Metric, MetricReading};
 use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
 use slmops_api::{ClassName, DeviceId};
 
+use super::create::group_of;
 use super::step::{StepOutcome, halted_waits, keeps_by_pin, quarantine_words, take_back};
 use super::{RolloutRecord, decide, earlier};
 use crate::gate::{Compared, FIRST_LOOKS_S, Stratum, harm, look, next_look_in_s};
@@ -34,12 +35,25 @@ pub struct Comparison {
 struct Chosen {
     device: DeviceId,
     class: ClassName,
+    /// The site or class that the sizes of waves count within, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
     canary: bool,
     /// What it had counted of the model before when it was chosen.
     before: EvidenceCounts,
     /// What it had counted of the model that it ran when the comparison began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     base: Option<Evidence>,
+}
+
+/// Devices among which chance alone decided who is a canary: of a class, and of what the sizes of
+/// waves count within.
+type StratumKey = (ClassName, Option<String>);
+
+impl Chosen {
+    fn stratum(&self) -> StratumKey {
+        (self.class.clone(), self.group.clone())
+    }
 }
 
 /// What the gate says.
@@ -52,7 +66,8 @@ pub(super) enum Verdict {
     Halted,
 }
 
-/// Chooses whom the gate of the current wave will compare, if that is still to be done.
+/// Chooses whom the gate of the current wave will compare, if that is still to be done. Right before
+/// the wave is told, so that who is away has changed places by then.
 ///
 /// Canaries and controls are devices in the same order of chance (see `create.rs`), ready when the
 /// rollout was made, of the same classes, that have counted something of the model before.
@@ -82,6 +97,7 @@ pub(super) fn choose(record: &mut RolloutRecord, world: &World<'_>, outcome: &mu
             arm.push(Chosen {
                 device: part.device.clone(),
                 class: device.class.clone(),
+                group: group_of(device, rollout.asked.policy.per),
                 canary: part.wave == wave,
                 before: evidence.counts,
                 base: None,
@@ -101,7 +117,13 @@ fn evidence(device: &FleetDevice) -> Option<&Evidence> {
     report.evidence.as_ref().filter(|evidence| evidence.manifest == running.manifest)
 }
 
-/// Weighs the current wave, which has settled, against the devices that are still to come.
+/// Whether the current wave is being weighed.
+pub(super) fn is_open(record: &RolloutRecord) -> bool {
+    let wave = record.rollout.current_wave;
+    record.rollout.gate.as_ref().is_some_and(|reading| reading.wave == wave)
+}
+
+/// Weighs the current wave, as far as it has settled, against the devices that are still to come.
 pub(super) fn weigh(
     record: &mut RolloutRecord,
     world: &World<'_>,
@@ -184,7 +206,9 @@ fn after(at: Timestamp, seconds: u32) -> Timestamp {
     at.checked_add(SignedDuration::from_secs(i64::from(seconds))).unwrap_or(Timestamp::MAX)
 }
 
-/// Notes where each device stands, and drops those that cannot be compared.
+/// Notes where each device stands, and drops those that cannot be compared. Of both sides alike those
+/// that were not heard of since the wave began: a canary that did not hear of the release cannot
+/// have confirmed it, and the controls must not be held to less.
 fn open(
     record: &RolloutRecord,
     comparison: &mut Comparison,
@@ -193,10 +217,13 @@ fn open(
 ) -> GateReading {
     let parts: BTreeMap<&DeviceId, &RolloutDevice> =
         record.rollout.devices.iter().map(|part| (&part.device, part)).collect();
+    let of_wave = record.rollout.devices.iter().filter(|part| part.wave == comparison.wave);
+    let began_at = of_wave.filter_map(|part| part.started_at).min();
     comparison.devices.retain_mut(|chosen| {
         let part = parts.get(&chosen.device);
-        let evidence = world.device(&chosen.device).and_then(evidence);
-        let (Some(part), Some(evidence)) = (part, evidence) else { return false };
+        let device = world.device(&chosen.device);
+        let heard = device.filter(|device| began_at.is_none_or(|at| device.last_seen >= at));
+        let (Some(part), Some(evidence)) = (part, heard.and_then(evidence)) else { return false };
         let has_release = Some(evidence.manifest) == part.manifest;
         let wanted = match chosen.canary {
             true => part.outcome == Outcome::Confirmed && has_release,
@@ -205,13 +232,13 @@ fn open(
         chosen.base = Some(evidence.clone());
         wanted
     });
-    // A class with but one side compares nothing.
-    let classes = |canary: bool| -> BTreeSet<ClassName> {
+    // A stratum with but one side compares nothing.
+    let strata = |canary: bool| -> BTreeSet<StratumKey> {
         let side = comparison.devices.iter().filter(|chosen| chosen.canary == canary);
-        side.map(|chosen| chosen.class.clone()).collect()
+        side.map(Chosen::stratum).collect()
     };
-    let both: BTreeSet<ClassName> = classes(true).intersection(&classes(false)).cloned().collect();
-    comparison.devices.retain(|chosen| both.contains(&chosen.class));
+    let both: BTreeSet<StratumKey> = strata(true).intersection(&strata(false)).cloned().collect();
+    comparison.devices.retain(|chosen| both.contains(&chosen.stratum()));
     let number = |canary: bool| {
         comparison.devices.iter().filter(|chosen| chosen.canary == canary).count() as u32
     };
@@ -237,7 +264,7 @@ fn take_a_look(
     policy: &GatePolicy,
     world: &World<'_>,
 ) {
-    let mut strata: BTreeMap<&ClassName, Stratum> = BTreeMap::new();
+    let mut strata: BTreeMap<StratumKey, Stratum> = BTreeMap::new();
     for chosen in &comparison.devices {
         let now = world.device(&chosen.device).and_then(evidence);
         let (Some(base), Some(now)) = (&chosen.base, now) else { continue };
@@ -245,7 +272,7 @@ fn take_a_look(
             continue;
         }
         let after = now.counts.since(&base.counts);
-        let stratum = strata.entry(&chosen.class).or_default();
+        let stratum = strata.entry(chosen.stratum()).or_default();
         let arm = if chosen.canary { &mut stratum.canaries } else { &mut stratum.controls };
         arm.push(Compared { before: chosen.before, after });
     }
@@ -257,7 +284,7 @@ fn take_a_look(
     let served = strata.iter().flat_map(|stratum| &stratum.canaries);
     reading.device_hours = served.map(|device| device.after.serving_s / 3_600.0).sum();
     reading.metrics = look(policy, &strata, reading.looks, &reading.metrics);
-    reading.e_value = harm(&reading.metrics);
+    reading.e_value = harm(policy, &reading.metrics);
     let elapsed_s = world.now.as_second() - reading.opened_at.as_second();
     let wait_s = next_look_in_s(u32::try_from(elapsed_s.max(0)).unwrap_or(u32::MAX));
     reading.next_look_at = after(world.now, wait_s);

@@ -18,6 +18,9 @@ use crate::fit::Fit;
 use crate::words::{clock, count, list, seconds};
 use crate::world::{FleetDevice, World};
 
+/// A device that has not asked for so many seconds after it was told does not keep the gate from
+/// weighing the others: devices that are there ask more often.
+const SILENT_S: i64 = 300;
 /// Names listed in one line, at most.
 const NAMES_SHOWN: usize = 8;
 
@@ -406,7 +409,6 @@ fn blames_model(failure: &Failure) -> bool {
 /// Starts the current wave, or the next ones while nothing holds them back.
 fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutcome) {
     loop {
-        gate::choose(record, world, outcome);
         let holds = start(record, world, outcome);
         let wave = record.rollout.current_wave;
         let in_wave: Vec<&RolloutDevice> =
@@ -417,7 +419,17 @@ fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutc
             for (hold, _) in &holds {
                 outcome.deadline = earlier(outcome.deadline, hold.until);
             }
-            record.rollout.waiting_for = waits_for_devices(record, world, &updating, &holds);
+            let mut waits = waits_for_devices(record, world, &updating, &holds);
+            let weighs = holds.is_empty()
+                && (gate::is_open(record) || others_have_settled(&in_wave, world, outcome));
+            if weighs {
+                match gate::weigh(record, world, outcome) {
+                    Verdict::Halted => return,
+                    Verdict::Held => waits = format!("{waits}; {}", record.rollout.waiting_for),
+                    Verdict::Passed => {}
+                }
+            }
+            record.rollout.waiting_for = waits;
             return;
         }
         if let Some(away) = nobody_there(record) {
@@ -461,6 +473,30 @@ fn advance(record: &mut RolloutRecord, world: &World<'_>, outcome: &mut StepOutc
         finish(record, world, outcome);
         return;
     }
+}
+
+/// Whether all of a wave that heard of the release have an outcome, and some confirmed. Those that
+/// did not hear of it say nothing about it, and nobody needs to wait for them to weigh the others.
+fn others_have_settled(
+    in_wave: &[&RolloutDevice],
+    world: &World<'_>,
+    outcome: &mut StepOutcome,
+) -> bool {
+    let (mut settled, mut confirmed) = (true, false);
+    for part in in_wave {
+        confirmed |= part.outcome == Outcome::Confirmed;
+        if part.outcome != Outcome::Updating {
+            continue;
+        }
+        let asked = world.device(&part.device).is_none_or(|device| has_asked(part, device));
+        let silent_at = part
+            .started_at
+            .and_then(|at| at.checked_add(SignedDuration::from_secs(SILENT_S)).ok())
+            .filter(|_| !asked);
+        settled &= silent_at.is_some_and(|at| at <= world.now);
+        outcome.deadline = earlier(outcome.deadline, silent_at.filter(|at| *at > world.now));
+    }
+    settled && confirmed
 }
 
 /// Nobody was there to try the release: without one that confirms it no other wave starts.
@@ -538,6 +574,7 @@ fn start(
         return held.into_iter().map(|hold| (hold, waiting)).collect();
     }
     outcome.changed |= absence::rearrange(record, world);
+    gate::choose(record, world, outcome);
     let in_wave = |part: &RolloutDevice| part.wave == wave;
     let goes_on =
         record.rollout.devices.iter().any(|part| in_wave(part) && part.started_at.is_some());

@@ -1319,6 +1319,92 @@ fn gate_halts_a_release_with_more_errors_and_takes_it_back() {
     assert_eq!(fleet.canaries(&id), [0_usize; 0]);
 }
 
+/// A canary that is switched off holds the weighing of the others up for no longer than it takes to
+/// see that it does not ask; the controls that are off are left out alike.
+#[test]
+fn gate_weighs_what_is_there() {
+    let mut fleet = Fleet::new(&[400; 60]);
+    fleet.settle_on_1_0_0();
+    fleet.serve(24.0, |_| (5.0, 0.02));
+    let policy = RolloutPolicy {
+        waves: vec![WaveSize::Count(15)],
+        gate: Some(GatePolicy::default()),
+        confirm_timeout_s: 7_200,
+        ..Default::default()
+    };
+    let id = fleet.start("1.1.0", policy).unwrap();
+    let canaries = fleet.canaries(&id);
+    let off = [canaries[0], canaries[1], (0..60).find(|it| !canaries.contains(it)).unwrap()];
+    for device in canaries.iter().filter(|device| !off.contains(device)) {
+        fleet.report(*device, Phase::Confirmed);
+    }
+    let seen = fleet.now;
+    let silent = seen - SignedDuration::from_secs(1);
+    let serve = |fleet: &mut Fleet, hours: f64, of_new: f64| {
+        fleet.serve(hours, |new| (20.0, if new { of_new } else { 0.02 }));
+        off.iter().for_each(|device| fleet.devices[*device].last_seen = silent);
+        fleet.tick();
+    };
+    serve(&mut fleet, 0.0, 0.0);
+    assert!(fleet.rollout(&id).gate.is_none(), "they may yet ask");
+    assert_eq!(fleet.deadline, Some(seen + SignedDuration::from_secs(300)));
+    serve(&mut fleet, 0.1, 0.02);
+    let rollout = fleet.rollout(&id);
+    assert!(rollout.waiting_for.contains("to confirm; fails at"), "{}", rollout.waiting_for);
+    assert!(
+        rollout.waiting_for.contains("the gate of wave 1: compares 13 devices with 44 devices"),
+        "{}",
+        rollout.waiting_for
+    );
+    // It can halt, long before the silent ones count as failed.
+    serve(&mut fleet, 1.0, 0.3);
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Halted, "{}", why(rollout));
+    assert!(why(rollout).contains("worse in errors"));
+}
+
+/// What is weighed together is what chance drew from: with waves of each site, the site's devices.
+#[test]
+fn gate_compares_within_what_waves_are_counted_in() {
+    let mut fleet = Fleet::new(&[400; 60]);
+    for device in 0..60 {
+        fleet.site(device, if device < 20 { "out" } else { "well" });
+    }
+    fleet.settle_on_1_0_0();
+    fleet.serve(24.0, |_| (20.0, 0.02));
+    let policy = RolloutPolicy {
+        waves: vec![WaveSize::Count(10)],
+        per: WavePer::Site,
+        gate: Some(GatePolicy::default()),
+        ..Default::default()
+    };
+    let id = fleet.start("1.1.0", policy).unwrap();
+    let canaries = fleet.canaries(&id);
+    assert_eq!(canaries.iter().filter(|device| **device < 20).count(), 10);
+    for device in canaries {
+        fleet.report(device, Phase::Confirmed);
+    }
+    fleet.serve(0.0, |_| (0.0, 0.0));
+    fleet.tick();
+    // An outage of one site, whatever its devices run. Half the canaries are there, and a fifth of the
+    // controls.
+    let errors = |fleet: &mut Fleet| {
+        for device in &mut fleet.devices[..20] {
+            let evidence = device.report.as_mut().unwrap().evidence.as_mut().unwrap();
+            evidence.counts.errors += 10;
+        }
+    };
+    for _ in 0..5 {
+        fleet.serve(1.0, |_| (20.0, 0.02));
+        errors(&mut fleet);
+        fleet.tick();
+    }
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Running, "{}", why(rollout));
+    let errors = rollout.gate.as_ref().unwrap().metrics[0];
+    assert!(errors.loss.abs() < 0.001 && errors.e_value < 1.0, "{errors:?}");
+}
+
 #[test]
 fn gate_of_a_small_fleet_says_that_it_cannot_tell_and_patience_ends_it() {
     let policy = |patience_s| RolloutPolicy {

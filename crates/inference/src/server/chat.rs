@@ -55,6 +55,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let job = Job { prompts, template, chat: true };
     let generations = job.begin(&app.host).await?;
     let (id, created) = (new_id("chatcmpl"), now_s());
+    app.host.metrics().remember_answer(&id);
     if streaming.wanted {
         let usage = streaming.usage;
         let chunks = ChatChunks { id, created, model: spec.id.clone(), usage, count };

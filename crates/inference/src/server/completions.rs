@@ -60,6 +60,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let job = Job { prompts, template, chat: false };
     let generations = job.begin(&app.host).await?;
     let (id, created) = (new_id("cmpl"), now_s());
+    app.host.metrics().remember_answer(&id);
     let wanted = top.is_some();
     if streaming.wanted {
         let offsets = vec![0; generations.len()];

@@ -7,6 +7,7 @@ mod chat;
 mod completions;
 mod embeddings;
 mod error;
+mod feedback;
 mod fields;
 mod generate;
 mod tokens;
@@ -49,7 +50,7 @@ struct App {
 }
 
 /// The routes: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`,
-/// `/tokenize`, `/detokenize`, `/health` and `/metrics`.
+/// `/v1/feedback`, `/tokenize`, `/detokenize`, `/health` and `/metrics`.
 pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
     let app = App { host, options: Arc::new(options) };
     Router::new()
@@ -58,6 +59,7 @@ pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
         .route("/v1/chat/completions", post(chat::complete))
         .route("/v1/completions", post(completions::complete))
         .route("/v1/embeddings", post(embeddings::embed))
+        .route("/v1/feedback", post(feedback::take))
         .route("/tokenize", post(tokens::tokenise))
         .route("/detokenize", post(tokens::detokenise))
         .route("/health", get(health))

@@ -242,6 +242,10 @@ pub struct Finish {
     pub prompt_ms: f64,
     /// Milliseconds from the first token to the last.
     pub decode_ms: f64,
+    /// Tokens of which the entropy was taken: the first, and one in so many.
+    pub entropy_tokens: u32,
+    /// The sum of these entropies in nats.
+    pub entropy_nats: f64,
 }
 
 /// Why a worker refused or failed one request; the worker goes on.

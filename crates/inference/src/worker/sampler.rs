@@ -152,6 +152,18 @@ pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
     f64::from(largest) + sum.ln()
 }
 
+/// The entropy of the distribution that `logits` mean, in nats; 0 where they are no numbers.
+pub(super) fn entropy(logits: &[f32]) -> f64 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (mut sum, mut weighed) = (0.0_f64, 0.0_f64);
+    for logit in logits.iter().map(|logit| logit - largest).filter(|logit| logit.is_finite()) {
+        let weight = f64::from(logit.exp());
+        sum += weight;
+        weighed += weight * f64::from(logit);
+    }
+    if sum > 0.0 { (sum.ln() - weighed / sum).max(0.0) } else { 0.0 }
+}
+
 /// A token's log-probability beside those of the `top` most probable tokens.
 pub(super) fn logprob(model: &Model, logits: &[f32], token: Token, top: u32) -> TokenLogprob {
     let normaliser = log_sum_exp(logits);

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::protocol::{
     Embedding, Event, Finish, FinishReason, GenerateRequest, Piece, RequestError, Score,
 };
-use super::sampler::{Sampler, log_sum_exp, logprob, most_probable};
+use super::sampler::{Sampler, entropy, log_sum_exp, logprob, most_probable};
 use super::text::TextAssembler;
 use crate::llama::{Batch, Context, Model, Token};
 
@@ -31,6 +31,10 @@ pub(super) enum Work {
     Embed(Embedding64),
 }
 
+/// The entropy of one token in so many is taken: one pass over the vocabulary, which decoding a token
+/// outweighs a hundred times.
+const ENTROPY_EVERY: u32 = 8;
+
 /// An answer under way.
 pub(super) struct Generating {
     request_max_tokens: Option<u32>,
@@ -40,6 +44,8 @@ pub(super) struct Generating {
     prompt_tokens: usize,
     generated: u32,
     first_token_at: Option<Instant>,
+    entropy_tokens: u32,
+    entropy_nats: f64,
 }
 
 impl Generating {
@@ -52,6 +58,8 @@ impl Generating {
             prompt_tokens,
             generated: 0,
             first_token_at: None,
+            entropy_tokens: 0,
+            entropy_nats: 0.0,
         }
     }
 }
@@ -482,6 +490,10 @@ fn next_token(
 ) -> Outcome {
     let Some(token) = generating.sampler.sample(logits, tokens) else { return Outcome::NoNumbers };
     let first_token_at = *generating.first_token_at.get_or_insert_with(Instant::now);
+    if generating.generated.is_multiple_of(ENTROPY_EVERY) {
+        generating.entropy_tokens += 1;
+        generating.entropy_nats += entropy(logits);
+    }
     generating.generated += 1;
     let mut reason = None;
     if stage.model.ends(token) {
@@ -517,5 +529,7 @@ fn next_token(
         queue_ms: (stage.started - stage.arrived).as_secs_f64() * 1e3,
         prompt_ms: (first_token_at - stage.started).as_secs_f64() * 1e3,
         decode_ms: first_token_at.elapsed().as_secs_f64() * 1e3,
+        entropy_tokens: generating.entropy_tokens,
+        entropy_nats: generating.entropy_nats,
     })
 }

@@ -453,3 +453,41 @@ async fn serve_ends_with_the_reason_when_the_model_does_not_load() {
     .await;
     assert!(matches!(served, Err(ServeError::Model(_))), "{served:?}");
 }
+
+#[tokio::test]
+async fn answers_are_called_good_or_bad_once_each() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let (_, answer) = endpoint.post("/v1/completions", completion(8)).await;
+    let id = answer["id"].as_str().expect("an id").to_owned();
+    let chunks =
+        endpoint.events("/v1/completions", with(completion(4), "stream", json!(true))).await;
+    let streamed = chunks[0]["id"].as_str().expect("an id").to_owned();
+    let feedback = async |id: &str, value: Value| {
+        endpoint.post("/v1/feedback", json!({ "response_id": id, "value": value })).await
+    };
+    assert_eq!(feedback(&id, json!(1)).await, (200, json!({ "counted": true })));
+    assert_eq!(feedback(&id, json!(-1)).await, (200, json!({ "counted": false })));
+    assert_eq!(feedback(&streamed, json!(-1)).await, (200, json!({ "counted": true })));
+    assert_eq!(feedback("cmpl-0", json!(1)).await, (200, json!({ "counted": false })));
+    for wrong in [json!(0), json!(2), json!("1"), json!(1.5), Value::Null] {
+        assert_eq!(feedback(&id, wrong.clone()).await.0, 400, "{wrong}");
+    }
+    let (status, error) = endpoint.post("/v1/feedback", json!({ "value": 1 })).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("response_id")));
+    let (status, _) = endpoint
+        .post("/v1/feedback", json!({ "response_id": id, "value": 1, "comment": "private" }))
+        .await;
+    assert_eq!(status, 400, "text has no place here");
+    let counts = endpoint.host.evidence();
+    assert_eq!((counts.answered, counts.thumbs_up, counts.thumbs_down), (2, 1, 1));
+    // One token in eight, from the first; the vocabulary bounds what there is to be unsure of.
+    assert!((2..=4).contains(&counts.entropy_tokens), "{counts:?}");
+    assert!(counts.entropy_nats > 0.0 && counts.entropy_nats < 4.0 * 12.0, "{counts:?}");
+    // What is said of the model before is not about this one.
+    let (_, answer) = endpoint.post("/v1/completions", completion(4)).await;
+    let staged = endpoint.host.stage(model(runtime())).await.expect("it loads");
+    endpoint.host.activate(staged);
+    let id = answer["id"].as_str().expect("an id");
+    assert_eq!(feedback(id, json!(1)).await, (200, json!({ "counted": false })));
+    endpoint.stop().await;
+}
