@@ -46,6 +46,8 @@ const MAX_SECRET_BYTES: u64 = 64 << 10;
 const MAX_CONTENTS_BYTES: u64 = 1 << 20;
 /// The table of the database itself; its content is `schemas` in the contents.
 const VERSIONS_TABLE: &str = "schema_version";
+/// Tables by which several hubs agree at the moment; their secrets are in files.
+const PASSING_TABLES: [&str; 4] = ["changes", "planners", "replicas", "secrets"];
 /// The tables' components, oldest version first.
 const SCHEMAS: [Schema; 2] = [store::SCHEMA, registry::SCHEMA];
 
@@ -498,6 +500,9 @@ struct Saved {
 fn save_tables(tx: &Tx<'_>, folder: &Path) -> Result<Saved> {
     let sql = format!("SELECT component, version FROM {VERSIONS_TABLE}");
     let schemas = tx.query(&sql, params![], |row| Ok::<_, DbError>((row.get(0)?, row.get(1)?)))?;
+    let kept =
+        |(component, _): &(String, u32)| SCHEMAS.iter().any(|schema| schema.component == component);
+    let schemas = schemas.into_iter().filter(kept);
     let at = Timestamp::now();
     let tables = tables_of(tx)?;
     let tables = tables.into_iter().map(|(name, columns)| save_table(tx, folder, name, columns));
@@ -509,7 +514,7 @@ fn save_tables(tx: &Tx<'_>, folder: &Path) -> Result<Saved> {
     })?;
     blobs.dedup_by_key(|entry| entry.digest);
     blobs.sort_by_key(|entry| entry.digest);
-    Ok(Saved { at, schemas: schemas.into_iter().collect(), tables, blobs })
+    Ok(Saved { at, schemas: schemas.collect(), tables, blobs })
 }
 
 fn blob_of(digest: &str, size_bytes: i64, path: &Path) -> Result<BlobEntry> {
@@ -525,7 +530,7 @@ fn tables_of(tx: &Tx<'_>) -> Result<Vec<(String, Vec<String>)>> {
     let mut tables: Vec<(String, Vec<String>)> = Vec::new();
     for (table, column) in tx.columns()? {
         match tables.last_mut() {
-            _ if table == VERSIONS_TABLE => {}
+            _ if table == VERSIONS_TABLE || PASSING_TABLES.contains(&table.as_str()) => {}
             Some((last, columns)) if *last == table => columns.push(column),
             _ => tables.push((table, vec![column])),
         }

@@ -17,9 +17,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
+use jiff::Timestamp;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as StorePath;
-use object_store::{GetOptions, GetRange, GetResultPayload, MultipartUpload, ObjectStore};
+use object_store::{
+    GetOptions, GetRange, GetResultPayload, MultipartUpload, ObjectMeta, ObjectStore,
+};
 use slmops_artifact::Digest;
 use slmops_artifact::digest::Hasher;
 use tokio::task::JoinSet;
@@ -45,6 +48,8 @@ const READ_CHUNK_BYTES: usize = 256 << 10;
 const PART_BYTES: u64 = 8 << 20;
 /// Parts on their way to a remote store at the same time.
 const PARTS_AT_ONCE: usize = 2;
+/// A blob that is no newer is not on its way to a repository any more, in seconds.
+const SETTLED_S: i64 = 3600;
 /// The folder of blobs in the hub's data folder.
 const BLOB_FOLDER: &str = "blobs";
 /// The folder of staging files beside it; on the same file system, so that a rename is enough.
@@ -306,6 +311,26 @@ impl Blobs {
         Ok(Self { inner: Arc::new(Inner { store, readers, local: None, staging }) })
     }
 
+    /// What tells this folder from every other one, made when it is first asked for; empty for a store
+    /// that is no folder.
+    ///
+    /// # Errors
+    /// If it cannot be read or made.
+    pub fn identity(&self) -> Result<String, BlobError> {
+        let Some(root) = &self.inner.local else { return Ok(String::new()) };
+        let path = root.join(OWNER_OBJECT);
+        match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let id = hex::encode(rand::random::<[u8; 8]>());
+                durable::write_secret(&path, id.as_bytes())
+                    .map_err(BlobError::file("write", &path))?;
+                Ok(format!("folder {} ({id})", root.display()))
+            }
+            Ok(id) => Ok(format!("folder {} ({id})", root.display())),
+            Err(error) => Err(BlobError::file("read", &path)(error)),
+        }
+    }
+
     /// Opens the staging file `name`, with what an earlier attempt left in it (which is read and
     /// hashed again). `name` is 1 to 64 of a-z, 0-9 and `-`; one owner at a time.
     ///
@@ -540,16 +565,29 @@ impl Blobs {
 
     /// Every blob; objects whose place names no digest are left out.
     pub fn list(&self) -> BoxStream<'static, Result<BlobEntry, BlobError>> {
+        self.list_until(i64::MAX)
+    }
+
+    /// Every blob that was written until then.
+    fn list_until(&self, second: i64) -> BoxStream<'static, Result<BlobEntry, BlobError>> {
         let listed = self.inner.store.list(None);
-        let entries = listed.filter_map(async |found| match found {
-            Err(error) => Some(Err(BlobError::store("list blobs")(error))),
-            Ok(meta) => {
-                let name = format!("sha256:{}", meta.location.filename()?);
-                let digest = name.parse().ok()?;
-                Some(Ok(BlobEntry { digest, size_bytes: meta.size }))
-            }
+        let entries = listed.filter_map(move |found| {
+            let entry = match found {
+                Err(error) => Some(Err(BlobError::store("list blobs")(error))),
+                Ok(meta) if meta.last_modified.timestamp() > second => None,
+                Ok(meta) => entry_of(&meta).map(Ok),
+            };
+            std::future::ready(entry)
         });
         entries.boxed()
+    }
+
+    /// The same, but in a store that other hubs use as well for those that were written a while ago:
+    /// what is new may be about to be given to a repository.
+    pub fn list_settled(&self) -> BoxStream<'static, Result<BlobEntry, BlobError>> {
+        let settled =
+            Timestamp::now().as_second() - i64::from(self.inner.local.is_none()) * SETTLED_S;
+        self.list_until(settled)
     }
 
     /// Removes a blob; one that is not there is no error.
@@ -618,6 +656,12 @@ async fn answered<T>(
 /// Whether a staging file is one of [`Blobs::put`], which nobody resumes.
 pub fn is_own(name: &str) -> bool {
     name.starts_with(OWN_PREFIX)
+}
+
+/// The blob at an object's place, if that names one.
+fn entry_of(meta: &ObjectMeta) -> Option<BlobEntry> {
+    let name = format!("sha256:{}", meta.location.filename()?);
+    Some(BlobEntry { digest: name.parse().ok()?, size_bytes: meta.size })
 }
 
 /// `sha256/ab/ab…`: folders of at most a few hundred entries each.

@@ -11,12 +11,14 @@ use rusqlite::TransactionBehavior;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+mod feed;
 mod postgres;
 mod sqlite;
 #[cfg(test)]
 pub(crate) mod tests;
 mod value;
 
+pub use feed::{Feed, Note};
 pub use postgres::Postgres;
 pub use sqlite::FolderLock;
 use value::RowOf;
@@ -168,14 +170,6 @@ pub enum DbError {
         /// What is wrong with it.
         reason: String,
     },
-    /// Another hub writes to the PostgreSQL database.
-    #[error(
-        "database {database} is in use by another hub\nhint: stop that hub, or give this one a database of its own"
-    )]
-    DatabaseInUse {
-        /// Which one.
-        database: String,
-    },
     /// A column holds something else than this program wrote.
     #[error("database: column {index}: {source}")]
     Column {
@@ -256,17 +250,17 @@ impl Database {
         Ok(Self::over(Source::Sqlite { path, _lock: lock }, writer))
     }
 
-    /// Opens a PostgreSQL database, which must exist: takes the right to write to it, and brings
+    /// Opens a PostgreSQL database, which must exist and which other hubs may use as well, and brings
     /// every component's tables up to date. Blocking, and within a runtime: call it from a thread
     /// for blocking work.
     ///
     /// # Errors
-    /// A server that cannot be reached or refuses, a database that another hub uses, tables of a
-    /// newer program, or a migration that fails.
+    /// A server that cannot be reached or refuses, tables of a newer program, or a migration that
+    /// fails.
     pub fn open_postgres(server: Postgres, schemas: &[Schema]) -> Result<Self, DbError> {
         let handle = Handle::current();
-        let mut writer = Connection::Postgres(server.connect(&handle, true)?);
-        migrate(&server.to_string(), &mut writer, schemas)?;
+        let mut writer = Connection::Postgres(server.connect(&handle)?);
+        migrate(&server.to_string(), &mut writer, &[schemas, &[feed::SCHEMA]].concat())?;
         Ok(Self::over(Source::Postgres { server: Box::new(server), handle }, writer))
     }
 
@@ -295,7 +289,7 @@ impl Database {
         server: &Postgres,
         query: impl FnOnce(&Tx<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
-        let mut connection = Connection::Postgres(server.connect(&Handle::current(), false)?);
+        let mut connection = Connection::Postgres(server.connect(&Handle::current())?);
         transact(&mut connection, false, query)
     }
 
@@ -383,7 +377,7 @@ impl Source {
                 Ok(Connection::Postgres(open))
             }
             (Self::Postgres { server, handle }, _) => {
-                Ok(Connection::Postgres(server.connect(handle, writes)?))
+                Ok(Connection::Postgres(server.connect(handle)?))
             }
         }
     }
@@ -692,6 +686,11 @@ fn migrate(database: &str, connection: &mut Connection, schemas: &[Schema]) -> R
         let found = found.map_or(0, |(_, version)| *version as usize);
         for (number, sql) in (1_u32..).zip(schema.migrations).skip(found) {
             let step = transact(connection, true, |tx| {
+                // Another hub that starts at the same time may have been faster.
+                let done = "SELECT 1 FROM schema_version WHERE component = ?1 AND version >= ?2";
+                if tx.exists(done, params![schema.component, number])? {
+                    return Ok(0);
+                }
                 tx.batch(sql)?;
                 tx.execute(
                     "INSERT INTO schema_version (component, version) VALUES (?1, ?2)

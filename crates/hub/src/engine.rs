@@ -2,7 +2,8 @@
 //!
 //! A decision is one transaction: snapshot, pure function, result. Handlers run the operator's
 //! commands through [`Engine::create_rollout`] and [`Engine::command`]; the task in [`Engine::run`]
-//! does the rest whenever it is told that something changed, or a deadline comes.
+//! does the rest whenever it is told that something changed, or a deadline comes. With several hubs
+//! over one database, only that of the hub that leads ([`Lead`]) does.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use tokio::sync::watch;
 use crate::db::DbError;
 use crate::events::{Board, Events};
 use crate::listening::Listening;
+use crate::replicas::Lead;
 use crate::store::{
     AuditDraft, By, PageRequest, Snapshot, Store, StoreError, StoredDevice, Transition,
 };
@@ -48,13 +50,19 @@ pub struct Engine {
     events: Events,
     wake: Arc<Notify>,
     listening: Arc<Listening>,
+    lead: watch::Receiver<Lead>,
 }
 
 impl Engine {
     /// An engine over a store; [`Engine::run`] must run for devices to be told anything.
-    pub fn new(store: Arc<dyn Store>, board: Board, events: Events) -> Self {
+    pub fn new(
+        store: Arc<dyn Store>,
+        board: Board,
+        events: Events,
+        lead: watch::Receiver<Lead>,
+    ) -> Self {
         let listening = Arc::new(Listening::begin(Timestamp::now(), Instant::now()));
-        Self { store, board, events, wake: Arc::default(), listening }
+        Self { store, board, events, wake: Arc::default(), listening, lead }
     }
 
     fn moment(&self, now: Timestamp) -> Moment {
@@ -71,8 +79,10 @@ impl Engine {
         let mut write_seen = tokio::time::interval(WRITE_SEEN_EVERY);
         write_seen.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut next = Duration::ZERO;
+        let mut lead = self.lead.clone();
         loop {
             tokio::select! {
+                Ok(()) = lead.changed() => {}
                 () = self.wake.notified() => {}
                 () = tokio::time::sleep(next) => {}
                 _ = write_seen.tick() => {
@@ -102,12 +112,17 @@ impl Engine {
         }
     }
 
-    /// Decides until nothing changes any more. Returns when to look again.
+    /// Decides until nothing changes any more, if this hub leads. Returns when to look again.
     ///
     /// # Errors
     /// What the store says; nothing of the failed decision was changed.
     pub async fn settle(&self) -> Result<Option<Timestamp>, StoreError> {
         for _ in 0..MAX_ROUNDS {
+            let fence = match self.lead.borrow().clone() {
+                Lead::Alone => None,
+                Lead::Here(fence) => Some(fence),
+                Lead::Elsewhere => return Ok(None),
+            };
             // Most wakes change nothing: look over a read-only snapshot first.
             let now = Timestamp::now();
             let moment = self.moment(now);
@@ -118,7 +133,9 @@ impl Engine {
                 return Ok(look.deadline);
             }
             let board = self.board.clone();
-            let decide = move |snapshot: &Snapshot| Ok(tick(snapshot, &board, moment));
+            let decide = move |snapshot: &Snapshot| {
+                Ok(Transition { fence: fence.clone(), ..tick(snapshot, &board, moment) })
+            };
             let done = self.store.transition(By::hub(now), vec![], Box::new(decide)).await?;
             self.publish(&done);
         }
@@ -348,6 +365,7 @@ fn transition(plan: Plan, mut forced: Vec<RolloutRecord>, audit: Vec<AuditDraft>
         assignments: plan.assignments,
         quarantined: plan.quarantined,
         audit,
+        fence: None,
         deadline: plan.deadline,
     }
 }

@@ -104,6 +104,12 @@ impl Board {
         }
     }
 
+    /// Whether it has the device.
+    pub fn knows(&self, device: &DeviceId) -> bool {
+        let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        places.contains_key(device)
+    }
+
     /// Whether the device is enrolled and not shut out.
     pub fn is_active(&self, device: &DeviceId) -> bool {
         let places = self.places.read().unwrap_or_else(PoisonError::into_inner);

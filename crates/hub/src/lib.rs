@@ -13,6 +13,7 @@ pub mod engine;
 pub mod events;
 mod listening;
 pub mod registry;
+pub mod replicas;
 pub mod routes;
 pub mod server;
 pub mod store;

@@ -22,11 +22,12 @@ use crate::auth::{
     Auth, AuthError, HubSecret, LookupError, Operator, Principals, SecretHash, new_operator_token,
 };
 use crate::blobs::{BlobError, Blobs, S3};
-use crate::db::{Database, DbError, FolderLock, Postgres, Schema};
+use crate::db::{Database, DbError, FolderLock, Postgres, Schema, Tx, params};
 use crate::durable;
 use crate::engine::Engine;
 use crate::events::{Board, Events};
 use crate::registry::{self, Registry, RegistryError};
+use crate::replicas::{self, Lead, Replica};
 use crate::routes::{self, AppState, Metrics, Shared};
 use crate::store::{By, SCHEMA, SqlStore, Store, StoreError, record_registry};
 use crate::tls::{CA_CERTIFICATE_FILE, Tls, TlsError};
@@ -117,6 +118,24 @@ pub enum HubError {
     /// The secret behind device tokens cannot be used.
     #[error(transparent)]
     Auth(#[from] AuthError),
+    /// Other hubs over the same database keep their blobs elsewhere.
+    #[error(
+        "another hub over this database keeps its blobs in {there}, this one in {here}\nhint: hubs over one database need one store of blobs: start each with the same --blobs s3://BUCKET/PREFIX"
+    )]
+    OtherBlobs {
+        /// Where this hub does.
+        here: String,
+        /// Where the other one does.
+        there: String,
+    },
+    /// The data folder belongs to a hub over another database.
+    #[error(
+        "{} is another one than that of the hubs over this database\nhint: give this hub a data folder of its own: it gets the secrets from the database", path.display()
+    )]
+    OtherSecrets {
+        /// The file that differs.
+        path: PathBuf,
+    },
     /// A listener ended.
     #[error("serve {address}: {source}")]
     Serve {
@@ -146,9 +165,11 @@ pub struct RunningHub {
     pub admin_token_file: PathBuf,
     /// Whether this start made the data folder's content.
     pub first_start: bool,
+    /// What this hub is called among several over one database.
+    pub replica: Option<String>,
     handles: Vec<Handle<SocketAddr>>,
     listeners: Vec<JoinHandle<Result<(), HubError>>>,
-    engine: Option<JoinHandle<()>>,
+    tasks: Vec<JoinHandle<()>>,
     stop: watch::Sender<bool>,
     /// The folder's, where the database is elsewhere and does not hold it.
     _lock: Option<FolderLock>,
@@ -173,21 +194,43 @@ impl Hub {
         durable::create_private_folder(&folder)
             .map_err(|source| HubError::File { path: folder.clone(), source })?;
         let (opened, server) = (folder.clone(), config.database.clone());
-        let open = move || open_database(&opened, server, &[SCHEMA, registry::SCHEMA]);
+        let open = move || match server {
+            None => open_database(&opened, None, &[SCHEMA, registry::SCHEMA]),
+            server => {
+                let schemas = [SCHEMA, registry::SCHEMA, replicas::SCHEMA];
+                open_database(&opened, server, &schemas)
+            }
+        };
         let (db, lock) =
             tokio::task::spawn_blocking(open).await.map_err(|_| DbError::Panicked)??;
         let store: Arc<dyn Store> = Arc::new(SqlStore::new(db.clone()));
-        let first_start = first_start(&store, &folder).await?;
-
         let mut names = config.names.clone();
         let listens = config.listen.map(|address| address.ip());
         names.extend(listens.filter(|ip| !ip.is_unspecified()).map(|ip| ip.to_string()));
+        let replica = match db.feed().await? {
+            None => None,
+            Some(feed) => {
+                let blobs = match &config.blobs {
+                    Some(place) => place.to_string(),
+                    None => Blobs::open(&folder)?.identity()?,
+                };
+                let (at, names) = (folder.clone(), names.clone());
+                let make = move |tx: &Tx<'_>| make_secrets(tx, &at, &names);
+                let joined = Replica::join(&db, &feed, blobs, &folder, make).await?;
+                Some((joined, feed))
+            }
+        };
+        let first_start = first_start(&store, &folder).await?;
         let tls = Tls::open(&folder.join(TLS_FOLDER), &names)?;
         let secret = HubSecret::load_or_create(&folder.join(HUB_SECRET_FILE))?;
         let snapshot = store.snapshot(vec![]).await?;
         let board = Board::new(&snapshot.devices);
         let events = Events::default();
-        let engine = Engine::new(Arc::clone(&store), board.clone(), events.clone());
+        let lead = match &replica {
+            None => watch::channel(Lead::Alone).1,
+            Some((replica, _)) => replica.lead(),
+        };
+        let engine = Engine::new(Arc::clone(&store), board.clone(), events.clone(), lead);
         let principals = Known { store: Arc::clone(&store), board: board.clone() };
         let auth = Auth::new(secret, Arc::new(principals));
         let blobs = match &config.blobs {
@@ -198,10 +241,10 @@ impl Hub {
         let registry = Registry::with_observer(db, blobs, auth.clone(), Some(audit));
         registry.sweep().await?;
         let state = AppState::new(Shared {
-            store,
+            store: Arc::clone(&store),
             auth,
-            board,
-            events,
+            board: board.clone(),
+            events: events.clone(),
             engine: engine.clone(),
             packages: Arc::new(registry.clone()),
             metrics: Metrics::default(),
@@ -249,7 +292,14 @@ impl Hub {
             handles.push(handle);
         }
         let (stop, stopped) = watch::channel(false);
-        let engine = tokio::spawn(engine.run(stopped));
+        let mut tasks = vec![tokio::spawn(engine.clone().run(stopped.clone()))];
+        let mut id = None;
+        if let Some((replica, feed)) = replica {
+            id = Some(replica.id().to_owned());
+            tasks.push(tokio::spawn(replica.keep(stopped.clone())));
+            let follow = replicas::follow(feed, store, engine, board, events, stopped);
+            tasks.push(tokio::spawn(follow));
+        }
         tracing::info!(?https, ?http, data = %folder.display(), "hub started");
         Ok(RunningHub {
             https,
@@ -259,9 +309,10 @@ impl Hub {
             ca: tls.ca_digest(),
             admin_token_file: folder.join(ADMIN_TOKEN_FILE),
             first_start,
+            replica: id,
             handles,
             listeners,
-            engine: Some(engine),
+            tasks,
             stop,
             _lock: lock,
         })
@@ -324,8 +375,8 @@ impl RunningHub {
             let _ = listener.await;
         }
         let _ = self.stop.send(true);
-        if let Some(engine) = self.engine.take() {
-            let _ = engine.await;
+        for task in self.tasks.drain(..) {
+            let _ = task.await;
         }
     }
 }
@@ -367,25 +418,41 @@ fn read_token(path: &Path) -> io::Result<String> {
     Ok(text.trim().to_owned())
 }
 
+/// The administrator's token in the data folder; made if there is none.
+fn open_token(folder: &Path) -> Result<String, HubError> {
+    let path = folder.join(ADMIN_TOKEN_FILE);
+    let failed = |source| HubError::File { path: path.clone(), source };
+    match read_token(&path) {
+        Ok(secret) if !secret.is_empty() => Ok(secret),
+        Ok(_) => Err(failed(io::ErrorKind::InvalidData.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let secret = new_operator_token();
+            let line = format!("{}\n", secret.expose());
+            durable::write_secret(&path, line.as_bytes()).map_err(failed)?;
+            Ok(secret.expose().to_owned())
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Makes what is missing of the secrets that hubs over one database share.
+fn make_secrets(tx: &Tx<'_>, folder: &Path, names: &[String]) -> Result<(), HubError> {
+    Tls::open(&folder.join(TLS_FOLDER), names)?;
+    HubSecret::load_or_create(&folder.join(HUB_SECRET_FILE))?;
+    // Where there are tokens already, an administrator may have taken the first one away.
+    if !tx.exists("SELECT 1 FROM tokens", params![])? {
+        open_token(folder)?;
+    }
+    Ok(())
+}
+
 /// Makes the administrator's token and the default classes where there is no token yet. The file is
 /// written first: a crash in between leaves a token that is taken up the next time.
 async fn first_start(store: &Arc<dyn Store>, folder: &Path) -> Result<bool, HubError> {
     if !store.tokens().await?.is_empty() {
         return Ok(false);
     }
-    let path = folder.join(ADMIN_TOKEN_FILE);
-    let failed = |source| HubError::File { path: path.clone(), source };
-    let secret = match read_token(&path) {
-        Ok(secret) if !secret.is_empty() => secret,
-        Ok(_) => return Err(failed(io::ErrorKind::InvalidData.into())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let secret = new_operator_token();
-            let line = format!("{}\n", secret.expose());
-            durable::write_secret(&path, line.as_bytes()).map_err(failed)?;
-            secret.expose().to_owned()
-        }
-        Err(error) => return Err(failed(error)),
-    };
+    let secret = open_token(folder)?;
     let now = Timestamp::now();
     if store.classes().await?.is_empty() {
         for (name, min_memory_bytes, quantisation, description) in DEFAULT_CLASSES {
@@ -405,8 +472,12 @@ async fn first_start(store: &Arc<dyn Store>, folder: &Path) -> Result<bool, HubE
         created_at: now,
         expires_at: None,
     };
-    store.add_token(By::hub(now), token, SecretHash::of(&secret)).await?;
-    Ok(true)
+    match store.add_token(By::hub(now), token, SecretHash::of(&secret)).await {
+        Ok(()) => Ok(true),
+        // Another hub that starts at the same time was faster.
+        Err(StoreError::Db(error)) if error.is_constraint() => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Who may call, from the store and the board.
@@ -426,6 +497,16 @@ impl Principals for Known {
     }
 
     fn device_is_active(&self, device: DeviceId) -> BoxFuture<'_, Result<bool, LookupError>> {
-        Box::pin(async move { Ok(self.board.is_active(&device)) })
+        Box::pin(async move {
+            if !self.board.knows(&device) {
+                // It may have joined by another hub a moment ago.
+                match self.store.device(device.to_string()).await {
+                    Ok(found) => self.board.put(&found),
+                    Err(StoreError::NotFound { .. }) => return Ok(false),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(self.board.is_active(&device))
+        })
     }
 }

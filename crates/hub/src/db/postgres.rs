@@ -1,8 +1,7 @@
 //! The PostgreSQL driver: a few connections, opened again when the server comes back.
 //!
-//! The connection that writes holds an advisory lock for as long as it lives: one hub at a time
-//! changes a database, as with the lock on a data folder, and whoever lost the connection has lost
-//! the right to write with it.
+//! A transaction that writes holds an advisory lock: those of all hubs over one database take turns,
+//! as they do within one hub.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -10,7 +9,7 @@ use std::fmt;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use rustls::{ClientConfig, RootCertStore};
@@ -30,13 +29,12 @@ use super::{BUSY_TIMEOUT, DbError};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long one statement may take.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long to wait for the lock of a hub that has just ended: the server notices within moments.
-const TAKE_OVER: Duration = Duration::from_secs(5);
 /// How soon the server notices that a hub has died in the middle of a statement (from version 14 on).
 const NOTICE_DEATH: Duration = Duration::from_secs(1);
-/// How often to try meanwhile.
-const TAKE_OVER_STEP: Duration = Duration::from_millis(100);
-/// The advisory lock of the hub that writes: `slmops` in ASCII.
+/// How long a transaction that writes may rest between two statements before the server ends it:
+/// other hubs wait for it.
+const WRITER_RESTS: Duration = Duration::from_secs(10);
+/// The advisory lock of whoever writes: `slmops` in ASCII.
 const HUB_LOCK: i64 = 0x736c_6d6f_7073;
 
 /// Where a PostgreSQL database is, and as whom to use it. Never shows the password.
@@ -44,6 +42,8 @@ const HUB_LOCK: i64 = 0x736c_6d6f_7073;
 pub struct Postgres {
     config: Config,
     tls: Option<MakeRustlsConnect>,
+    /// Says which hub made a change.
+    origin: String,
 }
 
 impl fmt::Debug for Postgres {
@@ -110,11 +110,25 @@ impl Postgres {
                 Some(MakeRustlsConnect::new(client_config(Path::new(&path))?))
             }
         };
-        Ok(Self { config, tls })
+        let origin = hex::encode(rand::random::<[u8; 8]>());
+        Ok(Self { config, tls, origin })
     }
 
-    /// Opens a connection. For the writer it takes the lock that keeps other hubs out.
-    pub(super) fn connect(&self, handle: &Handle, writer: bool) -> Result<Connection, DbError> {
+    /// Who this hub is to others over the same database: another one at each start.
+    pub(super) fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub(super) fn tls(&self) -> Option<&MakeRustlsConnect> {
+        self.tls.as_ref()
+    }
+
+    /// Opens a connection.
+    pub(super) fn connect(&self, handle: &Handle) -> Result<Connection, DbError> {
         let client = handle.block_on(async {
             let connecting = async {
                 match &self.tls {
@@ -138,31 +152,14 @@ impl Postgres {
             "SET statement_timeout = {0}; SET idle_in_transaction_session_timeout = {0};
              SET lock_timeout = {1}; SET client_min_messages = warning;
              SELECT set_config(name, '{2}', false) FROM pg_settings
-                 WHERE name = 'client_connection_check_interval';",
+                 WHERE name = 'client_connection_check_interval';
+             SELECT set_config('slm.origin', '{3}', false);",
             STATEMENT_TIMEOUT.as_millis(),
             BUSY_TIMEOUT.as_millis(),
             NOTICE_DEATH.as_millis(),
+            self.origin,
         ))?;
-        if writer {
-            self.lock_out_others(&connection)?;
-        }
         Ok(connection)
-    }
-
-    fn lock_out_others(&self, connection: &Connection) -> Result<(), DbError> {
-        let started = Instant::now();
-        loop {
-            let row = connection
-                .query("SELECT pg_try_advisory_lock(?1)", &[Value::Integer(HUB_LOCK)])?
-                .pop();
-            if row.is_some_and(|row| row.get::<_, bool>(0)) {
-                return Ok(());
-            }
-            if started.elapsed() > TAKE_OVER {
-                return Err(DbError::DatabaseInUse { database: self.to_string() });
-            }
-            std::thread::sleep(TAKE_OVER_STEP);
-        }
     }
 }
 
@@ -227,12 +224,22 @@ impl Connection {
         self.client.is_closed()
     }
 
-    /// Begins a transaction: one that may write, or one snapshot to read.
+    /// Begins a transaction: one that may write, when it is its turn, or one snapshot to read.
     pub(super) fn begin(&self, writes: bool) -> Result<(), DbError> {
-        self.batch(match writes {
-            true => "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",
-            false => "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
-        })
+        if !writes {
+            return self.batch("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+        }
+        let begun = self.batch(&format!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+             SET LOCAL idle_in_transaction_session_timeout = {};
+             SELECT pg_advisory_xact_lock({HUB_LOCK})",
+            WRITER_RESTS.as_millis(),
+        ));
+        if begun.is_err() && !self.is_closed() {
+            // It waited for too long; what was begun must end.
+            self.end(false)?;
+        }
+        begun
     }
 
     /// Ends the transaction.

@@ -6,6 +6,14 @@ use super::*;
 pub(crate) mod server;
 pub(crate) use server::{Server, certified};
 
+/// How long what happens at once may take.
+const SOON: Duration = Duration::from_secs(20);
+
+/// As another hub would find it.
+fn as_another_hub(server: &Server, name: &str) -> Postgres {
+    Postgres::parse(&server.url(name), None).unwrap()
+}
+
 /// Where the database `name` is, which is made.
 pub(crate) fn fresh(server: &Server, name: &str) -> Postgres {
     Postgres::parse(&server.database(name), None).unwrap()
@@ -245,9 +253,62 @@ async fn postgres_keeps_the_same_promises() {
     assert!(matches!(&error, DbError::NewerSchema { found: 2, known: 1, .. }), "{error}");
     let db = open_postgres(place.clone(), TWO).await.unwrap();
 
-    // One hub at a time.
-    let error = open_postgres(place, TWO).await.err().expect("refused");
-    assert!(matches!(error, DbError::DatabaseInUse { .. }), "{error}");
+    // Two hubs take turns, and hear of each other's changes; each not of its own.
+    let other = open_postgres(as_another_hub(&server, "moves"), TWO).await.unwrap();
+    let mut feed = db.feed().await.unwrap().unwrap();
+    let mut feed_there = other.feed().await.unwrap().unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for db in [&db, &other].into_iter().cycle().take(20) {
+        let db = db.clone();
+        tasks.spawn(async move {
+            db.write(|tx| {
+                let n = tx.first("SELECT n FROM thing", params![], |row| row.get::<i64>(0))?;
+                tx.announce("thing", &n.unwrap().to_string())?;
+                tx.execute("UPDATE thing SET n = ?1", params![n.unwrap() + 1])
+            })
+            .await
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap().unwrap();
+    }
+    assert_eq!(number(&db, "SELECT n FROM thing").await, 21);
+    let (mut heard, mut heard_there) = (Vec::new(), Vec::new());
+    while heard.len() < 10 || heard_there.len() < 10 {
+        heard.extend(feed.read().await.unwrap().unwrap());
+        heard_there.extend(feed_there.read().await.unwrap().unwrap());
+    }
+    let told = |note: &Note| note.object.parse::<i64>().unwrap();
+    let mut all: Vec<i64> = heard.iter().chain(&heard_there).map(told).collect();
+    assert!(heard.iter().map(told).is_sorted(), "in the order of commits: {heard:?}");
+    all.sort_unstable();
+    assert_eq!(all, (1..=20).collect::<Vec<_>>());
+    // What is rolled back is not announced; and whoever waits is woken by the server.
+    while tokio::time::timeout(Duration::from_millis(200), feed.told()).await.is_ok() {}
+    let refused: Result<(), DbError> = other
+        .write(|tx| {
+            tx.announce("thing", "never")?;
+            Err(DbError::ShuttingDown)
+        })
+        .await;
+    assert!(refused.is_err());
+    let wakes = tokio::spawn({
+        let other = other.clone();
+        async move { other.write(|tx| tx.announce("thing", "now")).await }
+    });
+    tokio::time::timeout(SOON, feed.told()).await.expect("the server tells");
+    wakes.await.unwrap().unwrap();
+    let heard = feed.read().await.unwrap().unwrap();
+    assert_eq!(heard, [Note { kind: "thing".into(), object: "now".into() }]);
+    // Notes that were forgotten before they were read are not passed over in silence.
+    other.write(|tx| tx.announce("thing", "a")).await.unwrap();
+    other.write(|tx| tx.announce("thing", "b")).await.unwrap();
+    let long_ago = "UPDATE changes SET at_ms = 0";
+    db.write(|tx| tx.execute(long_ago, params![])).await.unwrap();
+    Feed::forget(&db).await.unwrap();
+    assert_eq!(feed.read().await.unwrap(), None);
+    assert_eq!(feed.read().await.unwrap(), Some(vec![]));
+    drop((other, feed_there));
 
     // Errors and panics roll back, and the connection goes on.
     let refused: Result<(), DbError> = db
@@ -272,23 +333,6 @@ async fn postgres_keeps_the_same_promises() {
     let zero: Result<usize, DbError> =
         db.write(|tx| tx.execute("UPDATE thing SET note = ?1", params!["a\0b"])).await;
     assert!(matches!(zero, Err(DbError::ZeroByte)), "{zero:?}");
-
-    // Writers take turns.
-    let mut tasks = tokio::task::JoinSet::new();
-    for _ in 0..20 {
-        let db = db.clone();
-        tasks.spawn(async move {
-            db.write(|tx| {
-                let n = tx.first("SELECT n FROM thing", params![], |row| row.get::<i64>(0))?;
-                tx.execute("UPDATE thing SET n = ?1", params![n.unwrap() + 1])
-            })
-            .await
-        });
-    }
-    while let Some(done) = tasks.join_next().await {
-        done.unwrap().unwrap();
-    }
-    assert_eq!(number(&db, "SELECT n FROM thing").await, 21);
 
     // The server dies: what was committed is there when it is back, and so is the hub.
     server.kill();

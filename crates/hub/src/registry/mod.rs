@@ -32,6 +32,7 @@ use http_body_util::BodyExt as _;
 use serde::Deserialize;
 use slmops_api::audit::Role;
 use slmops_artifact::Digest;
+use tokio::runtime::Handle;
 
 pub use self::error::RegistryError;
 pub use self::index::{SCHEMA, StoredManifest};
@@ -89,9 +90,6 @@ struct Inner {
     blobs: Blobs,
     auth: Auth,
     sessions: Sessions,
-    /// Held shared while a blob's bytes and its row are brought together, alone while bytes that no
-    /// repository has are removed.
-    bytes_in_use: tokio::sync::RwLock<()>,
     on_change: Option<OnChange>,
 }
 
@@ -154,8 +152,8 @@ impl Registry {
         auth: Auth,
         on_change: Option<OnChange>,
     ) -> Self {
-        let (sessions, bytes_in_use) = (Sessions::default(), tokio::sync::RwLock::default());
-        Self { inner: Arc::new(Inner { db, blobs, auth, sessions, bytes_in_use, on_change }) }
+        let sessions = Sessions::default();
+        Self { inner: Arc::new(Inner { db, blobs, auth, sessions, on_change }) }
     }
 
     /// A manifest, if the repository has it.
@@ -234,22 +232,34 @@ impl Registry {
     /// # Errors
     /// A failing database or store.
     pub async fn sweep(&self) -> Result<()> {
-        let Inner { db, blobs, bytes_in_use, .. } = &*self.inner;
+        let blobs = &self.inner.blobs;
         self.expire_uploads().await?;
         for name in blobs.staged().await?.iter().filter(|name| blobs::is_own(name)) {
             blobs.discard(name).await?;
         }
-        let _alone = bytes_in_use.write().await;
-        let mut listed = blobs.list();
+        let mut listed = blobs.list_settled();
         while let Some(entry) = listed.try_next().await? {
             let digest = entry.digest;
-            let known = db.read(move |tx| index::blob_size_anywhere(tx, &digest)).await?;
-            if known.is_none() {
-                tracing::info!(%digest, size_bytes = entry.size_bytes, "removed unused bytes");
-                blobs.delete(&digest).await?;
+            let known = move |tx: &Tx<'_>| index::blob_size_anywhere(tx, &digest);
+            if self.inner.db.read(known).await?.is_none() {
+                tracing::info!(%digest, size_bytes = entry.size_bytes, "removing unused bytes");
+                self.remove_if_unused(digest).await?;
             }
         }
         Ok(())
+    }
+
+    /// Removes the bytes of a blob that no repository has. In a transaction: no repository of any hub
+    /// gets it meanwhile, and whoever gives it to one afterwards finds that the bytes are gone.
+    async fn remove_if_unused(&self, digest: Digest) -> Result<()> {
+        let blobs = self.inner.blobs.clone();
+        let remove = move |tx: &Tx<'_>| {
+            if index::blob_size_anywhere(tx, &digest)?.is_none() {
+                Handle::current().block_on(blobs.delete(&digest))?;
+            }
+            Ok(())
+        };
+        self.inner.db.write(remove).await
     }
 
     async fn respond(&self, path: Result<Option<String>>, request: Request) -> Response {

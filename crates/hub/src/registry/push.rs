@@ -99,7 +99,6 @@ impl Registry {
         // In a task of its own: row and bytes go together even if the client goes away.
         let work = tokio::spawn(async move {
             let inner = &*registry.inner;
-            let _alone = inner.bytes_in_use.write().await;
             let on_change = inner.on_change.clone();
             let unused = inner
                 .db
@@ -112,7 +111,7 @@ impl Registry {
                 })
                 .await?;
             if unused {
-                inner.blobs.delete(&digest).await?;
+                registry.remove_if_unused(digest).await?;
             }
             Ok::<_, RegistryError>(())
         });

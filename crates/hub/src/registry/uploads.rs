@@ -13,6 +13,7 @@ use futures_util::{Stream, StreamExt as _};
 use http_body_util::BodyStream;
 use jiff::{SignedDuration, Timestamp};
 use slmops_artifact::Digest;
+use tokio::runtime::Handle;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use super::error::{RegistryError, received};
@@ -93,7 +94,6 @@ impl Registry {
         from: Option<RepositoryName>,
         digest: Digest,
     ) -> Result<bool> {
-        let _keep = self.inner.bytes_in_use.read().await;
         let name = name.clone();
         let mount = move |tx: &Tx<'_>| {
             let size = match &from {
@@ -199,7 +199,6 @@ impl Registry {
         id: String,
         digest: Digest,
     ) -> Result<()> {
-        let _keep = self.inner.bytes_in_use.read().await;
         let (_guard, committed) = self.inner.blobs.commit(guard, Some(digest)).await;
         let entry = match committed {
             Ok(entry) => entry,
@@ -210,11 +209,15 @@ impl Registry {
             }
             Err(error) => return Err(error.into()),
         };
-        let upload = id.clone();
+        let (upload, blobs) = (id.clone(), self.inner.blobs.clone());
         let added = self
             .inner
             .db
             .write(move |tx| {
+                // No repository had it until now, so another hub may have removed it as unused.
+                if Handle::current().block_on(blobs.size(&entry.digest))?.is_none() {
+                    return Err(RegistryError::upload_unknown(&upload));
+                }
                 let repository = index::find_or_make(tx, &name)?;
                 index::add_blob(tx, repository, &entry.digest, entry.size_bytes)?;
                 index::remove_upload(tx, &upload)

@@ -127,10 +127,7 @@ impl From<StoreError> for ApiError {
                     | DbError::ShuttingDown
                     | DbError::ReadOnly
                     | DbError::Unreachable(_)
-                    | DbError::Silent { .. }
-                    | DbError::DatabaseInUse { .. } => {
-                        (StatusCode::SERVICE_UNAVAILABLE, "unavailable")
-                    }
+                    | DbError::Silent { .. } => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
                     _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
                 };
                 let text = error.to_string();
@@ -139,6 +136,12 @@ impl From<StoreError> for ApiError {
                     None => (text, None),
                 };
                 Self::new(status, kind, "The hub's database failed", detail, hint)
+            }
+            StoreError::Superseded => {
+                let hint = Some("try again".to_owned());
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                let title = "The hub cannot do this now";
+                Self::new(status, "unavailable", title, error.to_string(), hint)
             }
             StoreError::Document { .. } => {
                 tracing::error!(%error, "stored document");

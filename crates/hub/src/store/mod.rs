@@ -28,6 +28,7 @@ use slmops_fleet_core::world::{CompletedRollout, Releases};
 
 use crate::auth::SecretHash;
 use crate::db::DbError;
+use crate::replicas::Fence;
 
 #[cfg(test)]
 mod conformance;
@@ -61,6 +62,9 @@ pub enum StoreError {
         /// The next step.
         hint: String,
     },
+    /// Another hub over the same database decides by now.
+    #[error("another hub decides by now")]
+    Superseded,
     /// The caller may not.
     #[error("{detail}")]
     Forbidden {
@@ -306,6 +310,8 @@ pub struct Transition {
     pub quarantined: Vec<(Digest, ClassName)>,
     /// What the audit log says, besides the rollouts' decisions and the assignments.
     pub audit: Vec<AuditDraft>,
+    /// The right by which the hub decided by itself, where there may be several.
+    pub fence: Option<Fence>,
     /// When to decide again even if nothing is heard before. Not stored.
     pub deadline: Option<Timestamp>,
 }

@@ -321,7 +321,9 @@ fn append_audit(tx: &Tx<'_>, by: &By, draft: AuditDraft) -> Result<(), StoreErro
             entry.hash.to_string(),
         ],
     )?;
-    Ok(())
+    // `device.assign` is a change of a device.
+    let kind = entry.action.split('.').next().unwrap_or_default();
+    Ok(tx.announce(kind, &entry.object)?)
 }
 
 /// Adds an entry for a change of the registry, inside the transaction that makes the change.
@@ -577,6 +579,9 @@ fn report_events(before: Option<&DeviceReport>, report: &DeviceReport) -> Vec<St
 }
 
 fn persist_transition(tx: &Tx<'_>, by: &By, transition: &Transition) -> Result<(), StoreError> {
+    if let Some(fence) = &transition.fence {
+        fence.pass(tx)?;
+    }
     for entry in &transition.audit {
         append_audit(tx, by, entry.clone())?;
     }
@@ -990,6 +995,7 @@ impl Store for SqlStore {
                 add_event(tx, &id, at, report.generation, &what)?;
             }
             let news = is_news(before.as_ref(), &report);
+            tx.announce(if news { "news" } else { "report" }, id.as_str())?;
             tx.execute(
                 "UPDATE devices SET report = ?2, report_sequence = ?3, facts = ?4, last_seen = ?5
                  WHERE id = ?1",
@@ -1009,7 +1015,7 @@ impl Store for SqlStore {
         self.write(move |tx| {
             for (id, at) in seen {
                 tx.execute(
-                    "UPDATE devices SET last_seen = ?2 WHERE id = ?1",
+                    "UPDATE devices SET last_seen = ?2 WHERE id = ?1 AND last_seen < ?2",
                     params![id.as_str(), at.to_string()],
                 )?;
             }

@@ -3,6 +3,7 @@
 mod backup;
 mod crash;
 mod operators;
+mod replicas;
 mod rig;
 
 use std::time::Duration;
@@ -616,8 +617,8 @@ async fn hub_refuses_what_would_not_work() {
 #[tokio::test]
 async fn tls_is_pinned_by_the_hubs_own_authority() {
     let rig = Rig::start().await;
-    let url = format!("https://{}/health", rig.hub.https.unwrap());
-    let ca = std::fs::read_to_string(&rig.hub.ca_file).unwrap();
+    let url = format!("https://{}/health", rig.hub().https.unwrap());
+    let ca = std::fs::read_to_string(&rig.hub().ca_file).unwrap();
     let trusting = rig::client_with_ca(&ca);
     assert_eq!(trusting.get(&url).send().await.unwrap().status(), StatusCode::OK);
     let stranger = rig::client_with_ca(&rig::other_ca());

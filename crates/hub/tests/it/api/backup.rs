@@ -15,10 +15,10 @@ use super::rig::{FakeDevice, Rig};
 
 #[allow(dead_code, reason = "other tests use more of it")]
 #[path = "../../support/postgres.rs"]
-mod postgres;
+pub mod postgres;
 #[allow(dead_code, reason = "other tests use more of it")]
 #[path = "../../support/s3.rs"]
-mod s3;
+pub mod s3;
 
 fn place(data: &Path, database: Option<&str>) -> Place {
     let database = database.map(|url| Postgres::parse(url, None).unwrap());

@@ -10,8 +10,8 @@ use reqwest::{Client, Method, Response, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
 use slmops_api::device::{
-    DesiredState, DeviceFacts, DeviceReport, InstalledModel, Phase, PublisherKey, Rejection,
-    TOKEN_CONTEXT, Telemetry,
+    DesiredModel, DesiredState, DeviceFacts, DeviceReport, InstalledModel, Phase, PublisherKey,
+    Rejection, TOKEN_CONTEXT, Telemetry,
 };
 use slmops_artifact::Digest;
 use slmops_artifact::package::{
@@ -47,7 +47,8 @@ impl Variant {
 }
 
 pub struct Rig {
-    pub hub: RunningHub,
+    /// Absent where it is another process.
+    hub: Option<RunningHub>,
     pub admin: String,
     client: Client,
     url: String,
@@ -99,7 +100,18 @@ impl Rig {
         // Another test of this process may have been first.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
-        Self { hub, admin, client, url, publisher: new_key(), _folder: None }
+        Self { hub: Some(hub), admin, client, url, publisher: new_key(), _folder: None }
+    }
+
+    /// A hub in another process.
+    pub fn remote(url: &str, admin: &str, publisher: &PrivateKey) -> Self {
+        let client = Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
+        let (url, admin) = (url.to_owned(), admin.to_owned());
+        Self { hub: None, admin, client, url, publisher: publisher.clone(), _folder: None }
+    }
+
+    pub fn hub(&self) -> &RunningHub {
+        self.hub.as_ref().expect("the hub is in this process")
     }
 
     pub async fn request(
@@ -145,6 +157,13 @@ impl Rig {
 
     pub async fn get(&self, path: &str) -> Value {
         self.send(Method::GET, path, Value::Null, StatusCode::OK).await
+    }
+
+    /// None while the hub or its database is away.
+    pub async fn try_get(&self, path: &str) -> Option<Value> {
+        let request = self.client.get(format!("{}{path}", self.url)).bearer_auth(&self.admin);
+        let response = request.timeout(Duration::from_secs(5)).send().await.ok()?;
+        response.error_for_status().ok()?.json().await.ok()
     }
 
     pub async fn text(&self, path: &str) -> String {
@@ -223,6 +242,7 @@ impl Rig {
             token: String::new(),
             sequence: 0,
             running: None,
+            confirmed: 0,
             rejected: vec![],
             facts: facts(budget_mib),
             desired: None,
@@ -404,12 +424,24 @@ fn facts(budget_mib: u64) -> DeviceFacts {
     }
 }
 
+fn installed(model: &DesiredModel) -> InstalledModel {
+    InstalledModel {
+        model: model.model.clone(),
+        version: model.version.clone(),
+        variant: model.variant.clone(),
+        manifest: model.manifest,
+        weights: model.weights,
+    }
+}
+
 /// A device that does what the test says.
 pub struct FakeDevice {
     pub id: String,
     pub token: String,
     pub sequence: u64,
     running: Option<InstalledModel>,
+    /// The generation that it last confirmed by [`FakeDevice::try_confirm`].
+    confirmed: u64,
     rejected: Vec<Rejection>,
     facts: DeviceFacts,
     desired: Option<DesiredState>,
@@ -471,7 +503,51 @@ impl FakeDevice {
 
     /// Speaks to another hub from now on.
     pub fn move_to(&mut self, rig: &Rig) {
-        self.url.clone_from(&rig.url);
+        self.speak_to(&rig.url);
+    }
+
+    /// Speaks to the hub at this address from now on.
+    pub fn speak_to(&mut self, url: &str) {
+        url.clone_into(&mut self.url);
+    }
+
+    /// Learns what it should be, waiting for something newer for `wait_s`; whether the hub answered.
+    pub async fn try_learn(&mut self, wait_s: u64) -> bool {
+        let url = format!("{}/v1/device/desired?wait_s={wait_s}", self.url);
+        // A hub that is frozen holds on to whoever asks.
+        let patience = Duration::from_secs(wait_s + 3);
+        let mut request = self.client.get(url).bearer_auth(&self.token).timeout(patience);
+        if let Some(desired) = &self.desired {
+            request = request.header("if-none-match", format!("\"g{}\"", desired.generation));
+        }
+        let Ok(response) = request.send().await else { return false };
+        match response.status() {
+            StatusCode::OK => match response.json().await {
+                Ok(desired) => self.desired = Some(desired),
+                Err(_) => return false,
+            },
+            status => return status == StatusCode::NOT_MODIFIED,
+        }
+        true
+    }
+
+    /// Becomes what it should be and reports so, unless it has; whether the hub knows now.
+    pub async fn try_confirm(&mut self) -> bool {
+        let Some(desired) = &self.desired else { return true };
+        if self.confirmed == desired.generation {
+            return true;
+        }
+        self.running = desired.model.as_ref().map(installed);
+        let report = self.full_report(Phase::Confirmed);
+        let url = format!("{}/v1/device/report", self.url);
+        let request = self.client.post(url).bearer_auth(&self.token).json(&report);
+        let sent = request.timeout(Duration::from_secs(5)).send().await;
+        if !sent.is_ok_and(|response| response.status() == StatusCode::NO_CONTENT) {
+            return false;
+        }
+        self.sequence += 1;
+        self.confirmed = self.generation();
+        true
     }
 
     /// Learns what it should be, and tells nobody.
@@ -523,13 +599,7 @@ impl FakeDevice {
         if let Some(model) = &desired.model {
             match &phase {
                 Phase::Confirmed => {
-                    self.running = Some(InstalledModel {
-                        model: model.model.clone(),
-                        version: model.version.clone(),
-                        variant: model.variant.clone(),
-                        manifest: model.manifest,
-                        weights: model.weights,
-                    });
+                    self.running = Some(installed(model));
                 }
                 Phase::RolledBack { failure } => self.rejected.push(Rejection {
                     manifest: model.manifest,
