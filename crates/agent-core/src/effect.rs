@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use slmops_api::device::{DesiredModel, DesiredState, WaitCause};
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
@@ -42,6 +43,8 @@ pub enum Effect {
         model: DesiredModel,
         /// Which files.
         package: Package,
+        /// Bytes a second, at most.
+        max_rate_bytes_per_s: Option<u64>,
     },
     /// Hash the package's files on disk.
     Verify {
@@ -208,11 +211,25 @@ pub enum ProbeError {
     Damaged,
 }
 
+/// What a device is surrounded by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Around {
+    /// The time of day, if the device can be sure that it is not earlier. From here on the core's
+    /// own time counts.
+    pub time: Option<Timestamp>,
+    /// The IANA name of the device's time zone; UTC if absent.
+    pub time_zone: Option<String>,
+    /// Whether every byte over the link costs.
+    pub metered: bool,
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The process has started, or [`crate::Core::deadline`] has come.
     Tick,
+    /// What the device is surrounded by; what was known of it before counts no more.
+    Around(Around),
     /// Answers [`Effect::Poll`].
     Polled {
         /// Of which effect.

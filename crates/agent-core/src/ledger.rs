@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
-use slmops_api::device::{DesiredModel, Failure, InstalledModel, Rejection};
+use slmops_api::device::{DesiredModel, DesiredState, Failure, InstalledModel, Rejection};
 use slmops_api::probe::{MAX_PROBES, ProbeResult};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_artifact::Digest;
@@ -126,6 +126,9 @@ pub struct Ledger {
     pub version: u32,
     /// The newest generation seen. Never falls.
     pub generation: u64,
+    /// What the hub said in it, so that a device keeps to it over restarts and without the hub.
+    #[serde(default)]
+    pub desired: Option<DesiredState>,
     /// How that generation ended, if it has.
     #[serde(default)]
     pub outcome: Option<Outcome>,
@@ -151,6 +154,7 @@ impl Default for Ledger {
         Self {
             version: LEDGER_VERSION,
             generation: 0,
+            desired: None,
             outcome: None,
             current: None,
             probes: Vec::new(),

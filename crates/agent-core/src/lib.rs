@@ -15,8 +15,8 @@ pub use backoff::MAX_RETRY_AFTER_MS;
 pub use config::{Config, Millis};
 pub use counted::Counted;
 pub use effect::{
-    Death, Effect, EffectId, Event, FetchError, Loaded, Obstacle, Polled, ProbeError, Probed,
-    StageError, VerifyError,
+    Around, Death, Effect, EffectId, Event, FetchError, Loaded, Obstacle, Polled, ProbeError,
+    Probed, StageError, VerifyError,
 };
 pub use ledger::{
     Blob, Candidate, Deployment, LEDGER_VERSION, Ledger, LedgerError, MAX_LEDGER_BYTES,

@@ -10,11 +10,13 @@ use proptest::prelude::*;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{
-    Blob, Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded,
-    Millis, Obstacle, Outcome, Package, Polled, ProbeError, Probed, StageError, VerifyError,
+    Around, Blob, Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger,
+    Loaded, Millis, Obstacle, Outcome, Package, Polled, ProbeError, Probed, StageError,
+    VerifyError,
 };
 use slmops_api::device::{DesiredModel, DesiredState, Phase, WaitCause};
 use slmops_api::probe::ProbeResult;
+use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 use slmops_artifact::Digest;
 
@@ -65,6 +67,8 @@ enum Op {
     Publish(Model, bool),
     /// The hub asks for nothing.
     Withdraw,
+    /// The hub holds what it asks for, or lets it go on.
+    Hold(bool),
     /// The hub answers the poll with what it asked for before.
     OldAnswer,
     /// A pending effect happens, and the core hears of it.
@@ -102,6 +106,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         6 => (model, any::<bool>()).prop_map(|(model, wide)| Op::Publish(model, wide)),
         1 => Just(Op::Withdraw),
+        3 => any::<bool>().prop_map(Op::Hold),
         1 => Just(Op::OldAnswer),
         60 => any::<u8>().prop_map(Op::Finish),
         3 => any::<u8>().prop_map(Op::Unheard),
@@ -124,21 +129,26 @@ fn runtime(wide: bool) -> RuntimeConfig {
     RuntimeConfig { context_tokens: if wide { 256 } else { 128 }, ..RuntimeConfig::default() }
 }
 
-fn desired(generation: u64, wish: Option<(Model, bool)>) -> DesiredState {
+fn desired(generation: u64, wish: Option<(Model, bool)>, rules: DeviceRules) -> DesiredState {
     DesiredState {
         generation,
-        model: wish.map(|(model, _)| DesiredModel {
-            model: "glass".parse().unwrap(),
-            version: semver::Version::new(1, 0, model as u64),
-            variant: "f32".parse().unwrap(),
-            manifest: Digest::of(&[b'm', model as u8]),
-            weights: Digest::of(&[b'w', model as u8]),
-            size_bytes: 100,
-            predicted_memory_bytes: 500,
-        }),
+        model: wish.map(|(model, _)| desired_model(model)),
         runtime: runtime(wish.is_some_and(|(_, wide)| wide)),
         confirm_timeout_s: 60,
         reason: "because".to_owned(),
+        rules,
+    }
+}
+
+fn desired_model(model: Model) -> DesiredModel {
+    DesiredModel {
+        model: "glass".parse().unwrap(),
+        version: semver::Version::new(1, 0, model as u64),
+        variant: "f32".parse().unwrap(),
+        manifest: Digest::of(&[b'm', model as u8]),
+        weights: Digest::of(&[b'w', model as u8]),
+        size_bytes: 100,
+        predicted_memory_bytes: 500,
     }
 }
 
@@ -163,6 +173,7 @@ struct World {
     generation: u64,
     wish: Option<(Model, bool)>,
     old_wish: Option<(Model, bool)>,
+    rules: DeviceRules,
     // The world around.
     network: bool,
     disk: bool,
@@ -178,6 +189,8 @@ struct World {
     signed: BTreeSet<Digest>,
     probed: BTreeSet<EffectId>,
     reported_generation: u64,
+    /// The newest that this process has heard, or found in its ledger.
+    told: Option<DesiredState>,
     /// Whether a worker seemed to crash by itself.
     faulted: bool,
     problems: Vec<String>,
@@ -193,6 +206,7 @@ impl World {
             generation: 0,
             wish: None,
             old_wish: None,
+            rules: DeviceRules::default(),
             network: true,
             disk: true,
             ledger: ledger.to_bytes(),
@@ -204,6 +218,7 @@ impl World {
             signed: BTreeSet::new(),
             probed: BTreeSet::new(),
             reported_generation: 0,
+            told: None,
             faulted: false,
             problems: Vec::new(),
         };
@@ -225,6 +240,11 @@ impl World {
     }
 
     fn hear(&mut self, event: Event) {
+        if let Event::Polled { result: Ok(Polled::Desired(desired)), .. } = &event
+            && self.told.as_ref().is_none_or(|told| told.generation < desired.generation)
+        {
+            self.told = Some((**desired).clone());
+        }
         let mut effects = Vec::new();
         self.core.handle(self.now, event, &mut effects);
         for effect in effects {
@@ -254,8 +274,20 @@ impl World {
     /// The invariants.
     fn check(&mut self, effect: &Effect) {
         let durable = self.durable();
+        let kept = [durable.current.as_ref(), durable.previous.as_ref()];
+        let new = |manifest| !kept.iter().flatten().any(|kept| kept.model.manifest == manifest);
+        let held = self.told.as_ref().is_some_and(|told| told.rules.hold);
         match effect {
+            Effect::Download { package, .. } if held && new(package.manifest) => {
+                self.problems.push("fetches what is held".into());
+            }
+            Effect::Stage { deployment, .. } if held && new(deployment.model.manifest) => {
+                self.problems.push("tries what is held".into());
+            }
             Effect::Activate { worker, .. } => {
+                if held && self.workers.get(worker).is_some_and(|it| new(it.model.manifest)) {
+                    self.problems.push("switches to what is held".into());
+                }
                 let Some(deployment) = self.workers.get(worker) else { return };
                 let candidate = durable.candidate.as_ref().is_some_and(|candidate| {
                     candidate.deployment == *deployment
@@ -326,7 +358,8 @@ impl World {
                 } else if known == Some(self.generation) {
                     Ok(Polled::NotModified)
                 } else {
-                    Ok(Polled::Desired(Box::new(desired(self.generation, self.wish))))
+                    let rules = self.rules.clone();
+                    Ok(Polled::Desired(Box::new(desired(self.generation, self.wish, rules))))
                 };
                 Event::Polled { id, result }
             }
@@ -458,6 +491,7 @@ impl World {
         self.probed.clear();
         self.live = None;
         self.core = Self::core(&self.durable(), self.seed);
+        self.told = self.durable().desired;
         self.hear(Event::Tick);
     }
 
@@ -484,11 +518,16 @@ impl World {
                 self.generation += 1;
                 self.old_wish = self.wish.take();
             }
+            Op::Hold(hold) => {
+                self.generation += 1;
+                self.rules.hold = hold;
+            }
             Op::OldAnswer => {
                 let poll = self.pending.iter().position(|e| matches!(e, Effect::Poll { .. }));
                 if let Some(Effect::Poll { id, .. }) = poll.map(|index| self.pending.remove(index))
                 {
-                    let old = desired(self.generation.saturating_sub(1), self.old_wish);
+                    let generation = self.generation.saturating_sub(1);
+                    let old = desired(generation, self.old_wish, DeviceRules::default());
                     self.hear(Event::Polled { id, result: Ok(Polled::Desired(Box::new(old))) });
                 }
             }
@@ -586,6 +625,11 @@ impl World {
         }
     }
 
+    /// Whether the device says that it waits for a rule.
+    fn holds(&self) -> bool {
+        self.core.status().snapshot.is_some_and(|snapshot| snapshot.phase.held().is_some())
+    }
+
     /// Whether the device is what it should be, or has said why not.
     fn converged(&self) -> Result<Option<Outcome>, String> {
         let ledger = self.durable();
@@ -597,7 +641,7 @@ impl World {
             return Err("does not serve what the ledger names".into());
         }
         let Some((model, wide)) = self.wish else { return Ok(None) };
-        let wanted = desired(self.generation, self.wish);
+        let wanted = desired(self.generation, self.wish, self.rules.clone());
         let wanted = wanted.model.expect("a wish has a model");
         match &ledger.outcome {
             Some(Outcome::Confirmed) => {
@@ -610,6 +654,7 @@ impl World {
                     return Err(format!("went back, but did not reject {model:?}"));
                 }
             }
+            None if self.rules.hold && self.holds() => {}
             None => return Err(format!("no outcome for {model:?}: {:?}", self.core.status())),
         }
         Ok(ledger.outcome)
@@ -644,7 +689,13 @@ fn run(seed: u64, ops: &[Op]) -> Result<(World, Option<Outcome>), String> {
     if let Some(problem) = world.problems.first() {
         return Err(format!("{problem} while healing\n{}", listing(ops)));
     }
-    let outcome = world.converged().map_err(|problem| format!("{problem}\n{}", listing(ops)))?;
+    let mut outcome = world.converged();
+    if world.rules.hold && outcome.is_ok() {
+        world.apply(Op::Hold(false));
+        world.heal();
+        outcome = world.converged();
+    }
+    let outcome = outcome.map_err(|problem| format!("{problem}\n{}", listing(ops)))?;
     Ok((world, outcome))
 }
 
@@ -754,6 +805,218 @@ fn boots_and_serves_without_a_hub() {
     assert_eq!(status.hub_answers, Some(false));
 }
 
+impl World {
+    /// Lets everything happen in order until this kind of effect is asked for.
+    fn until(&mut self, wanted: fn(&Effect) -> bool) {
+        for _ in 0..100 {
+            if self.pending.iter().any(wanted) {
+                return;
+            }
+            self.apply(Op::Finish(0));
+            self.apply(Op::Pass(100));
+        }
+        panic!("never asked for: {:?}", self.pending);
+    }
+
+    /// The hub answers before anything else happens.
+    fn poll(&mut self) {
+        let asked = |effect: &Effect| matches!(effect, Effect::Poll { .. });
+        for _ in 0..100 {
+            if let Some(poll) = self.pending.iter().position(asked) {
+                let effect = self.pending.remove(poll);
+                let event = self.happen(effect).expect("a poll has an answer");
+                return self.hear(event);
+            }
+            self.pass(500);
+        }
+        panic!("never asks");
+    }
+
+    fn phase(&self) -> Phase {
+        self.core.status().snapshot.expect("it has loaded what serves").phase
+    }
+
+    fn serves(&self) -> Option<Model> {
+        self.live.map(|live| behaviour(self.workers[&live].package.manifest))
+    }
+}
+
+#[test]
+fn what_is_held_is_kept_as_far_as_it_came_over_restarts_and_without_the_hub() {
+    let held = (WaitCause::Held, None);
+    let fetching: fn(&Effect) -> bool = |effect| matches!(effect, Effect::Download { .. });
+    let trying: fn(&Effect) -> bool = |effect| matches!(effect, Effect::Stage { .. });
+    let probed: fn(&Effect) -> bool = |effect| matches!(effect, Effect::Activate { .. });
+    for (at, has_it) in [(fetching, false), (trying, true), (probed, true)] {
+        let (mut world, _) = verdict_on(Model::GoodA);
+        world.apply(Op::Publish(Model::GoodB, false));
+        world.until(at);
+        if world.pending.iter().any(probed) {
+            // It is being switched to: that is finished, and what is held is what comes then.
+            world.heal();
+            assert_eq!(world.serves(), Some(Model::GoodB));
+            continue;
+        }
+        world.apply(Op::Hold(true));
+        world.poll();
+        world.heal();
+        let phase = match has_it {
+            false => Phase::Waiting { cause: held.0, until: held.1 },
+            true => Phase::Prestaged { cause: held.0, until: held.1 },
+        };
+        assert_eq!((world.phase(), world.serves()), (phase.clone(), Some(Model::GoodA)));
+        world.network = false;
+        world.cut_power();
+        for _ in 0..50 {
+            world.apply(Op::Finish(0));
+            world.apply(Op::Pass(1_000));
+        }
+        assert_eq!((world.phase(), world.serves()), (phase, Some(Model::GoodA)));
+        assert_eq!(world.intact(&package(&desired_model(Model::GoodB))), has_it);
+        world.apply(Op::Hold(false));
+        world.heal();
+        assert_eq!(world.converged().unwrap(), Some(Outcome::Confirmed));
+        assert_eq!(world.serves(), Some(Model::GoodB));
+        assert_eq!(world.problems, Vec::<String>::new());
+    }
+}
+
+impl World {
+    /// What the shell finds around the device.
+    fn around(&mut self, time: Option<&str>, metered: bool) {
+        let time = time.map(|time| time.parse().unwrap());
+        let time_zone = Some("Europe/Berlin".to_owned());
+        self.hear(Event::Around(Around { time, time_zone, metered }));
+    }
+
+    /// Everything that is asked for happens, for a while.
+    fn work(&mut self) {
+        for _ in 0..60 {
+            self.apply(Op::Finish(0));
+            self.apply(Op::Pass(1_000));
+        }
+    }
+
+    /// A device that serves A and is told B under these rules.
+    fn told(rules: &str, time: Option<&str>, metered: bool) -> Self {
+        let (mut world, _) = verdict_on(Model::GoodA);
+        world.around(time, metered);
+        world.rules = serde_json::from_str(rules).unwrap();
+        world.apply(Op::Publish(Model::GoodB, false));
+        world.work();
+        assert_eq!(world.problems, Vec::<String>::new());
+        world
+    }
+}
+
+fn at(text: &str) -> Option<jiff::Timestamp> {
+    Some(text.parse().unwrap())
+}
+
+#[test]
+fn what_was_fetched_before_is_switched_to_in_time_though_the_hub_is_gone() {
+    let rules = r#"{"activate_at": "2026-02-07T02:00:00Z"}"#;
+    let mut world = World::told(rules, Some("2026-02-02T20:00:00Z"), false);
+    let waits = |cause| Phase::Prestaged { cause, until: at("2026-02-07T02:00:00Z") };
+    assert_eq!((world.phase(), world.serves()), (waits(WaitCause::NotBefore), Some(Model::GoodA)));
+    world.network = false;
+    world.cut_power();
+    world.work();
+    // Booted without a clock: it may be earlier than it seems.
+    assert_eq!((world.phase(), world.serves()), (waits(WaitCause::Clock), Some(Model::GoodA)));
+    world.around(Some("2026-02-07T01:59:00Z"), false);
+    assert_eq!((world.phase(), world.serves()), (waits(WaitCause::NotBefore), Some(Model::GoodA)));
+    // It wakes up for it by itself.
+    let due = world.core.deadline().unwrap();
+    assert!(due <= world.now + 60_000, "{due:?}");
+    world.pass(59_999);
+    world.work();
+    assert_eq!((world.phase(), world.serves()), (Phase::Confirmed, Some(Model::GoodB)));
+    assert_eq!(world.core.status().hub_answers, Some(false));
+}
+
+#[test]
+fn a_download_stops_when_its_hours_end_and_goes_on_in_the_next() {
+    // 2026-02-02 is a Monday. Berlin is an hour ahead of UTC.
+    let rules = r#"{"download_in": [{"windows": "02:00-04:00"}]}"#;
+    let (mut world, _) = verdict_on(Model::GoodA);
+    world.around(Some("2026-02-02T02:59:00Z"), false);
+    world.rules = serde_json::from_str(rules).unwrap();
+    world.apply(Op::Publish(Model::GoodB, false));
+    let fetching: fn(&Effect) -> bool = |effect| matches!(effect, Effect::Download { .. });
+    world.until(fetching);
+    world.pass(60_000);
+    assert!(!world.pending.iter().any(fetching), "it goes on after its hours");
+    let until = at("2026-02-03T01:00:00Z");
+    assert_eq!(world.phase(), Phase::Waiting { cause: WaitCause::Hours, until });
+    world.around(Some("2026-02-03T00:59:59Z"), false);
+    world.pass(1_000);
+    world.until(fetching);
+    world.work();
+    assert_eq!((world.phase(), world.serves()), (Phase::Confirmed, Some(Model::GoodB)));
+}
+
+#[test]
+fn hours_to_switch_in_end_while_the_model_is_tried() {
+    let rules = r#"{"activate_in": [{"windows": "sat 02:00-05:00", "time_zone": "UTC"}]}"#;
+    let mut world = World::told(rules, None, false);
+    assert_eq!(world.phase(), Phase::Prestaged { cause: WaitCause::Clock, until: None });
+    world.around(Some("2026-02-07T04:59:58Z"), false);
+    let probing: fn(&Effect) -> bool = |effect| matches!(effect, Effect::Probe { .. });
+    world.until(probing);
+    world.pass(2_000);
+    world.work();
+    let until = at("2026-02-14T02:00:00Z");
+    let waits = Phase::Prestaged { cause: WaitCause::Hours, until };
+    assert_eq!((world.phase(), world.serves()), (waits, Some(Model::GoodA)));
+    assert!(world.workers.len() == 1, "what was tried holds no memory meanwhile");
+    world.around(Some("2026-02-14T02:00:00Z"), false);
+    world.work();
+    assert_eq!(world.serves(), Some(Model::GoodB));
+}
+
+#[test]
+fn a_metered_link_carries_what_it_may() {
+    let waits = Phase::Waiting { cause: WaitCause::Metered, until: None };
+    for (rules, metered, waiting) in [
+        (r#"{"metered": "defer"}"#, true, true),
+        (r#"{"metered": "defer"}"#, false, false),
+        (r#"{"metered": "small-only 99"}"#, true, true),
+        (r#"{"metered": "small-only 110"}"#, true, false),
+    ] {
+        let mut world = World::told(rules, None, metered);
+        let phase = if waiting { waits.clone() } else { Phase::Confirmed };
+        assert_eq!(world.phase(), phase, "{rules}");
+        world.around(None, false);
+        world.work();
+        assert_eq!((world.phase(), world.serves()), (Phase::Confirmed, Some(Model::GoodB)));
+    }
+}
+
+#[test]
+fn going_back_waits_for_nothing() {
+    // The hub gives no rules with it; and what failed live is taken back whatever the rules say.
+    let rules = r#"{"activate_in": [{"windows": "sat 02:00-05:00", "time_zone": "UTC"}]}"#;
+    let (mut world, _) = verdict_on(Model::GoodA);
+    world.around(Some("2026-02-07T04:59:40Z"), false);
+    world.rules = serde_json::from_str(rules).unwrap();
+    world.apply(Op::Publish(Model::FailsLiveProbes, false));
+    world.until(|effect| matches!(effect, Effect::Probe { live: true, .. }));
+    world.pass(20_000);
+    world.work();
+    assert!(matches!(world.phase(), Phase::RolledBack { .. }), "{:?}", world.phase());
+    assert_eq!(world.serves(), Some(Model::GoodA));
+}
+
+#[test]
+fn a_ledger_without_the_hubs_words_is_read() {
+    let (world, _) = verdict_on(Model::GoodA);
+    let mut ledger: serde_json::Value = serde_json::from_slice(&world.ledger).unwrap();
+    ledger.as_object_mut().unwrap().remove("desired");
+    let old = Ledger::parse(ledger.to_string().as_bytes()).unwrap();
+    assert_eq!((old.desired, old.generation), (None, 1));
+}
+
 #[test]
 fn a_runtime_that_fails_does_not_condemn_the_model() {
     let (mut world, _) = verdict_on(Model::Picky);
@@ -776,7 +1039,7 @@ fn a_full_disk_keeps_the_old_model_and_says_so() {
         world.apply(Op::Pass(500));
     }
     let snapshot = world.core.status().snapshot.unwrap();
-    assert_eq!(snapshot.phase, Phase::Waiting { cause: WaitCause::DiskFull });
+    assert_eq!(snapshot.phase, Phase::Waiting { cause: WaitCause::DiskFull, until: None });
     assert_eq!(behaviour(snapshot.running.unwrap().manifest), Model::GoodA);
     assert!(world.durable().rejected.is_empty());
     world.heal();

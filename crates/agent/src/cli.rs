@@ -13,7 +13,7 @@ use slmops_api::device::EnrolRequest;
 use crate::engine::{self, Engine};
 use crate::error::AgentError;
 use crate::hub::Hub;
-use crate::identity::{self, DeviceKey, Identity, MAX_INVITATION_BYTES, Settings};
+use crate::identity::{self, DeviceKey, Identity, MAX_INVITATION_BYTES, MeteredLink, Settings};
 use crate::outbox::{self, Outbox};
 use crate::shell::Agent;
 use crate::state::StateFolder;
@@ -109,6 +109,10 @@ struct Join {
     /// Where programs on this device ask the model; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS", default_value = DEFAULT_LISTEN)]
     listen: SocketAddr,
+    /// Whether every byte over this device's link costs; `auto` looks at the link: mobile networks
+    /// and dial-up lines do
+    #[arg(long, value_enum, default_value_t)]
+    metered: MeteredLink,
     /// Join only; do not run
     #[arg(long)]
     no_run: bool,
@@ -124,6 +128,9 @@ struct Run {
     /// Changes where programs on this device ask the model
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
+    /// Changes whether every byte over this device's link costs
+    #[arg(long, value_enum)]
+    metered: Option<MeteredLink>,
 }
 
 #[derive(Debug, Args)]
@@ -233,7 +240,7 @@ async fn join(join: Join) -> Result<ExitCode, AgentError> {
         });
     }
     let memory_budget_bytes = join.memory_budget.unwrap_or_else(|| facts::memory_bytes() / 2);
-    let settings = Settings { memory_budget_bytes, listen: join.listen };
+    let settings = Settings { memory_budget_bytes, listen: join.listen, metered: join.metered };
     let key = DeviceKey::open(state.root())?;
     let authority = PinnedAuthority::new(invitation.ca, None);
     let outbox = Arc::new(Outbox::open(state.root()));
@@ -294,6 +301,9 @@ async fn run(run: Run) -> Result<ExitCode, AgentError> {
     }
     if let Some(listen) = run.listen {
         identity.settings.listen = listen;
+    }
+    if let Some(metered) = run.metered {
+        identity.settings.metered = metered;
     }
     if identity.settings != before {
         let _lock = state.lock()?;

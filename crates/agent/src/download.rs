@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
@@ -29,6 +29,8 @@ const DISK_RESERVE_BYTES: u64 = 16 << 20;
 const QUEUED_PIECES: usize = 16;
 /// Milliseconds that a download may stand still.
 const STALL_TIMEOUT_MS: u64 = 60_000;
+/// Seconds of a rate that may come at once after a pause of the network.
+const BURST_S: f64 = 0.25;
 /// Times that bytes which are not what their digest says are asked for.
 const ATTEMPTS: u32 = 2;
 
@@ -38,6 +40,33 @@ pub struct Downloads {
     hub: Arc<DeviceHub>,
     writers: Mutex<BTreeMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
     received_bytes: AtomicU64,
+}
+
+/// A token bucket: what is read over the rate is waited for before more is read, so that the sender
+/// is held back by the connection's own flow control.
+struct Bucket {
+    rate_bytes_per_s: u64,
+    /// Bytes that may be read now; below zero they were read too early.
+    tokens: f64,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new(rate_bytes_per_s: u64) -> Self {
+        Self { rate_bytes_per_s: rate_bytes_per_s.max(1), tokens: 0.0, filled: Instant::now() }
+    }
+
+    /// Takes out `bytes` that were read, and waits until the bucket is even again.
+    async fn take(&mut self, bytes: u64) {
+        let rate = self.rate_bytes_per_s as f64;
+        let passed_s = self.filled.elapsed().as_secs_f64();
+        self.filled = Instant::now();
+        // What the network did not bring is made up for, but not for longer than this.
+        self.tokens = (self.tokens + passed_s * rate).min(rate * BURST_S) - bytes as f64;
+        if self.tokens < 0.0 {
+            tokio::time::sleep(Duration::from_secs_f64(-self.tokens / rate)).await;
+        }
+    }
 }
 
 enum Problem {
@@ -64,7 +93,8 @@ impl Downloads {
         self.received_bytes.load(Ordering::Relaxed)
     }
 
-    /// Gets every file of a package; `progress` hears the bytes of all files that are here.
+    /// Gets every file of a package, with at most so many bytes a second; `progress` hears the bytes
+    /// of all files that are here.
     ///
     /// # Errors
     /// As [`FetchError`] says.
@@ -72,11 +102,13 @@ impl Downloads {
         &self,
         name: &ModelName,
         package: &Package,
+        max_rate_bytes_per_s: Option<u64>,
         mut progress: impl FnMut(u64),
     ) -> Result<(), FetchError> {
         let mut before = 0;
+        let mut bucket = max_rate_bytes_per_s.map(Bucket::new);
         for blob in package.blobs() {
-            self.blob(name, blob, |bytes| progress(before + bytes)).await?;
+            self.blob(name, blob, &mut bucket, |bytes| progress(before + bytes)).await?;
             before += blob.size_bytes;
             progress(before);
         }
@@ -87,6 +119,7 @@ impl Downloads {
         &self,
         name: &ModelName,
         blob: Blob,
+        bucket: &mut Option<Bucket>,
         mut progress: impl FnMut(u64),
     ) -> Result<(), FetchError> {
         let writer = {
@@ -101,7 +134,7 @@ impl Downloads {
             if whole {
                 return Ok(());
             }
-            match self.attempt(name, blob, guard, &mut progress).await {
+            match self.attempt(name, blob, guard, bucket, &mut progress).await {
                 Ok(()) => return Ok(()),
                 Err(Problem::Fetch(error)) => return Err(error),
                 Err(Problem::Wrong) => tracing::warn!(
@@ -118,6 +151,7 @@ impl Downloads {
         name: &ModelName,
         blob: Blob,
         guard: tokio::sync::OwnedMutexGuard<()>,
+        bucket: &mut Option<Bucket>,
         progress: &mut impl FnMut(u64),
     ) -> Result<(), Problem> {
         let state = self.state.clone();
@@ -167,12 +201,16 @@ impl Downloads {
                     break;
                 }
             };
-            self.received_bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
-            have += piece.len() as u64;
+            let received = piece.len() as u64;
+            self.received_bytes.fetch_add(received, Ordering::Relaxed);
+            have += received;
             if have > blob.size_bytes || sender.send(piece).await.is_err() {
                 break;
             }
             progress(have);
+            if let Some(bucket) = bucket {
+                bucket.take(received).await;
+            }
         }
         drop(sender);
         let (digest, written) =

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use slmops_api::device::DeviceFacts;
+use slmops_api::rules::DeviceRules;
 
 /// Instruction-set extensions that matter to inference, as `/proc/cpuinfo` names them.
 const FEATURES: [&str; 20] = [
@@ -60,7 +61,41 @@ pub fn read(
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         engine: bounded(engine),
         endpoint,
+        time_zone: time_zone(),
+        metered: is_metered(),
+        obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
+}
+
+/// The name of this machine's time zone: that of `TZ` or of the system.
+pub fn time_zone() -> Option<String> {
+    jiff::tz::TimeZone::system().iana_name().map(bounded)
+}
+
+/// Whether the link of the default route is one on which every byte usually costs.
+pub fn is_metered() -> bool {
+    let interface = default_interface(&file("/proc/net/route"));
+    interface.is_some_and(|name| {
+        let folder = format!("/sys/class/net/{name}");
+        is_metered_link(&file(&format!("{folder}/type")), &file(&format!("{folder}/uevent")))
+    })
+}
+
+/// The interface of the default route with the smallest metric (`/proc/net/route`).
+fn default_interface(routes: &str) -> Option<String> {
+    let of_line = |line: &str| {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        let name = columns.first().filter(|name| !name.contains('/'))?;
+        let default = columns.get(1) == Some(&"00000000") && columns.get(7) == Some(&"00000000");
+        let metric: u32 = columns.get(6)?.parse().ok()?;
+        default.then(|| (metric, (*name).to_owned()))
+    };
+    routes.lines().skip(1).filter_map(of_line).min().map(|(_, name)| name)
+}
+
+/// A line of a modem (ARPHRD_PPP of `linux/if_arp.h`), or a mobile network's.
+fn is_metered_link(kind: &str, uevent: &str) -> bool {
+    kind.trim() == "512" || uevent.lines().any(|line| line.trim() == "DEVTYPE=wwan")
 }
 
 /// Memory that this process may use: the machine's, or its control group's limit if lower.
@@ -164,6 +199,23 @@ mod tests {
         std::fs::write(root.path().join("a/memory.max"), "4096\n").unwrap();
         assert_eq!(group_limit(root.path(), "/a/b"), Some(4096));
         assert_eq!(total_memory("MemFree: 1 kB\nMemTotal:     8 kB\n"), 8192);
+    }
+
+    #[test]
+    fn the_link_of_the_default_route_says_whether_it_is_metered() {
+        let routes = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n\
+            wwan0\t00000000\t0101A8C0\t0003\t0\t0\t700\t00000000\t0\t0\t0\n\
+            eth0\t00000000\t0101A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0\n\
+            eth1\t0000A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
+        assert_eq!(default_interface(routes).as_deref(), Some("eth0"));
+        let mobile: String = routes.lines().take(2).collect::<Vec<_>>().join("\n");
+        assert_eq!(default_interface(&mobile).as_deref(), Some("wwan0"));
+        for nothing in ["", "Iface\n", "Iface\n../../etc\t00000000\n", "Iface\n\0\n"] {
+            assert_eq!(default_interface(nothing), None, "{nothing:?}");
+        }
+        assert!(is_metered_link("1\n", "DEVTYPE=wwan\nINTERFACE=wwan0\n"));
+        assert!(is_metered_link("512\n", ""));
+        assert!(!is_metered_link("1\n", "INTERFACE=eth0\n") && !is_metered_link("", ""));
     }
 
     #[test]

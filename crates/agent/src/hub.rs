@@ -21,6 +21,7 @@ use slmops_artifact::Digest;
 use slmops_artifact::package::{self, MANIFEST_MEDIA_TYPE, MAX_MANIFEST_BYTES, MODEL_FILE};
 use slmops_artifact::signing::{BUNDLE_MEDIA_TYPE, MAX_BUNDLE_BYTES};
 
+use crate::clock::Clock;
 use crate::error::AgentError;
 use crate::identity::{DeviceKey, HubUrl};
 use crate::outbox::Outbox;
@@ -185,6 +186,7 @@ pub struct DeviceHub {
     hub: Hub,
     device: DeviceId,
     key: DeviceKey,
+    clock: Arc<Clock>,
     token: Mutex<Option<Arc<str>>>,
     /// Held while a token is being got, so that calls at the same moment get one together.
     renewing: tokio::sync::Mutex<()>,
@@ -193,9 +195,9 @@ pub struct DeviceHub {
 
 impl DeviceHub {
     /// The hub as `device` sees it.
-    pub fn new(hub: Hub, device: DeviceId, key: DeviceKey) -> Self {
+    pub fn new(hub: Hub, device: DeviceId, key: DeviceKey, clock: Arc<Clock>) -> Self {
         let renewing = tokio::sync::Mutex::default();
-        Self { hub, device, key, token: Mutex::new(None), renewing, etag: Mutex::new(None) }
+        Self { hub, device, key, clock, token: Mutex::new(None), renewing, etag: Mutex::new(None) }
     }
 
     /// What the device should be. Waits at the hub for at most `wait_s` seconds when the answer is
@@ -244,7 +246,7 @@ impl DeviceHub {
         Ok(())
     }
 
-    /// Asks for the hub's publisher keys and the time, and takes what `trust` allows.
+    /// Asks for the hub's publisher keys, and takes what `trust` allows.
     ///
     /// # Errors
     /// [`HubError`].
@@ -252,11 +254,6 @@ impl DeviceHub {
         let url = self.hub.url.join("/v1/keys");
         self.hub.outbox.sent("GET /v1/keys", &serde_json::Value::Null);
         let response = self.authorised(|| self.hub.http.get(url.clone()), READ_TIMEOUT_MS).await?;
-        let date = header(response.headers(), DATE.as_str());
-        let date = date.and_then(|date| jiff::fmt::rfc2822::parse(&date).ok());
-        if let Some(date) = date {
-            trust.hear(Timestamp::from(date));
-        }
         let keys: Page<PublisherKey> = json(response).await?;
         for key in trust.learn(&keys.items) {
             let by = key.endorsement.as_ref().map_or("", |endorsement| endorsement.by.as_str());
@@ -408,13 +405,23 @@ impl DeviceHub {
     ) -> Result<Response, HubError> {
         let known = lock(&self.token).clone();
         if let Some(token) = &known {
-            match send(request().bearer_auth(token), timeout_ms).await {
+            match self.send(request().bearer_auth(token), timeout_ms).await {
                 Err(error) if error.is(StatusCode::UNAUTHORIZED) => {}
                 other => return other,
             }
         }
         let token = self.renew(known).await?;
-        send(request().bearer_auth(&token), timeout_ms).await
+        self.send(request().bearer_auth(&token), timeout_ms).await
+    }
+
+    /// Sends, and hears from any answer what time it is at the hub (RFC 9110, section 6.6.1).
+    async fn send(&self, request: RequestBuilder, timeout_ms: u64) -> Result<Response, HubError> {
+        let response = receive(request, timeout_ms).await?;
+        let date = header(response.headers(), DATE.as_str());
+        if let Some(date) = date.and_then(|date| jiff::fmt::rfc2822::parse(&date).ok()) {
+            self.clock.hear(Timestamp::from(date));
+        }
+        good(response).await
     }
 
     /// A new token in the place of `refused`; one that another call got meanwhile will do.
@@ -467,8 +474,16 @@ fn narrow(manifest: Digest, package: &package::Package) -> Result<Package, Fetch
 }
 
 async fn send(request: RequestBuilder, timeout_ms: u64) -> Result<Response, HubError> {
+    good(receive(request, timeout_ms).await?).await
+}
+
+async fn receive(request: RequestBuilder, timeout_ms: u64) -> Result<Response, HubError> {
     let sent = tokio::time::timeout(Duration::from_millis(timeout_ms), request.send());
-    let response = sent.await.map_err(|_| HubError::Answer("did not come in time"))??;
+    Ok(sent.await.map_err(|_| HubError::Answer("did not come in time"))??)
+}
+
+/// An answer that says yes, or why it says no.
+async fn good(response: Response) -> Result<Response, HubError> {
     let status = response.status();
     if status.is_success() {
         return Ok(response);

@@ -50,6 +50,22 @@ pub struct Settings {
     pub memory_budget_bytes: u64,
     /// Where the local endpoint listens.
     pub listen: std::net::SocketAddr,
+    /// Whether every byte over the link costs.
+    #[serde(default)]
+    pub metered: MeteredLink,
+}
+
+/// Whether every byte over a link costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum MeteredLink {
+    /// It does.
+    Yes,
+    /// It does not.
+    No,
+    /// As the system says: it does over mobile networks and dial-up lines.
+    #[default]
+    Auto,
 }
 
 /// The address of a hub: `https://…`, or `http://…` on this machine.

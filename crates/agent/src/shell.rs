@@ -10,7 +10,7 @@ use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
 use rustls::time_provider::TimeProvider;
 use slmops_agent_core::{
-    Config, Core, Counted, Effect, EffectId, Event, Ledger, Millis, Obstacle, Snapshot,
+    Around, Config, Core, Counted, Effect, EffectId, Event, Ledger, Millis, Obstacle, Snapshot,
 };
 use slmops_api::device::{DeviceFacts, DeviceReport, Phase, Telemetry};
 use slmops_api::evidence::EvidenceCounts;
@@ -18,11 +18,12 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
+use crate::clock::Clock;
 use crate::download::{self, Downloads};
 use crate::engine::Engine;
 use crate::error::AgentError;
 use crate::hub::{DeviceHub, Hub, HubError};
-use crate::identity::{self, DeviceKey, Identity};
+use crate::identity::{self, DeviceKey, Identity, MeteredLink};
 use crate::outbox::Outbox;
 use crate::state::{Sequence, StateFolder, StateLock, wait_cause};
 use crate::status::StatusFile;
@@ -54,7 +55,7 @@ pub struct Agent {
     pub identity: Identity,
     /// How patient it is; the memory budget is taken from the identity.
     pub config: Config,
-    /// The time of day, for certificates alone.
+    /// The system's time of day, for certificates alone.
     pub clock: Arc<dyn TimeProvider>,
 }
 
@@ -77,6 +78,7 @@ struct Running {
     _lock: StateLock,
     state: StateFolder,
     identity: Identity,
+    time: Arc<Clock>,
     trust: Arc<Trust>,
     keys_task: tokio::task::JoinHandle<()>,
     core: Core<ChaCha8Rng>,
@@ -103,7 +105,8 @@ struct Running {
 impl Running {
     async fn start(agent: Agent, lock: StateLock) -> Result<Self, AgentError> {
         let Agent { state, identity, mut config, clock } = agent;
-        let trust = Arc::new(Trust::new(state.clone(), identity.clone())?);
+        let time = Arc::new(Clock::open(state.root()));
+        let trust = Arc::new(Trust::new(state.clone(), identity.clone(), Arc::clone(&time))?);
         let ledger = state.load_ledger()?;
         let key = DeviceKey::open(state.root())?;
         let stored = identity::load_ca(state.root())?;
@@ -111,7 +114,7 @@ impl Running {
         let authority = PinnedAuthority::new(identity.ca, stored);
         let outbox = Arc::new(Outbox::open(state.root()));
         let hub = Hub::new(identity.url.clone(), &authority, clock, outbox)?;
-        let hub = Arc::new(DeviceHub::new(hub, identity.device.clone(), key));
+        let hub = Arc::new(DeviceHub::new(hub, identity.device.clone(), key, Arc::clone(&time)));
         let keys_task = tokio::spawn(keep_trust_fresh(Arc::clone(&hub), Arc::clone(&trust)));
 
         let (events, received) = mpsc::channel(QUEUED_EVENTS);
@@ -154,6 +157,7 @@ impl Running {
             saves: save_in_order(state.clone(), events.clone()),
             state,
             identity,
+            time,
             trust,
             keys_task,
             hub,
@@ -177,6 +181,7 @@ impl Running {
 
     async fn until(&mut self, stop: impl Future<Output = ()>) {
         let mut stop = std::pin::pin!(stop);
+        self.look_around();
         self.handle(Event::Tick);
         loop {
             let wait =
@@ -200,7 +205,26 @@ impl Running {
         }
     }
 
+    /// Tells the core what time it is and what the link is like, as far as that is known now.
+    fn look_around(&mut self) {
+        self.facts.time_zone = facts::time_zone();
+        self.facts.metered = match self.identity.settings.metered {
+            MeteredLink::Yes => true,
+            MeteredLink::No => false,
+            MeteredLink::Auto => facts::is_metered(),
+        };
+        self.handle(Event::Around(Around {
+            time: self.time.sure(),
+            time_zone: self.facts.time_zone.clone(),
+            metered: self.facts.metered,
+        }));
+    }
+
     fn handle(&mut self, event: Event) {
+        // Each poll brings the hub's time, and comes often enough to follow the link.
+        if let Event::Polled { .. } = event {
+            self.look_around();
+        }
         let mut effects = Vec::new();
         self.core.handle(self.now(), event, &mut effects);
         for effect in effects {
@@ -242,13 +266,13 @@ impl Running {
                     Event::PackageFetched { id, result }
                 });
             }
-            Effect::Download { id, model, package } => {
+            Effect::Download { id, model, package, max_rate_bytes_per_s } => {
                 let (downloads, events) = (Arc::clone(&self.downloads), self.events.clone());
                 self.spawn(id, async move {
                     let total_bytes = package.total_bytes();
                     let mut last = None::<Instant>;
                     let result = downloads
-                        .package(&model.model, &package, |done_bytes| {
+                        .package(&model.model, &package, max_rate_bytes_per_s, |done_bytes| {
                             let soon = Duration::from_millis(PROGRESS_EVENT_MS);
                             if last.is_none_or(|at| at.elapsed() >= soon) {
                                 last = Some(Instant::now());
@@ -534,6 +558,7 @@ impl Voice {
             return;
         }
         match snapshot.phase {
+            Phase::Waiting { cause, .. } if cause.is_rule() => tracing::info!("{line}"),
             Phase::RolledBack { .. } | Phase::Waiting { .. } => tracing::warn!("{line}"),
             _ => tracing::info!("{line}"),
         }

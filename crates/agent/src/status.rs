@@ -28,7 +28,8 @@ pub struct StatusFile {
     pub hub_answers: bool,
     /// The newest generation.
     pub generation: u64,
-    /// How far the device is with it; absent while it loads its model at start.
+    /// How far the device is with it; absent while it loads its model at start, and where no agent
+    /// runs and it is not done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
     /// What the hub wants.
@@ -93,13 +94,19 @@ impl StatusFile {
 
     /// What a ledger says while no agent runs.
     pub fn at_rest(identity: &Identity, ledger: &Ledger, telemetry: Telemetry) -> Self {
-        let phase = ledger.outcome.as_ref().map(|outcome| match outcome {
-            Outcome::Confirmed => Phase::Confirmed,
-            Outcome::RolledBack { failure } => Phase::RolledBack { failure: failure.clone() },
-        });
+        let wanted = ledger.desired.as_ref().and_then(|desired| desired.model.clone());
+        let phase = match &ledger.outcome {
+            Some(Outcome::Confirmed) => Some(Phase::Confirmed),
+            Some(Outcome::RolledBack { failure }) => {
+                Some(Phase::RolledBack { failure: failure.clone() })
+            }
+            None => wanted.is_none().then_some(Phase::Idle),
+        };
         Self {
             generation: ledger.generation,
-            phase: Some(phase.unwrap_or(Phase::Idle)),
+            wanted,
+            reason: ledger.desired.as_ref().map(|desired| desired.reason.clone()),
+            phase,
             running: ledger.current.as_ref().map(|current| current.model.clone()),
             previous: ledger.previous.as_ref().map(|previous| previous.model.clone()),
             rejected: ledger.rejected.iter().map(|entry| entry.rejection.clone()).collect(),
@@ -157,7 +164,11 @@ impl StatusFile {
         }
         let state = match &self.phase {
             Some(phase) => words::phase(phase, self.wanted.as_ref(), None),
-            None => "loading the model that served last".to_owned(),
+            None if self.pid.is_some() => "loading the model that served last".to_owned(),
+            None => match &self.wanted {
+                Some(wanted) => format!("on its way to {}", words::wanted(wanted)),
+                None => "idle".to_owned(),
+            },
         };
         line("state", format!("{state} (generation {})", self.generation));
         if let Some(seconds) = self.retry_in_s {

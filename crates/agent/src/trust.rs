@@ -3,24 +3,22 @@
 //! The hub hands out keys but cannot make one: a key counts only if the device got it when it joined,
 //! or if a key that it trusts vouches for it. A key whose time is over signs and vouches no more.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use slmops_api::device::PublisherKey;
 use slmops_artifact::signing::PublicKey;
 
+use crate::clock::Clock;
 use crate::error::AgentError;
 use crate::identity::{Identity, MAX_PUBLISHER_KEYS, parse_key};
 use crate::state::StateFolder;
-use crate::tls::EARLIEST_NOW;
 
 /// The device's publisher keys, kept in its state folder.
 pub struct Trust {
     state: StateFolder,
     identity: Mutex<Identity>,
-    /// The hub's time as it last said it, and when that was.
-    heard: Mutex<Option<(Timestamp, Instant)>>,
+    clock: Arc<Clock>,
 }
 
 impl Trust {
@@ -28,33 +26,20 @@ impl Trust {
     ///
     /// # Errors
     /// A kept key that is none.
-    pub fn new(state: StateFolder, identity: Identity) -> Result<Self, AgentError> {
+    pub fn new(
+        state: StateFolder,
+        identity: Identity,
+        clock: Arc<Clock>,
+    ) -> Result<Self, AgentError> {
         for key in &identity.publisher_keys {
             parse_key(key)?;
         }
-        Ok(Self { state, identity: Mutex::new(identity), heard: Mutex::new(None) })
-    }
-
-    /// The hub said what time it is. A device may have booted in 1970, or ten years ahead, so
-    /// the hub's word goes before its own clock's.
-    pub fn hear(&self, hub_time: Timestamp) {
-        *lock(&self.heard) = Some((hub_time, Instant::now()));
-    }
-
-    /// The best guess at what time it is: never before this program was written.
-    pub fn now(&self) -> Timestamp {
-        let earliest = i64::try_from(EARLIEST_NOW).expect("this century");
-        let earliest = Timestamp::from_second(earliest).expect("this century");
-        let told = lock(&self.heard).map(|(time, at)| {
-            let since = SignedDuration::try_from(at.elapsed()).unwrap_or(SignedDuration::MAX);
-            time.checked_add(since).unwrap_or(time)
-        });
-        told.unwrap_or_else(Timestamp::now).max(earliest)
+        Ok(Self { state, identity: Mutex::new(identity), clock })
     }
 
     /// The keys whose signatures count now.
     pub fn keys(&self) -> Vec<PublicKey> {
-        let now = self.now();
+        let now = self.clock.guess();
         let identity = lock(&self.identity);
         let valid = identity.publisher_keys.iter().filter(|key| !key.is_expired(now));
         valid.filter_map(|key| parse_key(key).ok()).collect()
@@ -62,7 +47,7 @@ impl Trust {
 
     /// The keys whose time is over, by name and end.
     pub fn expired(&self) -> Vec<(String, Timestamp)> {
-        let now = self.now();
+        let now = self.clock.guess();
         let identity = lock(&self.identity);
         let expired = identity.publisher_keys.iter().filter(|key| key.is_expired(now));
         expired.filter_map(|key| Some((key.name.clone(), key.expires_at?))).collect()
@@ -71,7 +56,7 @@ impl Trust {
     /// Takes those of the hub's keys that a trusted key vouches for, directly or through others.
     /// Says which are new; they are kept when it returns, or the next start asks again.
     pub fn learn(&self, offered: &[PublisherKey]) -> Vec<PublisherKey> {
-        let now = self.now();
+        let now = self.clock.guess();
         let mut identity = lock(&self.identity);
         let mut learnt = Vec::new();
         loop {
@@ -105,7 +90,7 @@ mod tests {
     use slmops_artifact::signing::PrivateKey;
 
     use super::*;
-    use crate::identity::Settings;
+    use crate::identity::{MeteredLink, Settings};
 
     fn public(key: &PrivateKey, expires_at: Option<&str>) -> PublisherKey {
         PublisherKey {
@@ -124,9 +109,13 @@ mod tests {
             url: "https://hub".parse().unwrap(),
             ca: Digest::of(b"ca"),
             publisher_keys: keys,
-            settings: Settings { memory_budget_bytes: 1, listen: "127.0.0.1:0".parse().unwrap() },
+            settings: Settings {
+                memory_budget_bytes: 1,
+                listen: "127.0.0.1:0".parse().unwrap(),
+                metered: MeteredLink::No,
+            },
         };
-        Trust::new(state, identity).unwrap()
+        Trust::new(state, identity, Arc::new(Clock::open(folder))).unwrap()
     }
 
     #[test]
@@ -164,14 +153,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (old, new) = (PrivateKey::generate(), PrivateKey::generate());
         let trust = trust(folder.path(), vec![public(&old, Some("2030-01-01T00:00:00Z"))]);
-        trust.hear("2029-12-31T23:59:00Z".parse().unwrap());
+        trust.clock.hear("2029-12-31T23:59:00Z".parse().unwrap());
         assert_eq!((trust.keys().len(), trust.expired().len()), (1, 0));
-        trust.hear("2030-01-01T00:00:00Z".parse().unwrap());
+        trust.clock.hear("2030-01-01T00:00:00Z".parse().unwrap());
         assert_eq!((trust.keys().len(), trust.expired().len()), (0, 1));
         assert_eq!(trust.learn(&[public(&new, None).endorsed(&old)]), []);
         // The hub's word goes before a clock that is wrong, but not before the program's own age.
-        trust.hear("1970-01-01T00:00:00Z".parse().unwrap());
-        assert_eq!(trust.now().to_string(), "2026-01-01T00:00:00Z");
+        trust.clock.hear("1970-01-01T00:00:00Z".parse().unwrap());
+        assert_eq!(trust.clock.guess().to_string(), "2026-01-01T00:00:00Z");
         assert_eq!(trust.learn(&[public(&new, None).endorsed(&old)]).len(), 1);
     }
 }

@@ -41,7 +41,13 @@ pub fn phase(
         Phase::RolledBack { failure } => {
             format!("{name} failed here and was taken back: {}", self::failure(failure))
         }
-        Phase::Waiting { cause } => format!("waiting, {}", wait(*cause)),
+        Phase::Prestaged { cause, until } => {
+            format!("{name} is here and genuine; it {}{}", wait(*cause), self::until(*until))
+        }
+        Phase::Waiting { cause, until } if cause.is_rule() => {
+            format!("{name} {}{}", wait(*cause), self::until(*until))
+        }
+        Phase::Waiting { cause, .. } => format!("waiting, {}", wait(*cause)),
     }
 }
 
@@ -51,7 +57,18 @@ pub fn wait(cause: WaitCause) -> &'static str {
         WaitCause::Network => "the hub does not answer; trying again by itself",
         WaitCause::DiskFull => "the disk is full; free some space, it goes on by itself",
         WaitCause::Storage => "the state folder cannot be used; trying again by itself",
+        WaitCause::Held => "waits: the rollout is held at the hub",
+        WaitCause::NotBefore => "waits for its time",
+        WaitCause::Hours => "waits for its hours",
+        WaitCause::Clock => {
+            "waits: it has a time, and this device does not know what time it is until the hub answers"
+        }
+        WaitCause::Metered => "waits for a link that is not metered",
     }
+}
+
+fn until(until: Option<jiff::Timestamp>) -> String {
+    until.map_or_else(String::new, |at| format!(", until {}", at.strftime("%Y-%m-%d %H:%M:%S UTC")))
 }
 
 /// Why a model failed.

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::rules::Metered;
 use crate::runtime::KvType;
+use crate::window::Windows;
 use crate::{ClassName, DeviceId, ModelName, SiteName};
 
 /// One layer's place; later kinds win over earlier ones.
@@ -34,6 +36,10 @@ pub struct Blueprint {
     /// Rules of rollouts and of the device.
     #[serde(default)]
     pub policy: PolicyLayer,
+    /// The keys that sites and devices may override, such as `runtime.threads`; all of them if no
+    /// layer names any. Written for the fleet or a class; the class's list goes before the fleet's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overridable: Option<Vec<String>>,
 }
 
 /// The runtime settings of one layer; see [`crate::runtime::RuntimeConfig`].
@@ -67,6 +73,24 @@ pub struct PolicyLayer {
     /// Whether the device takes part in rollouts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen: Option<bool>,
+    /// Devices switch models in these hours alone, such as `sat-sun 02:00-05:00`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub activate_in: Option<Windows>,
+    /// Devices fetch models in these hours alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub download_in: Option<Windows>,
+    /// The time zone of those hours, such as `Europe/Berlin`, or `device` for each device's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
+    /// What devices may fetch over metered links: `allow`, `defer`, or `small-only BYTES`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub metered: Option<Metered>,
+    /// Bytes a second with which a device fetches models, at most; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_rate_bytes_per_s: Option<u32>,
 }
 
 /// A stored layer.
@@ -90,6 +114,10 @@ pub struct ExplainedValue {
     pub layer: String,
     /// Values of lower layers that it overrides, as `layer: value`.
     pub overrides: Vec<String>,
+    /// Values of sites and devices that count for nothing, since its blueprint does not let them
+    /// override it, as `layer: value`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<String>,
 }
 
 /// `GET /v1/devices/{id}/explain`.

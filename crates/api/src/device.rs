@@ -16,6 +16,7 @@ use crate::evidence::Evidence;
 use crate::gate::Metric;
 use crate::orders::Orders;
 use crate::probe::ProbeResult;
+use crate::rules::DeviceRules;
 use crate::runtime::{EffectiveConfig, RuntimeConfig};
 use crate::{ClassName, DeviceId, InvitationId, KeyId, ModelName, SiteName, VariantName};
 
@@ -220,6 +221,16 @@ pub struct DeviceFacts {
     /// Where the local endpoint answers, such as `http://127.0.0.1:8480`; known after start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
+    /// Its time zone's IANA name; absent where it has none, which is UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
+    /// Whether every byte over its link costs, as its owner or its system says.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub metered: bool,
+    /// The rules that the agent obeys, by name: what it does not know it would ignore, so the hub
+    /// asks it of no device that does not name it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub obeys: Vec<String>,
 }
 
 /// `POST /v1/device/challenge`.
@@ -270,6 +281,9 @@ pub struct DesiredState {
     pub confirm_timeout_s: u32,
     /// Why this and not another, in words, for the device's own `status`.
     pub reason: String,
+    /// When and how it may be carried out; at once if absent.
+    #[serde(default, skip_serializing_if = "DeviceRules::is_none")]
+    pub rules: DeviceRules,
 }
 
 /// One variant, by digest, and where it is.
@@ -312,6 +326,16 @@ pub enum Phase {
     Downloaded,
     /// Digests and signature are good.
     Verified,
+    /// Fetched, verified and kept on the disk: a rule says that it is not its time yet. The model
+    /// before serves on.
+    Prestaged {
+        /// Which rule.
+        cause: WaitCause,
+        /// When it lets go by itself, if that is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[schema(value_type = Option<String>, format = DateTime)]
+        until: Option<jiff::Timestamp>,
+    },
     /// A worker has loaded the model beside the one that serves, and its configuration was read
     /// back; its probes are running. It gets no traffic yet.
     Staged,
@@ -325,11 +349,26 @@ pub enum Phase {
         /// Why.
         failure: Failure,
     },
-    /// Something outside the model's control is in the way; the device retries by itself.
+    /// Something outside the model's control is in the way; the device goes on by itself.
     Waiting {
         /// What.
         cause: WaitCause,
+        /// When it lets go, if that is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[schema(value_type = Option<String>, format = DateTime)]
+        until: Option<jiff::Timestamp>,
     },
+}
+
+impl Phase {
+    /// The rule that the device waits for, and until when, if it waits for one.
+    pub fn held(&self) -> Option<(WaitCause, Option<jiff::Timestamp>)> {
+        match self {
+            Self::Prestaged { cause, until } => Some((*cause, *until)),
+            Self::Waiting { cause, until } if cause.is_rule() => Some((*cause, *until)),
+            _ => None,
+        }
+    }
 }
 
 /// Why a model failed on a device. Closed: no free text leaves a device.
@@ -382,6 +421,26 @@ pub enum WaitCause {
     DiskFull,
     /// The state folder cannot be written.
     Storage,
+    /// The rollout was paused, or it halted ([`DeviceRules::hold`]).
+    Held,
+    /// It is not to be switched to yet ([`DeviceRules::activate_at`]).
+    NotBefore,
+    /// It is outside of the hours for this ([`DeviceRules::activate_in`], `download_in`).
+    Hours,
+    /// A rule is about time, and the device cannot be sure what time it is: it asks its hub.
+    Clock,
+    /// The link is metered ([`DeviceRules::metered`]).
+    Metered,
+}
+
+impl WaitCause {
+    /// Whether it is a rule that the hub gave, and not something in the way.
+    pub fn is_rule(self) -> bool {
+        match self {
+            Self::Network | Self::DiskFull | Self::Storage => false,
+            Self::Held | Self::NotBefore | Self::Hours | Self::Clock | Self::Metered => true,
+        }
+    }
 }
 
 /// A model on the device.

@@ -16,8 +16,10 @@ pub mod probe;
 pub mod problem;
 pub mod report;
 pub mod rollout;
+pub mod rules;
 pub mod runtime;
 pub mod selector;
+pub mod window;
 
 pub use id::*;
 

@@ -6,9 +6,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
 
-use crate::device::Failure;
+use crate::device::{Failure, WaitCause};
 use crate::gate::{GatePolicy, GateReading};
+use crate::rules::Metered;
 use crate::selector::Selector;
+use crate::window::Windows;
 use crate::{DeviceId, ModelName, RolloutId, VariantName};
 
 /// How many devices a wave takes, of those that the rollout selects. Written as `3`, `25%` or
@@ -125,8 +127,8 @@ pub struct RolloutPolicy {
     pub max_failures: u32,
     /// Seconds that a wave must stay confirmed before the next one starts.
     pub bake_s: u32,
-    /// Seconds that a device has to confirm, counted from its desired state; then it is a straggler
-    /// and counts as failed.
+    /// Seconds that a device has to confirm, counted from its desired state, or from when the last
+    /// rule that held it up let go; then it is a straggler and counts as failed.
     pub confirm_timeout_s: u32,
     /// When devices may be told.
     pub schedule: Schedule,
@@ -160,7 +162,7 @@ impl Default for RolloutPolicy {
     }
 }
 
-/// When the devices of a rollout may be told. Devices that were told go on.
+/// When the devices of a rollout may be told, and when those that were told may do what.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Schedule {
@@ -171,6 +173,21 @@ pub struct Schedule {
     /// No device is told meanwhile.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub freezes: Vec<Freeze>,
+    /// Devices fetch at once and switch not before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub activate_at: Option<jiff::Timestamp>,
+    /// Devices switch in these hours alone, such as `sat-sun 02:00-05:00`.
+    #[serde(skip_serializing_if = "Windows::is_always")]
+    #[schema(value_type = String)]
+    pub activate_in: Windows,
+    /// Devices fetch in these hours alone.
+    #[serde(skip_serializing_if = "Windows::is_always")]
+    #[schema(value_type = String)]
+    pub download_in: Windows,
+    /// The time zone of those hours, such as `Europe/Berlin`; each device's own if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
 }
 
 /// A time in which no device is told.
@@ -198,6 +215,21 @@ pub struct Limits {
     /// In each site; devices without a site are not limited by it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub updating_per_site: Option<u32>,
+    /// What devices may fetch over a link on which every byte costs: `allow`, `defer`, or
+    /// `small-only BYTES`.
+    #[schema(value_type = String)]
+    pub metered: Metered,
+    /// Bytes a second with which one device fetches, at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_bytes_per_s: Option<u64>,
+    /// Bytes a second with which all devices of one site fetch together, at most: so many of them
+    /// as `site_downloads` says fetch at a time, each with its share. Devices without a site are
+    /// not limited by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub site_bytes_per_s: Option<u64>,
+    /// Devices of one site that fetch at a time, where `site_bytes_per_s` is given; one if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub site_downloads: Option<u32>,
 }
 
 /// Somebody must agree before a wave starts.
@@ -278,13 +310,15 @@ pub struct NewRollout {
 pub enum RolloutState {
     /// Waves are going out.
     Running,
-    /// An operator holds it; devices that have started go on.
+    /// An operator holds it: no device is told, and those that were told begin nothing new.
     Paused,
-    /// A gate stopped it. Devices that are on it stay unless they went back by themselves.
+    /// A gate stopped it. Devices that are on it stay unless they went back by themselves; those
+    /// that were told and did not switch yet begin nothing new.
     Halted,
     /// Every selected device is confirmed (or has no variant that fits).
     Completed,
-    /// An operator ended it where it stood.
+    /// An operator ended it where it stood: devices that have confirmed stay on it, those on their
+    /// way were told to be what they were before.
     Aborted,
     /// An operator took it back: its devices got a new generation naming their model before.
     RolledBack,
@@ -323,6 +357,8 @@ pub enum Outcome {
     Quarantined,
     /// Not heard of for long: no wave waits for it. It takes the release when it comes back.
     Away,
+    /// The rollout was aborted before it confirmed: it was told to be what it was before.
+    Recalled,
 }
 
 /// One device's part in a rollout.
@@ -348,6 +384,14 @@ pub struct RolloutDevice {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
     pub started_at: Option<jiff::Timestamp>,
+    /// The rule that it waits for, as it last said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<WaitCause>,
+    /// When it fails unless it has confirmed by then; absent where no rule has moved that, and
+    /// while one holds it up with no known end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub due_at: Option<jiff::Timestamp>,
     /// When its outcome became final.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]

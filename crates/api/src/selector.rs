@@ -347,6 +347,9 @@ mod tests {
             agent_version: "0.2.1".to_owned(),
             engine: "llama.cpp 0.0.7100 (DOTPROD)".to_owned(),
             endpoint: None,
+            time_zone: None,
+            metered: false,
+            obeys: vec![],
         }
     }
 

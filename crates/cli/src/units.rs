@@ -103,6 +103,11 @@ pub fn ago(then: jiff::Timestamp) -> String {
     }
 }
 
+/// `, until 2026-…`, where that is known.
+pub fn until(at: Option<jiff::Timestamp>) -> String {
+    at.map_or_else(String::new, |at| format!(", until {}", at.strftime("%Y-%m-%d %H:%M:%S UTC")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

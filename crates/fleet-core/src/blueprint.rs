@@ -4,7 +4,9 @@ use std::fmt::Display;
 
 use slmops_api::ModelName;
 use slmops_api::blueprint::{Blueprint, ExplainedValue, Layer};
+use slmops_api::rules::{DeviceRules, Hours, Metered};
 use slmops_api::runtime::{KvType, RuntimeConfig};
+use slmops_api::window::{self, Windows};
 
 /// The largest blueprint text, in bytes.
 pub const MAX_BLUEPRINT_BYTES: usize = 64 << 10;
@@ -20,6 +22,26 @@ pub const BATCH_TOKENS: (u32, u32) = (1, 8192);
 pub const QUEUE_LIMIT: (u32, u32) = (0, 4096);
 /// Bounds of `policy.confirm_timeout_s`.
 pub const CONFIRM_TIMEOUT_S: (u32, u32) = (5, 604_800);
+/// Every key, in the order in which they are explained.
+const KEYS: [&str; 15] = [
+    "model",
+    "runtime.context_tokens",
+    "runtime.parallel",
+    "runtime.threads",
+    "runtime.batch_tokens",
+    "runtime.kv_type",
+    "runtime.flash_attention",
+    "runtime.queue_limit",
+    "policy.confirm_timeout_s",
+    "policy.frozen",
+    "policy.activate_in",
+    "policy.download_in",
+    "policy.time_zone",
+    "policy.max_rate_bytes_per_s",
+    "policy.metered",
+];
+/// `policy.time_zone` for each device's own.
+const DEVICE_TIME_ZONE: &str = "device";
 /// `policy.confirm_timeout_s` where no layer sets it.
 pub const DEFAULT_CONFIRM_TIMEOUT_S: u32 = 900;
 
@@ -60,6 +82,26 @@ pub enum BlueprintError {
         /// Its size.
         size_bytes: usize,
     },
+    /// A time zone that is not in the IANA database.
+    #[error("{layer}, line {line}: policy.time_zone = \"{given}\" is no time zone")]
+    TimeZone {
+        /// Which layer.
+        layer: String,
+        /// Line of the text, from 1.
+        line: usize,
+        /// What was given.
+        given: String,
+    },
+    /// A list of overridable keys that is none.
+    #[error("{layer}, line {line}: {message}")]
+    Overridable {
+        /// Which layer.
+        layer: String,
+        /// Line of the text, from 1.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
     /// Values that cannot hold together.
     #[error("{0}")]
     Conflict(String),
@@ -70,10 +112,19 @@ impl BlueprintError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Syntax { .. } => {
-                "keys are model, runtime.{context_tokens, parallel, threads, batch_tokens, kv_type, \
-                 flash_attention, queue_limit} and policy.{confirm_timeout_s, frozen}"
+                "keys are overridable, model, runtime.{context_tokens, parallel, threads, batch_tokens, kv_type, \
+                 flash_attention, queue_limit} and policy.{confirm_timeout_s, frozen, activate_in, \
+                 download_in, time_zone, metered, max_rate_bytes_per_s}"
             }
             Self::Bounds { .. } => "choose a value within the bounds",
+            Self::TimeZone { .. } => {
+                "write a name of the IANA database such as Europe/Berlin, or `device` for each \
+                 device's own"
+            }
+            Self::Overridable { .. } => {
+                "write it for the fleet or a class, such as overridable = [\"runtime.threads\"]; \
+                 `slm blueprint explain DEVICE` lists all keys"
+            }
             Self::TooLong { .. } => "a blueprint holds a handful of settings; shorten it",
             Self::Conflict(_) => "`slm blueprint explain DEVICE` shows which layer sets each value",
         }
@@ -126,6 +177,31 @@ pub fn parse(layer: &Layer, text: &str) -> Result<Blueprint, BlueprintError> {
             return Err(BlueprintError::Bounds { layer: name, line, key, value, least, most });
         }
     }
+    if let Some(keys) = &blueprint.overridable {
+        let unknown = keys.iter().find(|key| !KEYS.contains(&key.as_str()));
+        let message = match (layer, unknown) {
+            (Layer::Site(_) | Layer::Device(_), _) => {
+                "what may be overridden is up to the fleet and the class".to_owned()
+            }
+            (_, Some(key)) => {
+                format!(
+                    "overridable: there is no key `{}`",
+                    key.chars().take(200).collect::<String>()
+                )
+            }
+            (Layer::Fleet | Layer::Class(_), None) => return Ok(blueprint),
+        };
+        let line = line_of_key(text, "overridable");
+        return Err(BlueprintError::Overridable { layer: name, line, message });
+    }
+    if let Some(given) = &blueprint.policy.time_zone
+        && given != DEVICE_TIME_ZONE
+        && window::time_zone(given).is_none()
+    {
+        let line = line_of_key(text, "time_zone");
+        let given = given.chars().take(200).collect();
+        return Err(BlueprintError::TimeZone { layer: name, line, given });
+    }
     Ok(blueprint)
 }
 
@@ -152,8 +228,12 @@ pub struct Resolved {
     pub confirm_timeout_s: u32,
     /// Whether the device takes no part in rollouts.
     pub frozen: bool,
+    /// What the device obeys by itself, whatever it is told.
+    pub rules: DeviceRules,
     /// Every value with its origin.
     pub values: Vec<ExplainedValue>,
+    /// What sites and devices set and may not: it counts for nothing.
+    pub conflicts: Vec<String>,
 }
 
 impl Resolved {
@@ -173,20 +253,31 @@ struct Setting {
     value: String,
     layer: String,
     overrides: Vec<String>,
+    refused: Vec<(String, String)>,
+}
+
+/// A layer that gives values.
+struct Giver {
+    name: String,
+    /// The keys that it may give, if not all.
+    may: Option<Vec<String>>,
 }
 
 impl Setting {
     fn new(key: &'static str, default: impl Display) -> Self {
         let value = default.to_string();
-        Self { key, value, layer: "default".to_owned(), overrides: Vec::new() }
+        Self { key, value, layer: "default".to_owned(), overrides: vec![], refused: vec![] }
     }
 
-    fn set<T: Clone>(&mut self, target: &mut T, given: Option<&T>, layer: &str, shown: String) {
+    fn set<T: Clone>(&mut self, target: &mut T, given: Option<&T>, by: &Giver, shown: String) {
         let Some(given) = given else { return };
+        if by.may.as_ref().is_some_and(|keys| keys.iter().all(|key| key != self.key)) {
+            return self.refused.push((by.name.clone(), shown));
+        }
         *target = given.clone();
         self.overrides.push(format!("{}: {}", self.layer, self.value));
         self.value = shown;
-        self.layer = layer.to_owned();
+        self.layer.clone_from(&by.name);
     }
 }
 
@@ -202,7 +293,11 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut model: Option<ModelName> = None;
     let mut confirm_timeout_s = DEFAULT_CONFIRM_TIMEOUT_S;
     let mut frozen = false;
-    let mut context_set = false;
+    let mut activate_in = Windows::default();
+    let mut download_in = Windows::default();
+    let mut time_zone = DEVICE_TIME_ZONE.to_owned();
+    let mut metered = Metered::default();
+    let mut max_rate = 0;
 
     let mut model_is = Setting::new("model", "(none)");
     let mut context = Setting::new("runtime.context_tokens", runtime.context_tokens);
@@ -214,15 +309,26 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut queue = Setting::new("runtime.queue_limit", runtime.queue_limit);
     let mut confirm = Setting::new("policy.confirm_timeout_s", confirm_timeout_s);
     let mut frozen_is = Setting::new("policy.frozen", frozen);
+    let mut activate_is = Setting::new("policy.activate_in", quoted(&activate_in));
+    let mut download_is = Setting::new("policy.download_in", quoted(&download_in));
+    let mut zone_is = Setting::new("policy.time_zone", quoted(&time_zone));
+    let mut rate_is = Setting::new("policy.max_rate_bytes_per_s", max_rate);
+    let mut metered_is = Setting::new("policy.metered", quoted(metered));
 
+    // What sites and devices may override, and who says so.
+    let mut overridable: Option<(Vec<String>, String)> = None;
     for (place, text) in order {
         let given = parse(place, text)?;
-        let layer = layer_name(place);
+        if let Some(keys) = &given.overridable {
+            overridable = Some((keys.clone(), layer_name(place)));
+        }
+        let local = matches!(place, Layer::Site(_) | Layer::Device(_));
+        let may = overridable.as_ref().filter(|_| local).map(|(keys, _)| keys.clone());
+        let layer = Giver { name: layer_name(place), may };
         if let Some(name) = &given.model {
             model_is.set(&mut model, Some(&Some(name.clone())), &layer, format!("\"{name}\""));
         }
         let asked = &given.runtime;
-        context_set |= asked.context_tokens.is_some();
         let number = |value: Option<u32>| value.map(|v| v.to_string()).unwrap_or_default();
         let truth = |value: Option<bool>| value.map(|v| v.to_string()).unwrap_or_default();
         context.set(
@@ -266,6 +372,22 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
             number(policy.confirm_timeout_s),
         );
         frozen_is.set(&mut frozen, policy.frozen.as_ref(), &layer, truth(policy.frozen));
+        fn shown<T: Display>(given: Option<&T>) -> String {
+            given.map(quoted).unwrap_or_default()
+        }
+        let (switch, fetch) = (policy.activate_in.as_ref(), policy.download_in.as_ref());
+        activate_is.set(&mut activate_in, switch, &layer, shown(switch));
+        download_is.set(&mut download_in, fetch, &layer, shown(fetch));
+        let zone = policy.time_zone.as_ref();
+        zone_is.set(&mut time_zone, zone, &layer, shown(zone));
+        let rate = policy.max_rate_bytes_per_s;
+        rate_is.set(&mut max_rate, rate.as_ref(), &layer, number(rate));
+        metered_is.set(
+            &mut metered,
+            policy.metered.as_ref(),
+            &layer,
+            shown(policy.metered.as_ref()),
+        );
     }
 
     if runtime.kv_type == KvType::Q8_0 && !runtime.flash_attention {
@@ -274,16 +396,65 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
             kv_type.layer, flash.layer
         )));
     }
-    let settings =
-        [model_is, context, parallel, threads, batch, kv_type, flash, queue, confirm, frozen_is];
+    let context_set = context.layer != "default";
+    let zone = Some(&time_zone).filter(|zone| *zone != DEVICE_TIME_ZONE);
+    let rules = DeviceRules {
+        activate_in: Hours::of(&activate_in, zone).into_iter().collect(),
+        download_in: Hours::of(&download_in, zone).into_iter().collect(),
+        metered,
+        max_rate_bytes_per_s: (max_rate > 0).then_some(u64::from(max_rate)),
+        ..DeviceRules::default()
+    };
+    let settings = [
+        model_is,
+        context,
+        parallel,
+        threads,
+        batch,
+        kv_type,
+        flash,
+        queue,
+        confirm,
+        frozen_is,
+        activate_is,
+        download_is,
+        zone_is,
+        rate_is,
+        metered_is,
+    ];
+    debug_assert!(settings.iter().map(|setting| setting.key).eq(KEYS), "every key is explained");
+    let mut conflicts = Vec::new();
+    for (setting, (layer, value)) in
+        settings.iter().flat_map(|it| it.refused.iter().map(move |r| (it, r)))
+    {
+        let by = overridable.as_ref().map_or("nobody", |(_, by)| by);
+        conflicts.push(format!(
+            "{layer} sets {} = {value}, which {by} does not let it override (overridable)",
+            setting.key
+        ));
+    }
     let values = settings.map(|setting| ExplainedValue {
         key: setting.key.to_owned(),
         value: setting.value,
         layer: setting.layer,
         overrides: setting.overrides,
+        refused: setting.refused.iter().map(|(layer, value)| format!("{layer}: {value}")).collect(),
     });
     let values = values.to_vec();
-    Ok(Resolved { model, runtime, context_set, confirm_timeout_s, frozen, values })
+    Ok(Resolved {
+        model,
+        runtime,
+        context_set,
+        confirm_timeout_s,
+        frozen,
+        rules,
+        values,
+        conflicts,
+    })
+}
+
+fn quoted(value: impl Display) -> String {
+    format!("\"{value}\"")
 }
 
 fn kv_name(kv_type: KvType) -> String {
@@ -347,6 +518,9 @@ mod tests {
         check_error("[policy]\nconfirm_timeout_s = 1", "line 2: policy.confirm_timeout_s = 1");
         check_error("model = \"Not A Name\"", "line 1");
         check_error("[runtime]\nparallel = -1", "line 2");
+        check_error("[policy]\nactivate_in = \"caturday\"", "line 2: `caturday` are no hours");
+        check_error("[policy]\nmetered = \"perhaps\"", "line 2: `perhaps` is none of");
+        check_error("[policy]\n\ntime_zone = \"Mars/Olympus\"", "line 3: policy.time_zone = ");
         check_error(&"#".repeat(MAX_BLUEPRINT_BYTES + 1), "bytes are more than");
     }
 
@@ -358,6 +532,77 @@ mod tests {
         ];
         let error = resolve(&layers).unwrap_err().to_string();
         assert!(error.contains("(site berlin)") && error.contains("which fleet sets"), "{error}");
+    }
+
+    #[test]
+    fn rules_of_the_device_come_from_their_layers() {
+        assert!(resolve(&[]).unwrap().rules.is_none());
+        let layers = [
+            (
+                Layer::Fleet,
+                "[policy]\nactivate_in = \"sat-sun 02:00-05:00\"\nmetered = \"defer\"".to_owned(),
+            ),
+            (layer("site", "berlin"), "policy.time_zone = \"Europe/Berlin\"".to_owned()),
+            (layer("device", "d1"), "policy.metered = \"small-only 7\"".to_owned()),
+        ];
+        let resolved = resolve(&layers).unwrap();
+        assert_eq!(
+            resolved.rules.to_string(),
+            "switches in sat,sun 02:00-05:00 (Europe/Berlin); metered links: small-only 7"
+        );
+        let explained = |key: &str| {
+            let value = resolved.values.iter().find(|value| value.key == key).unwrap();
+            format!("{} {} {:?}", value.value, value.layer, value.overrides)
+        };
+        assert_eq!(
+            explained("policy.metered"),
+            r#""small-only 7" device d1 ["default: \"allow\"", "fleet: \"defer\""]"#
+        );
+        assert_eq!(explained("policy.download_in"), r#""always" default []"#);
+    }
+
+    #[test]
+    fn sites_and_devices_override_what_they_may_and_the_rest_is_a_conflict() {
+        let fleet = "overridable = [\"runtime.threads\", \"policy.metered\"]\nruntime.parallel = 3";
+        let mut layers = vec![
+            (Layer::Fleet, fleet.to_owned()),
+            (layer("class", "small"), "runtime.queue_limit = 9".to_owned()),
+            (layer("site", "berlin"), "runtime.threads = 2\nruntime.parallel = 8".to_owned()),
+            (layer("device", "d1"), "runtime.threads = 1\nruntime.context_tokens = 64".to_owned()),
+        ];
+        let resolved = resolve(&layers).unwrap();
+        let runtime = &resolved.runtime;
+        assert_eq!((runtime.threads, runtime.parallel, runtime.queue_limit), (1, 3, 9));
+        assert!(!resolved.context_set && runtime.context_tokens == 2048);
+        assert_eq!(
+            resolved.conflicts,
+            [
+                "device d1 sets runtime.context_tokens = 64, which fleet does not let it override (overridable)",
+                "site berlin sets runtime.parallel = 8, which fleet does not let it override (overridable)",
+            ]
+        );
+        let parallel =
+            resolved.values.iter().find(|value| value.key == "runtime.parallel").unwrap();
+        assert_eq!(
+            (parallel.layer.as_str(), &parallel.refused[..]),
+            ("fleet", &["site berlin: 8".to_owned()][..])
+        );
+        // The class's list goes before the fleet's; an empty one lets nothing.
+        layers[1].1 = "overridable = []".to_owned();
+        let resolved = resolve(&layers).unwrap();
+        assert_eq!((resolved.conflicts.len(), resolved.runtime.threads), (4, 0));
+        assert!(resolved.conflicts[0].contains("which class small does not let"), "{resolved:?}");
+
+        check_error(
+            "overridable = [\"runtime.speed\"]",
+            "line 1: overridable: there is no key `runtime.speed`",
+        );
+        let error = parse(&layer("site", "berlin"), "\noverridable = []").unwrap_err();
+        assert!(
+            error.to_string().contains("site berlin, line 2: what may be overridden"),
+            "{error}"
+        );
+        assert!(error.hint().contains("overridable = ["));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use slmops_api::device::DeviceFacts;
 use slmops_api::model::{DeviceClass, ModelShape, NewRelease, Variant};
 use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere};
+use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_artifact::Digest;
 
@@ -29,6 +30,9 @@ pub fn facts(budget_mib: u64) -> DeviceFacts {
         agent_version: "0.1.0".to_owned(),
         engine: "test".to_owned(),
         endpoint: None,
+        time_zone: None,
+        metered: false,
+        obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
 }
 

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport};
 use slmops_api::model::NewRelease;
 use slmops_api::orders::{Exclusion, Orders, Pin};
+use slmops_api::rules::DeviceRules;
 use slmops_api::selector::Selector;
 use slmops_api::{ClassName, DeviceId, ModelName, RolloutId};
 use slmops_artifact::Digest;
@@ -71,6 +72,16 @@ impl FleetDevice {
     /// Whether it has seen a generation that the hub does not know of.
     pub fn is_ahead(&self) -> bool {
         self.report.as_ref().is_some_and(|report| report.generation > self.desired.generation)
+    }
+
+    /// Whether its agent obeys the rule of this name, as far as it has said.
+    pub fn obeys(&self, rule: &str) -> bool {
+        self.facts.obeys.iter().any(|known| known == rule)
+    }
+
+    /// The names of those rules that its agent would ignore.
+    pub fn ignores(&self, rules: &DeviceRules) -> Vec<&'static str> {
+        rules.names().into_iter().filter(|name| !self.obeys(name)).collect()
     }
 
     /// Whether this manifest failed on this very device before.

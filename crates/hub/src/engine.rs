@@ -178,7 +178,7 @@ impl Engine {
             let mut forced = created.superseded;
             forced.push(created.record);
             replace(&mut records, &forced);
-            let plan = rollout::plan(&world, &records, Targets::new());
+            let plan = rollout::plan(&world, &records, created.targets);
             let audit = AuditDraft {
                 action: "rollout.create",
                 object: id.to_string(),
@@ -426,7 +426,9 @@ fn as_it_is(device: &StoredDevice) -> Resolved {
         context_set: true,
         confirm_timeout_s: device.desired.confirm_timeout_s,
         frozen: true,
+        rules: device.desired.rules.clone(),
         values: vec![],
+        conflicts: vec![],
     }
 }
 

@@ -172,6 +172,7 @@ mod tests {
             runtime: Default::default(),
             confirm_timeout_s: 60,
             reason: String::new(),
+            rules: Default::default(),
         }
     }
 

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{
-    Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded, Millis,
-    Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
+    Around, Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded,
+    Millis, Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
 };
 use slmops_api::device::WaitCause;
 use slmops_api::evidence::Evidence;
 use slmops_api::probe::ProbeResult;
+use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::EffectiveConfig;
 use slmops_artifact::Digest;
 
@@ -92,7 +93,7 @@ pub(crate) struct Worker {
 }
 
 /// What the ledger on disk says, for checks.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Durable {
     pub generation: u64,
     pub confirmed: bool,
@@ -100,6 +101,8 @@ pub(crate) struct Durable {
     pub previous: Option<Digest>,
     /// The candidate, and whether it passed its probes.
     pub candidate: Option<(Digest, bool)>,
+    /// What is wanted, and under which rules.
+    pub wanted: Option<(Digest, DeviceRules)>,
 }
 
 impl Durable {
@@ -111,6 +114,9 @@ impl Durable {
             current: ledger.current.as_ref().map(manifest),
             previous: ledger.previous.as_ref().map(manifest),
             candidate: ledger.candidate.as_ref().map(|c| (manifest(&c.deployment), c.probed)),
+            wanted: ledger.desired.as_ref().and_then(|desired| {
+                Some((desired.model.as_ref()?.manifest, desired.rules.clone()))
+            }),
         }
     }
 }
@@ -121,6 +127,8 @@ struct Clock {
     real: u64,
     local: u64,
     ppm: i64,
+    /// Whether it went wrong since it was last set.
+    wrong: bool,
 }
 
 impl Clock {
@@ -155,6 +163,8 @@ pub(crate) struct Device {
     /// When it is next looked at, and by which entry of the schedule.
     pub scheduled: (Time, u64),
     clock: Clock,
+    /// Whether the agent that runs knows what time it is.
+    knows_time: bool,
     pub number: u32,
     pub group: usize,
     seed: u64,
@@ -189,7 +199,8 @@ impl Device {
             core: None,
             pending: Vec::new(),
             scheduled: (Time(u64::MAX), 0),
-            clock: Clock { real: 0, local: 0, ppm: 0 },
+            clock: Clock { real: 0, local: 0, ppm: 0, wrong: false },
+            knows_time: false,
             number,
             group,
             seed: mix(seed ^ u64::from(number)),
@@ -219,7 +230,7 @@ impl Device {
         let config = Config { memory_budget_bytes: self.budget_bytes, ..Config::default() };
         self.boots += 1;
         let rng = ChaCha8Rng::seed_from_u64(mix(self.seed ^ (self.boots << 40)));
-        self.clock = Clock { real: now.0, local: 0, ppm: self.clock.ppm };
+        self.clock = Clock { real: now.0, local: 0, wrong: self.clock.ppm != 0, ..self.clock };
         self.core = Some(Core::new(ledger, config, rng));
         if let Some(traffic) = &mut self.traffic {
             traffic.restart(now);
@@ -239,12 +250,33 @@ impl Device {
     }
 
     pub(crate) fn jump(&mut self, now: Time, by: Time) {
-        self.clock = Clock { real: now.0, local: self.clock.local(now) + by.0, ..self.clock };
+        let local = self.clock.local(now) + by.0;
+        self.clock = Clock { real: now.0, local, wrong: true, ..self.clock };
     }
 
     pub(crate) fn drift(&mut self, now: Time, ppm: i32) {
         let local = if self.core.is_some() { self.clock.local(now) } else { 0 };
-        self.clock = Clock { real: now.0, local, ppm: i64::from(ppm) };
+        self.clock = Clock { real: now.0, local, ppm: i64::from(ppm), wrong: true };
+    }
+
+    /// What the agent finds around itself: the hub's word for the time if it just spoke, else a
+    /// clock of its own, which one device in four does not have.
+    pub(crate) fn around(&mut self, now: Time, hub_spoke: bool) -> Around {
+        let knows = hub_spoke || self.number % 4 != 3;
+        self.clock.wrong &= !hub_spoke || self.clock.ppm != 0;
+        let time = knows.then(|| now.timestamp());
+        self.knows_time = knows;
+        Around { time, time_zone: None, metered: false }
+    }
+
+    /// Whether an answer of the hub tells it the time anew.
+    pub(crate) fn needs_time(&self) -> bool {
+        !self.knows_time || self.clock.wrong
+    }
+
+    /// Whether its clock may be ahead.
+    pub(crate) fn is_clock_wrong(&self) -> bool {
+        self.clock.wrong
     }
 
     /// Counts what its users asked until now.

@@ -7,6 +7,7 @@ use slmops_agent_core::Snapshot;
 use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport, Phase, Telemetry};
 use slmops_api::evidence::Evidence;
 use slmops_api::rollout::{NewRollout, Outcome, Rollout, RolloutDevice, RolloutState};
+use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_api::selector::Selector;
 use slmops_api::{ClassName, DeviceId, RolloutId};
@@ -121,6 +122,7 @@ impl Hub {
                         runtime: RuntimeConfig::default(),
                         confirm_timeout_s: config.confirm_timeout_s,
                         reason: String::new(),
+                        rules: DeviceRules::default(),
                     },
                     report: None,
                     revoked: false,
@@ -494,7 +496,7 @@ impl Hub {
 
     // --- operators
 
-    /// Makes a rollout, or says why not.
+    /// Makes a rollout, or says why not. Says which devices are told something new.
     pub(crate) fn create(
         &mut self,
         now: Time,
@@ -502,7 +504,7 @@ impl Hub {
         asked: NewRollout,
         catalog: &Catalog,
         watch: &mut Watch,
-    ) -> Result<(), String> {
+    ) -> Result<Vec<usize>, String> {
         let world = self.world(now, catalog);
         let created = rollout::create(rollout_id(rollout), asked, OPERATOR, &world, &self.active)
             .map_err(|error| error.to_string())?;
@@ -511,10 +513,9 @@ impl Hub {
             self.end(record);
         }
         watch.created(rollout, &created.record.rollout, &self.devices);
-        self.active.push(created.record);
-        self.everything = true;
-        self.wake(now);
-        Ok(())
+        let mut records = self.active.clone();
+        records.push(created.record);
+        Ok(self.settle(now, records, created.targets, catalog, watch))
     }
 
     /// Waves, from 1, that wait for somebody's approval, by the rollout's place in the specification.
@@ -586,12 +587,24 @@ impl Hub {
         let mut records = self.active.clone();
         records.retain(|known| known.rollout.id != id);
         records.push(changed);
+        self.ended.retain(|known| known.rollout.id != id);
+        self.settle(now, records, targets, catalog, watch)
+    }
+
+    /// Plans with what an operator changed, in the same transaction.
+    fn settle(
+        &mut self,
+        now: Time,
+        mut records: Vec<RolloutRecord>,
+        targets: Targets,
+        catalog: &Catalog,
+        watch: &mut Watch,
+    ) -> Vec<usize> {
         let plan = rollout::plan(&self.world(now, catalog), &records, targets);
         for record in plan.rollouts {
             let place = records.iter().position(|known| known.rollout.id == record.rollout.id);
             records[place.expect("a plan is about the rollouts it was given")] = record;
         }
-        self.ended.retain(|known| known.rollout.id != id);
         let changed = (0..records.len()).collect();
         self.active = records;
         let moved = Moved {
@@ -622,5 +635,8 @@ fn facts(memory_budget_bytes: u64) -> DeviceFacts {
         agent_version: String::new(),
         engine: String::new(),
         endpoint: None,
+        time_zone: None,
+        metered: false,
+        obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
 }

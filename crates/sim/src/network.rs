@@ -24,6 +24,9 @@ const RESTART_MS: u64 = 3 * SECOND;
 /// One that cannot be started is tried again after this time.
 const RESTART_AGAIN_MS: u64 = MINUTE;
 
+/// Seconds of a device's rate that one piece of a capped download holds, at most.
+const CAPPED_PIECE_S: u64 = 30;
+
 /// What becomes of a request.
 enum Fate {
     /// It fails, and the device knows at this time.
@@ -326,7 +329,11 @@ impl Simulation<'_> {
     fn next_piece(&mut self, number: usize, id: EffectId, package: Package, delay_ms: u64) {
         let left = self.devices[number].missing_bytes(&package);
         let group = self.devices[number].group;
+        let rules = self.devices[number].durable.wanted.as_ref().map(|(_, rules)| rules);
+        let rate = rules.and_then(|rules| rules.max_rate_bytes_per_s);
+        let left = rate.map_or(left, |rate| left.min(rate * CAPPED_PIECE_S));
         let (bytes, at) = self.links[group].piece(self.hub_pipe.as_mut(), self.now, left);
+        let at = rate.map_or(at, |rate| at.max(Time(self.now.0 + bytes * SECOND / rate.max(1))));
         self.later(
             number,
             Time(at.0 + delay_ms),
@@ -400,7 +407,7 @@ impl Simulation<'_> {
         if activates {
             device.count(self.now, &self.catalog);
         }
-        let before = device.durable;
+        let before = device.durable.clone();
         let event = device.perform(self.now, effect, &self.catalog, sabotage);
         if saves {
             self.watch.saved(self.now, device);

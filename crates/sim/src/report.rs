@@ -343,5 +343,6 @@ fn outcome_word(outcome: &Outcome) -> &'static str {
         Outcome::NoFit { .. } => "no fit",
         Outcome::Quarantined => "quarantined",
         Outcome::Away => "away",
+        Outcome::Recalled => "recalled",
     }
 }

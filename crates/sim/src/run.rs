@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{Blob, Deployment, Effect, Event, Ledger, Outcome, Polled};
 use slmops_api::device::InstalledModel;
-use slmops_api::rollout::{Limits, NewRollout, Rollout, RolloutState};
+use slmops_api::rollout::{Limits, NewRollout, Rollout, RolloutState, Schedule};
 
 use crate::catalog::{Catalog, mix};
 use crate::device::{Device, Durable, Pending, Work};
@@ -183,6 +183,7 @@ impl<'a> Simulation<'a> {
                 };
                 let ledger = Ledger {
                     generation: desired.generation,
+                    desired: Some(desired.clone()),
                     outcome: Some(Outcome::Confirmed),
                     current: Some(deployment),
                     ..Ledger::default()
@@ -310,7 +311,13 @@ impl<'a> Simulation<'a> {
                     policy: spec.policy.clone(),
                 };
                 let (catalog, watch) = (&self.catalog, &mut self.watch);
-                self.hub.create(self.now, rollout, asked, catalog, watch).err()
+                match self.hub.create(self.now, rollout, asked, catalog, watch) {
+                    Ok(told) => {
+                        self.tell(told);
+                        None
+                    }
+                    Err(why) => Some(why),
+                }
             }
         };
         self.collected.refused(rollout, again.clone());
@@ -377,6 +384,9 @@ impl<'a> Simulation<'a> {
         if device.core.is_none() {
             if device.power_at <= now {
                 device.boot(now);
+                self.watch.booted(device);
+                let around = device.around(now, false);
+                self.hear(number, Event::Around(around));
                 self.events += 1;
                 self.hear(number, Event::Tick);
             }
@@ -392,12 +402,21 @@ impl<'a> Simulation<'a> {
 
     /// A device's core takes an event, and what it asks for is begun.
     pub(crate) fn hear(&mut self, number: usize, event: Event) {
+        if let Event::Polled { result: Ok(polled), .. } = &event
+            && self.devices[number].core.is_some()
+        {
+            if let Polled::Desired(desired) = polled {
+                self.watch.told(number, desired);
+            }
+            // The hub's answers bring its time.
+            if self.devices[number].needs_time() {
+                let around = self.devices[number].around(self.now, true);
+                self.hear(number, Event::Around(around));
+            }
+        }
         let device = &mut self.devices[number];
         let now = device.now(self.now);
         let Some(core) = &mut device.core else { return };
-        if let Event::Polled { result: Ok(Polled::Desired(desired)), .. } = &event {
-            self.watch.told(number, desired.generation);
-        }
         let mut effects = std::mem::take(&mut self.effects);
         core.handle(now, event, &mut effects);
         for effect in effects.drain(..) {
@@ -471,7 +490,11 @@ impl<'a> Simulation<'a> {
                 let wave_s = turns * u64::from(policy.confirm_timeout_s)
                     + u64::from(policy.bake_s)
                     + u64::from(patience_s);
-                waves * (wave_s * SECOND + self.scenario.spec.approve_after.0)
+                let Schedule { activate_in, download_in, .. } = &policy.schedule;
+                let days = [activate_in, download_in].map(|hours| u64::from(!hours.is_always()));
+                // Hours come once a day: a turn may need one to fetch and one to switch.
+                let days = turns * 2 * (days[0] + days[1]);
+                waves * (wave_s * SECOND + days * DAY + self.scenario.spec.approve_after.0)
             })
             .sum();
         let freezes = rollouts.clone().flat_map(|it| &it.policy.schedule.freezes);

@@ -10,6 +10,7 @@ use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::rollout::{
     ApprovalStep, Freeze, Limits, RolloutPolicy, Schedule, Stragglers, Unheard, WavePer, WaveSize,
 };
+use slmops_api::window::Windows;
 
 use crate::catalog::mix;
 use crate::faults;
@@ -194,6 +195,7 @@ fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
             limits: Limits {
                 updating: rng.random_bool(0.2).then(|| rng.random_range(1..5)),
                 updating_per_site: rng.random_bool(0.2).then(|| rng.random_range(1..3)),
+                ..Limits::default()
             },
             approvals: random_approvals(rng),
             stragglers: Stragglers {
@@ -222,10 +224,26 @@ fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
 
 fn random_schedule(rng: &mut ChaCha8Rng, hours: u32) -> Schedule {
     let mut moment = || Time(rng.random_range(0..u64::from(hours) * HOUR)).timestamp();
-    let (start_at, from) = (moment(), moment());
+    let (start_at, from, activate_at) = (moment(), moment(), moment());
     let until = from + jiff::SignedDuration::from_mins(rng.random_range(1..300));
+    let start_at = rng.random_bool(0.2).then_some(start_at);
+    let mut windows = || match rng.random_bool(0.1) {
+        true => {
+            let from = rng.random_range(0..24);
+            let to = (from + rng.random_range(1..12)) % 24;
+            format!("{from:02}:00-{to:02}:30").parse().expect("hours of the day")
+        }
+        false => Windows::default(),
+    };
+    let (activate_in, download_in) = (windows(), windows());
     Schedule {
-        start_at: rng.random_bool(0.2).then_some(start_at),
+        start_at,
+        activate_at: rng
+            .random_bool(0.2)
+            .then_some(start_at.unwrap_or(activate_at).max(activate_at)),
+        activate_in,
+        download_in,
+        time_zone: None,
         freezes: match rng.random_bool(0.2) {
             true => vec![Freeze { from, until, reason: String::new() }],
             false => vec![],

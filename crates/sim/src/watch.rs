@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use slmops_agent_core::{Effect, Outcome, Snapshot};
+use slmops_agent_core::{Core, Effect, Outcome, Snapshot};
 use slmops_api::RolloutId;
-use slmops_api::device::Phase;
+use slmops_api::device::{DesiredState, Phase};
 use slmops_api::rollout::{
     Limits, Outcome as PartOutcome, Rollout, RolloutState, WavePer, WaveSize,
 };
+use slmops_api::rules::{DeviceRules, Hours};
+use slmops_api::window::Opening;
+use slmops_artifact::Digest;
 use slmops_fleet_core::rollout::Assignment;
 use slmops_fleet_core::world::FleetDevice;
 
@@ -31,7 +34,7 @@ pub(crate) struct Watch {
 }
 
 /// What was seen of one device.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Seen {
     /// The newest report that the hub has thanked for.
     acknowledged: u64,
@@ -41,6 +44,8 @@ struct Seen {
     durable: u64,
     /// The newest generation that it reported.
     reported: u64,
+    /// What this very process was told, and under which rules.
+    wanted: Option<(Digest, DeviceRules)>,
 }
 
 /// A rollout's waves, as its policy means them.
@@ -271,10 +276,19 @@ impl Watch {
         self.stored(now, device, hub);
     }
 
-    /// The hub tells a device its generation.
-    pub(crate) fn told(&mut self, device: usize, generation: u64) {
+    /// The hub tells a device what it should be.
+    pub(crate) fn told(&mut self, device: usize, desired: &DesiredState) {
         let seen = &mut self.seen[device];
-        seen.told = seen.told.max(generation);
+        if desired.generation >= seen.told {
+            seen.told = desired.generation;
+            let manifest = desired.model.as_ref().map(|model| model.manifest);
+            seen.wanted = manifest.map(|manifest| (manifest, desired.rules.clone()));
+        }
+    }
+
+    /// A device starts: it knows what its ledger says.
+    pub(crate) fn booted(&mut self, device: &Device) {
+        self.seen[device.number as usize].wanted.clone_from(&device.durable.wanted);
     }
 
     /// The hub is back: whatever it has told or thanked for is there.
@@ -317,12 +331,36 @@ impl Watch {
             let what = format!("device {number} waits for {} things", device.pending.len());
             self.violation(now, what);
         }
+        let durable = &device.durable;
+        let kept = |manifest| [durable.current, durable.previous].contains(&Some(manifest));
+        // What it was told counts, durable or not.
+        let wanted = [durable.wanted.as_ref(), self.seen[number as usize].wanted.as_ref()];
+        let breaks = |manifest: Digest, broken: fn(&DeviceRules, Timestamp) -> bool| {
+            let mut rules = wanted.into_iter().flatten().filter(|(what, _)| *what == manifest);
+            !kept(manifest) && rules.any(|(_, rules)| broken(rules, now.timestamp()))
+        };
         match effect {
+            Effect::Download { package, .. } if breaks(package.manifest, |rules, _| rules.hold) => {
+                self.violation(now, format!("device {number} fetches what is held"));
+            }
             Effect::Activate { worker, .. } => {
                 let Some(worker) = device.worker(*worker) else { return };
                 let manifest = worker.deployment.package.manifest;
-                let durable = device.durable;
-                let kept = durable.current == Some(manifest) || durable.previous == Some(manifest);
+                let held = breaks(manifest, |rules, _| rules.hold);
+                let early = !device.is_clock_wrong()
+                    && breaks(manifest, |rules, now| {
+                        rules.activate_at.is_some_and(|at| now < at)
+                            || matches!(
+                                Hours::opening(&rules.activate_in, now, None),
+                                Opening::Shut { .. }
+                            )
+                    });
+                if held {
+                    self.violation(now, format!("device {number} switches to what is held"));
+                }
+                if early {
+                    self.violation(now, format!("device {number} switches before its time"));
+                }
                 let tried = durable.candidate == Some((manifest, true)) && worker.probed;
                 if !worker.genuine {
                     self.violation(now, format!("device {number} activates unverified bytes"));
@@ -330,7 +368,7 @@ impl Watch {
                 if !device.signed.contains(&manifest) {
                     self.violation(now, format!("device {number} activates what nobody signed"));
                 }
-                if !kept && !tried {
+                if !kept(manifest) && !tried {
                     let what = format!("device {number} activates what its ledger does not allow");
                     self.violation(now, what);
                 }
@@ -392,6 +430,10 @@ fn forbidden(rollout: &Rollout, now: Timestamp) -> Option<&'static str> {
     (needed && !given).then_some("without an approval")
 }
 
+fn held_up<R: rand::Rng>(core: &Core<R>) -> bool {
+    core.status().snapshot.is_some_and(|snapshot| snapshot.phase.held().is_some())
+}
+
 /// Why a device has not come to rest as what it should be, if it has not.
 pub(crate) fn unsettled(device: &Device, hub: &Hub) -> Option<String> {
     let number = device.number;
@@ -418,6 +460,7 @@ pub(crate) fn unsettled(device: &Device, hub: &Hub) -> Option<String> {
             let refusal = ledger.refuses(model.manifest, &desired.runtime, desired.generation);
             refusal.is_none().then(|| format!("device {number} went back without a reason"))
         }
+        None if desired.rules.hold && held_up(core) => None,
         None => Some(format!("device {number} has no outcome: {:?}", core.status().snapshot)),
     }
 }

@@ -1,5 +1,6 @@
 //! Getting a package: manifest and signature, files, digests.
 
+use jiff::Timestamp;
 use rand::Rng;
 use slmops_api::device::{DesiredModel, Failure, WaitCause};
 
@@ -30,7 +31,7 @@ impl<R: Rng> Core<R> {
             Ok(package) if fits(&package, &target.model) => {
                 target.package = Some(package);
                 target.missing = 0;
-                self.download(now, target, effects);
+                self.proceed(now, target, Resume::Download, effects);
             }
             // A good signature over something else than what the hub announced.
             Ok(_) => self.fail(&target, Failure::Package),
@@ -60,17 +61,26 @@ impl<R: Rng> Core<R> {
         }
     }
 
-    pub(super) fn download(&mut self, now: Millis, target: Target, effects: &mut Vec<Effect>) {
+    pub(super) fn download(
+        &mut self,
+        now: Millis,
+        target: Target,
+        free_until: Option<Timestamp>,
+        effects: &mut Vec<Effect>,
+    ) {
         let package = target.package();
         let mut keep = self.ledger.blobs();
         keep.extend(self.saved.blobs());
         keep.extend(package.blobs().map(|blob| blob.digest));
         effects.push(Effect::Collect { keep });
         let id = self.id();
-        effects.push(Effect::Download { id, model: target.model.clone(), package });
+        let rules = self.ledger.desired.as_ref().map(|desired| &desired.rules);
+        let max_rate_bytes_per_s = rules.and_then(|rules| rules.max_rate_bytes_per_s);
+        let model = target.model.clone();
+        effects.push(Effect::Download { id, model, package, max_rate_bytes_per_s });
         let until = now + self.config.stall_timeout_ms;
         let total_bytes = package.total_bytes();
-        self.step = Step::Download { target, id, until, done_bytes: 0, total_bytes };
+        self.step = Step::Download { target, id, until, done_bytes: 0, total_bytes, free_until };
     }
 
     pub(super) fn progress(&mut self, now: Millis, progress: EffectId, done: u64, total: u64) {
@@ -116,13 +126,14 @@ impl<R: Rng> Core<R> {
         now: Millis,
         id: EffectId,
         result: Result<(), VerifyError>,
+        effects: &mut Vec<Effect>,
     ) {
         if !matches!(self.step, Step::Verify { .. }) {
             return;
         }
         let Some(Step::Verify { mut target, .. }) = self.take_step(id) else { return };
         match result {
-            Ok(()) => self.mark(target),
+            Ok(()) => self.proceed(now, target, Resume::Mark, effects),
             Err(VerifyError::Damaged) => {
                 // The source proved its bytes by their digest; these were lost here.
                 target.package = None;

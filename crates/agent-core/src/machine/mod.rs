@@ -5,6 +5,7 @@
 
 mod fetch;
 mod restore;
+mod rules;
 mod snapshot;
 mod step;
 mod trial;
@@ -22,7 +23,9 @@ pub use snapshot::{Snapshot, Status};
 use step::Step;
 
 use crate::backoff::Backoff;
-use crate::{Config, Death, Deployment, Effect, EffectId, Event, Ledger, Millis, Obstacle, Polled};
+use crate::{
+    Around, Config, Death, Deployment, Effect, EffectId, Event, Ledger, Millis, Obstacle, Polled,
+};
 
 /// One device's decisions.
 pub struct Core<R> {
@@ -36,11 +39,11 @@ pub struct Core<R> {
     /// What is durable, and which revision that is.
     saved: Ledger,
     saved_revision: u64,
+    /// What the device is surrounded by, and since when that is known.
+    around: (Millis, Around),
     save: Call<Save>,
     poll: Call<()>,
     report: Call<Sent>,
-    /// What the hub said, in this process.
-    desired: Option<DesiredState>,
     hub_answers: Option<bool>,
     serving: Option<Serving>,
     step: Step,
@@ -139,7 +142,10 @@ struct Serving {
 
 impl<R: Rng> Core<R> {
     /// A device with this ledger, just started. The first event should be [`Event::Tick`].
-    pub fn new(ledger: Ledger, config: Config, rng: R) -> Self {
+    pub fn new(mut ledger: Ledger, config: Config, rng: R) -> Self {
+        // An older agent went on with this ledger and left the words of an older generation in it.
+        let generation = ledger.generation;
+        ledger.desired.take_if(|desired| desired.generation != generation);
         Self {
             config,
             rng,
@@ -148,10 +154,10 @@ impl<R: Rng> Core<R> {
             ledger,
             revision: 0,
             saved_revision: 0,
+            around: (Millis(0), Around::default()),
             save: Call::new(),
             poll: Call::new(),
             report: Call::new(),
-            desired: None,
             hub_answers: None,
             serving: None,
             step: Step::Settled,
@@ -173,6 +179,7 @@ impl<R: Rng> Core<R> {
     pub fn handle(&mut self, now: Millis, event: Event, effects: &mut Vec<Effect>) {
         match event {
             Event::Tick => {}
+            Event::Around(around) => self.around = (now, around),
             Event::Polled { id, result } => self.polled(now, id, result, effects),
             Event::LedgerSaved { id, result } => self.ledger_saved(now, id, result),
             Event::Reported { id, result } => self.reported(now, id, result),
@@ -187,7 +194,7 @@ impl<R: Rng> Core<R> {
                 self.progress(now, id, done_bytes, total_bytes);
             }
             Event::Downloaded { id, result } => self.downloaded(now, id, result, effects),
-            Event::FilesVerified { id, result } => self.files_verified(now, id, result),
+            Event::FilesVerified { id, result } => self.files_verified(now, id, result, effects),
             Event::Staged { id, result } => self.staged(now, id, result, effects),
             Event::Probed { id, result } => self.probed(now, id, result, effects),
             Event::Activated { id, result } => self.activated(now, id, result, effects),
@@ -198,7 +205,7 @@ impl<R: Rng> Core<R> {
     /// When [`Event::Tick`] is wanted, if nothing else happens before.
     pub fn deadline(&self) -> Option<Millis> {
         let unsaved = self.dirty() && self.save.flying.is_none();
-        let settled = matches!(self.step, Step::Settled);
+        let waits = matches!(self.step, Step::Settled | Step::Held { .. });
         let report = match self.report.flying {
             Some(_) => None,
             None => self.report_due().map(|at| at.max(self.report.not_before)),
@@ -208,10 +215,11 @@ impl<R: Rng> Core<R> {
             self.poll.timer(),
             self.report.timer(),
             self.step.timer(),
+            self.rules_timer(),
             unsaved.then_some(self.save.not_before),
             self.poll.flying.is_none().then_some(self.poll.not_before),
             report,
-            self.restore_at.filter(|_| settled),
+            self.restore_at.filter(|_| waits),
         ];
         timers.into_iter().flatten().min()
     }
@@ -307,7 +315,7 @@ impl<R: Rng> Core<R> {
             return;
         }
         let id = self.id();
-        let known = self.desired.as_ref().map(|desired| desired.generation);
+        let known = self.ledger.desired.as_ref().map(|desired| desired.generation);
         // An agent that knows nothing yet must not wait for a change.
         let wait_s = if known.is_some() { self.config.poll_wait_s } else { 0 };
         effects.push(Effect::Poll { id, known, wait_s });
@@ -350,16 +358,17 @@ impl<R: Rng> Core<R> {
             return;
         }
         if desired.generation == self.ledger.generation {
-            // Known; or known before the process started.
-            self.desired.get_or_insert(desired);
+            if self.ledger.desired.is_none() {
+                self.change(|ledger| ledger.desired = Some(desired));
+            }
             return;
         }
         let generation = desired.generation;
         self.change(|ledger| {
             ledger.generation = generation;
+            ledger.desired = Some(desired);
             ledger.outcome = None;
         });
-        self.desired = Some(desired);
         self.work_backoff.reset();
         self.abandon(effects);
     }
@@ -407,7 +416,7 @@ impl<R: Rng> Core<R> {
             && self.restore_at.is_none();
         (settled && unhindered).then(|| Rest {
             revision: self.revision,
-            desired: self.desired.as_ref().map(|desired| desired.generation),
+            desired: self.ledger.desired.as_ref().map(|desired| desired.generation),
             worker: self.serving.as_ref().map(|serving| serving.worker),
             up: self.serving.as_ref().is_some_and(|serving| serving.up),
             damaged: self.damaged,

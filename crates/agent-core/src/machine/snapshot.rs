@@ -5,6 +5,7 @@ use slmops_api::device::{DesiredModel, InstalledModel, Phase, Rejection, WaitCau
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
 
+use super::rules::Hold;
 use super::step::{Resume, Step};
 use super::{Core, Serving};
 use crate::{Deployment, Ledger, Millis, Outcome, Scope};
@@ -85,7 +86,7 @@ impl View<'_> {
 pub struct Status {
     /// As reported to the hub; absent while the ledger's model is being loaded.
     pub snapshot: Option<Snapshot>,
-    /// What the hub wants, as far as this process was told.
+    /// What the hub wants.
     pub wanted: Option<DesiredModel>,
     /// The hub's reason for what it wants, in words.
     pub reason: Option<String>,
@@ -100,8 +101,8 @@ impl<R: Rng> Core<R> {
     pub fn status(&self) -> Status {
         Status {
             snapshot: self.snapshot(),
-            wanted: self.desired.as_ref().and_then(|desired| desired.model.clone()),
-            reason: self.desired.as_ref().map(|desired| desired.reason.clone()),
+            wanted: self.ledger.desired.as_ref().and_then(|desired| desired.model.clone()),
+            reason: self.ledger.desired.as_ref().map(|desired| desired.reason.clone()),
             hub_answers: self.hub_answers,
             retry_at: match &self.step {
                 Step::Pause { until, .. } => Some(*until),
@@ -139,12 +140,18 @@ impl<R: Rng> Core<R> {
             && waits_for_ledger
             && self.dirty()
         {
-            return Some(Phase::Waiting { cause });
+            return Some(Phase::Waiting { cause, until: None });
         }
         Some(match &self.step {
             Step::Restore(_) => return None,
             Step::Settled => return self.settled_phase(),
-            Step::Pause { cause: Some(cause), .. } => Phase::Waiting { cause: *cause },
+            Step::Pause { cause: Some(cause), .. } => Phase::Waiting { cause: *cause, until: None },
+            Step::Held { hold: Hold { cause, until }, resume: Resume::Mark, .. } => {
+                Phase::Prestaged { cause: *cause, until: *until }
+            }
+            Step::Held { hold: Hold { cause, until }, .. } => {
+                Phase::Waiting { cause: *cause, until: *until }
+            }
             Step::Pause { resume: Resume::ProbeLive, .. } => Phase::Activated,
             Step::Pause { resume: Resume::Fetch | Resume::Download, target, .. }
             | Step::Fetch { target, .. } => {
@@ -174,7 +181,7 @@ impl<R: Rng> Core<R> {
         let serves_current =
             self.serving.as_ref().map(|serving| &serving.deployment) == self.saved.current.as_ref();
         Some(match &self.saved.outcome {
-            _ if !serves_current => Phase::Waiting { cause: WaitCause::Storage },
+            _ if !serves_current => Phase::Waiting { cause: WaitCause::Storage, until: None },
             None => Phase::Idle,
             Some(Outcome::Confirmed) => Phase::Confirmed,
             Some(Outcome::RolledBack { failure }) => Phase::RolledBack { failure: failure.clone() },

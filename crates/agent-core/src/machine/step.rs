@@ -1,10 +1,12 @@
 //! The steps from a wish to a confirmed model, and what is known in each.
 
+use jiff::Timestamp;
 use slmops_api::device::{DesiredModel, DesiredState, InstalledModel, WaitCause};
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 
 use super::restore::Restore;
+use super::rules::Hold;
 use crate::{Deployment, EffectId, Millis, Package};
 
 /// The least time that a device gets to confirm, whatever the hub says, in milliseconds.
@@ -20,10 +22,20 @@ pub(super) enum Step {
     Restore(Restore),
     /// Waiting to try again.
     Pause { target: Target, cause: Option<WaitCause>, until: Millis, resume: Resume },
+    /// A rule holds it up.
+    Held { target: Target, hold: Hold, resume: Resume },
     /// Manifest and signature are coming.
     Fetch { target: Target, id: EffectId, until: Millis },
     /// Files are coming.
-    Download { target: Target, id: EffectId, until: Millis, done_bytes: u64, total_bytes: u64 },
+    Download {
+        target: Target,
+        id: EffectId,
+        until: Millis,
+        done_bytes: u64,
+        total_bytes: u64,
+        /// Until when the rules let it, if that ends.
+        free_until: Option<Timestamp>,
+    },
     /// Files are being hashed.
     Verify { target: Target, id: EffectId, until: Millis },
     /// Waits until the candidate is in the durable ledger.
@@ -137,7 +149,11 @@ pub(super) struct Worker {
 impl Step {
     pub(super) fn timer(&self) -> Option<Millis> {
         match self {
-            Self::Settled | Self::Mark { .. } | Self::Commit { .. } | Self::Confirm => None,
+            Self::Settled
+            | Self::Held { .. }
+            | Self::Mark { .. }
+            | Self::Commit { .. }
+            | Self::Confirm => None,
             Self::Restore(restore) => Some(restore.until()),
             Self::Pause { until, .. }
             | Self::Fetch { until, .. }
@@ -182,6 +198,7 @@ impl Step {
             | Self::Pause { resume: Resume::ProbeLive, .. } => false,
             Self::Settled
             | Self::Pause { .. }
+            | Self::Held { .. }
             | Self::Fetch { .. }
             | Self::Download { .. }
             | Self::Verify { .. }

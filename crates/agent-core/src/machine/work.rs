@@ -43,20 +43,23 @@ impl<R: Rng> Core<R> {
                 aimed
             }
             Step::Pause { target, until, resume, .. } if until <= now => {
-                match resume {
-                    Resume::Fetch => self.fetch(now, target, effects),
-                    Resume::Download => self.download(now, target, effects),
-                    Resume::Verify => self.verify(now, target, effects),
-                    Resume::Mark => self.mark(target),
-                    Resume::ProbeLive => self.probe_live(now, target, effects),
-                }
+                self.proceed(now, target, resume, effects);
                 true
             }
+            Step::Held { target, resume, .. } => self.look_at_held(now, target, resume, effects),
             Step::Mark { target } if !self.dirty() => {
                 let id = self.id();
                 effects.push(Effect::Stage { id, deployment: target.deployment() });
                 let until = now + target.confirm_ms;
                 self.step = Step::Stage { target, id, until };
+                true
+            }
+            step @ Step::Download { .. } => self.look_at_download(now, step, effects),
+            // Its time may have passed while it was being tried.
+            Step::Commit { target, worker } if self.is_held(now, &target, Resume::Mark) => {
+                effects.push(Effect::Cancel { id: worker.id });
+                self.forgive();
+                self.proceed(now, target, Resume::Mark, effects);
                 true
             }
             Step::Commit { target, worker } if !self.dirty() => {
@@ -80,7 +83,7 @@ impl<R: Rng> Core<R> {
         let current = self.ledger.current.as_ref();
         let serves_current = self.serving.as_ref().map(|serving| &serving.deployment) == current;
         let restore_due = self.restore_at.is_some_and(|at| at <= now);
-        let desired = self.desired.as_ref();
+        let desired = self.ledger.desired.as_ref();
         let wanted = desired.and_then(|desired| Some((desired.model.as_ref()?, &desired.runtime)));
         let Some((model, runtime)) = wanted else {
             return self.mend(now, restore_due, effects);
@@ -110,7 +113,7 @@ impl<R: Rng> Core<R> {
             Some(package) if fits(&package, &target.model) => {
                 self.verify(now, Target { package: Some(package), ..target }, effects);
             }
-            _ => self.fetch(now, target, effects),
+            _ => self.proceed(now, target, Resume::Fetch, effects),
         }
         true
     }

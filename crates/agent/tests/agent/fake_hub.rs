@@ -20,6 +20,7 @@ use slmops_api::device::{
     TOKEN_CONTEXT,
 };
 use slmops_api::probe::{Expectation, PROBES_FILE, Probe, ProbeSet};
+use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_artifact::Digest;
 use slmops_artifact::package::{
@@ -115,6 +116,7 @@ impl FakeHub {
                 runtime: runtime(),
                 confirm_timeout_s: 60,
                 reason: "nothing is released yet".to_owned(),
+                rules: DeviceRules::default(),
             },
             reports: Vec::new(),
             faults: Faults::default(),
@@ -232,8 +234,21 @@ impl FakeHub {
                 runtime,
                 confirm_timeout_s: 60,
                 reason: "the release fits".to_owned(),
+                rules: DeviceRules::default(),
             };
             generation
+        };
+        self.changed.send_modify(|count| *count += 1);
+        generation
+    }
+
+    /// Says the same under other rules.
+    pub fn rules(&self, rules: DeviceRules) -> u64 {
+        let generation = {
+            let mut world = self.lock();
+            world.desired.generation += 1;
+            world.desired.rules = rules;
+            world.desired.generation
         };
         self.changed.send_modify(|count| *count += 1);
         generation

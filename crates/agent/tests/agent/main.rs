@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use fake_hub::FakeHub;
 use slmops_agent::hub::Hub;
-use slmops_agent::identity::{self, DeviceKey, Identity, Settings};
+use slmops_agent::identity::{self, DeviceKey, Identity, MeteredLink, Settings};
 use slmops_agent::outbox::Outbox;
 use slmops_agent::shell::Agent;
 use slmops_agent::state::StateFolder;
@@ -58,8 +58,11 @@ impl Device {
             facts: slmops_agent::facts::read(1 << 30, 1 << 30, "engine", None),
         };
         let response = client.enrol(&request).await.unwrap();
-        let settings =
-            Settings { memory_budget_bytes: 2 << 30, listen: "127.0.0.1:0".parse().unwrap() };
+        let settings = Settings {
+            memory_budget_bytes: 2 << 30,
+            listen: "127.0.0.1:0".parse().unwrap(),
+            metered: MeteredLink::No,
+        };
         let identity = Identity {
             device: response.device,
             url,
@@ -102,6 +105,21 @@ impl Device {
             stop.send(()).unwrap();
             running.await.unwrap();
         }
+    }
+
+    /// The owner says what the link is; counts from the next start.
+    fn set_metered(&self, metered: MeteredLink) {
+        let mut identity = Identity::load(self.path()).unwrap().unwrap();
+        identity.settings.metered = metered;
+        identity.save(self.path()).unwrap();
+    }
+
+    /// What `slm-agent status` says.
+    fn status(&self) -> String {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_slm-agent"));
+        let output = command.args(["status", "--state"]).arg(self.path()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// Asks the local endpoint; says the status code.

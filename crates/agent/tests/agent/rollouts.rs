@@ -1,6 +1,8 @@
 //! What comes of each kind of release and of each misbehaviour of the hub.
 
+use slmops_agent::identity::MeteredLink;
 use slmops_api::device::{DeviceReport, Failure, Phase, WaitCause};
+use slmops_api::rules::{DeviceRules, Metered};
 use slmops_artifact::Digest;
 use slmops_artifact::signing::PrivateKey;
 
@@ -255,8 +257,9 @@ async fn a_disk_that_takes_no_more_is_never_the_models_fault() {
     let in_the_way = device.path().join("ledger.json.new");
     std::fs::create_dir(&in_the_way).unwrap();
     let generation = hub.ship(&Release::good("1.1.0"));
-    let waiting =
-        |cause: WaitCause| move |report: &DeviceReport| report.phase == Phase::Waiting { cause };
+    let waiting = |cause: WaitCause| {
+        move |report: &DeviceReport| report.phase == Phase::Waiting { cause, until: None }
+    };
     let report = hub.report("it waits for its folder", waiting(WaitCause::Storage)).await;
     assert_eq!(report.running.unwrap().version.to_string(), "1.0.0");
     assert_eq!(device.ask().await, 200);
@@ -270,6 +273,126 @@ async fn a_disk_that_takes_no_more_is_never_the_models_fault() {
     assert_eq!(report.running.unwrap().version.to_string(), "1.1.0");
     assert_eq!(report.rejected, []);
     let generation = hub.ship(&Release::good("1.3.0"));
+    hub.confirmed(generation).await;
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_held_release_is_kept_over_a_restart_and_goes_on_when_told() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    let facts = hub.confirmed(generation).await.facts;
+    assert!(DeviceRules::ALL.iter().all(|rule| facts.obeys.iter().any(|known| known == rule)));
+
+    // Held while it comes in: neither fetched further nor switched to.
+    hub.lock().faults.slow = Some(4 << 10);
+    let release = Release::good("1.1.0");
+    hub.ship(&release);
+    hub.report("a download", |report| matches!(report.phase, Phase::Downloading { .. })).await;
+    let generation = hub.rules(DeviceRules { hold: true, ..DeviceRules::default() });
+    let held = Phase::Waiting { cause: WaitCause::Held, until: None };
+    let report = hub.report("it is held", |report| report.phase == held).await;
+    assert_eq!(report.generation, generation);
+    let fetched = hub.lock().blob_requests.len();
+    device.stop().await;
+    let text = device.status();
+    assert!(text.contains("1.1.0") && text.contains("the release fits"), "{text}");
+    device.start();
+    let last = report.sequence;
+    let again = |report: &DeviceReport| report.sequence > last && report.phase == held;
+    let report = hub.report("it is held after a restart", again).await;
+    assert_eq!(report.running.unwrap().version.to_string(), "1.0.0");
+    assert_eq!(hub.lock().blob_requests.len(), fetched);
+    assert!(device.status().contains("waits: the rollout is held"), "{}", device.status());
+    assert_eq!(device.ask().await, 200);
+
+    hub.lock().faults.slow = None;
+    let generation = hub.rules(DeviceRules::default());
+    let report = hub.confirmed(generation).await;
+    assert_eq!(report.running.unwrap().version.to_string(), "1.1.0");
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_staged_before_its_time_is_switched_to_in_time_without_the_hub() {
+    let mut hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let generation = hub.ship(&Release::good("1.0.0"));
+    hub.confirmed(generation).await;
+    let model = hub.publish(&Release::good("1.1.0"));
+    let now = jiff::Timestamp::now();
+    let at = now + jiff::SignedDuration::from_hours(48);
+    hub.rules(DeviceRules { activate_at: Some(at), ..DeviceRules::default() });
+    hub.lock().desired.model = Some(model);
+    hub.rules(DeviceRules { activate_at: Some(at), ..DeviceRules::default() });
+    let waits = Phase::Prestaged { cause: WaitCause::NotBefore, until: Some(at) };
+    let report = hub.report("it is staged before its time", |it| it.phase == waits).await;
+    assert_eq!(report.running.unwrap().version.to_string(), "1.0.0");
+    let text = device.status();
+    assert!(text.contains("is here and genuine; it waits for its time, until"), "{text}");
+
+    // Sooner, and then the hub is gone: it restarts, trusts its clock, and switches by itself.
+    let at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(8);
+    let soon = hub.rules(DeviceRules { activate_at: Some(at), ..DeviceRules::default() });
+    hub.report("it heard", |it| it.generation == soon && it.phase.held().is_some()).await;
+    device.stop().await;
+    hub.vanish().await;
+    device.start();
+    let waited = tokio::time::Instant::now();
+    while !device.status().contains("serves     glass 1.1.0") {
+        assert!(waited.elapsed().as_secs() < 60, "{}", device.status());
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    assert!(jiff::Timestamp::now() >= at);
+    assert_eq!(device.ask().await, 200);
+    hub.come_back().await;
+    hub.confirmed(soon).await;
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_metered_link_defers_a_download_until_its_owner_says_otherwise() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    device.stop().await;
+    device.set_metered(MeteredLink::Yes);
+    device.start();
+    let model = hub.publish(&Release::good("1.0.0"));
+    hub.lock().desired.model = Some(model);
+    let generation = hub.rules(DeviceRules { metered: Metered::Defer, ..DeviceRules::default() });
+    let waits = Phase::Waiting { cause: WaitCause::Metered, until: None };
+    let report = hub.report("it waits for another link", |it| it.phase == waits).await;
+    assert!(report.facts.metered && hub.lock().blob_requests.is_empty());
+    device.stop().await;
+    device.set_metered(MeteredLink::No);
+    device.start();
+    hub.confirmed(generation).await;
+    device.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_download_keeps_to_its_rate() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let release = Release::good("1.0.0");
+    let bytes = release.weights.len() as f64;
+    let rate = 1_000_000;
+    let model = hub.publish(&release);
+    hub.lock().desired.model = Some(model);
+    let rules = DeviceRules { max_rate_bytes_per_s: Some(rate), ..DeviceRules::default() };
+    let generation = hub.rules(rules);
+    hub.report("a download", |report| matches!(report.phase, Phase::Downloading { .. })).await;
+    let began = std::time::Instant::now();
+    hub.report("all of it", |report| {
+        !matches!(report.phase, Phase::Idle | Phase::Downloading { .. })
+            && report.generation == generation
+    })
+    .await;
+    // A quarter of a second may come at once, and reports of progress come late by 50 ms.
+    let (took_s, expected_s) = (began.elapsed().as_secs_f64(), bytes / rate as f64);
+    assert!(took_s > expected_s * 0.9 - 0.4, "{took_s} s, not {expected_s} s");
+    assert!(took_s < expected_s * 1.5 + 2.0, "{took_s} s, not {expected_s} s");
     hub.confirmed(generation).await;
     device.stop().await;
 }

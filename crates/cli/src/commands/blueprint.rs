@@ -179,6 +179,15 @@ pub async fn explain(session: &Session, device: &str) -> Result<()> {
         for order in &explanation.orders {
             text.push_str(&format!("\n\nAn operator decided: {order}"));
         }
+        let refused: Vec<(&str, String)> = explanation
+            .values
+            .iter()
+            .flat_map(|value| value.refused.iter().map(|one| (value.key.as_str(), one.clone())))
+            .collect();
+        if !refused.is_empty() {
+            text.push_str("\n\nNot overridable, so it counts for nothing:\n");
+            text.push_str(&fields(&refused));
+        }
         if !explanation.fit.is_empty() {
             let lines: Vec<(&str, String)> =
                 explanation.fit.iter().map(|line| ("", line.clone())).collect();

@@ -280,11 +280,23 @@ pub fn phase(phase: &Phase) -> String {
         Phase::Activated => "activated".to_owned(),
         Phase::Confirmed => "confirmed".to_owned(),
         Phase::RolledBack { failure } => format!("rolled back: {}", failure_text(failure)),
-        Phase::Waiting { cause } => match cause {
-            WaitCause::Network => "waits for the network".to_owned(),
-            WaitCause::DiskFull => "waits: the disk is full".to_owned(),
-            WaitCause::Storage => "waits: its state folder cannot be written".to_owned(),
-        },
+        Phase::Prestaged { cause, until } => {
+            format!("has it and {}{}", wait(*cause), units::until(*until))
+        }
+        Phase::Waiting { cause, until } => format!("{}{}", wait(*cause), units::until(*until)),
+    }
+}
+
+fn wait(cause: WaitCause) -> &'static str {
+    match cause {
+        WaitCause::Network => "waits for the network",
+        WaitCause::DiskFull => "waits: the disk is full",
+        WaitCause::Storage => "waits: its state folder cannot be written",
+        WaitCause::Held => "waits: the rollout is held",
+        WaitCause::NotBefore => "waits for its time",
+        WaitCause::Hours => "waits for its hours",
+        WaitCause::Clock => "waits: it does not know what time it is",
+        WaitCause::Metered => "waits: its link is metered",
     }
 }
 
@@ -318,6 +330,13 @@ fn decided(what: &str, by: &str, at: jiff::Timestamp, reason: &str) -> String {
     format!("{what} by {by}, {}: {reason}", super::time(at))
 }
 
+fn rules(device: &DeviceFacts) -> String {
+    match device.desired.rules.to_string() {
+        none if none.is_empty() => "none".to_owned(),
+        rules => rules,
+    }
+}
+
 fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
     let facts = &device.facts;
     let mut head = vec![
@@ -327,6 +346,7 @@ fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
         ("state", state(device)),
         ("runs", running(device)),
         ("reason", device.desired.reason.clone()),
+        ("rules", rules(device)),
         ("endpoint", facts.endpoint.clone().unwrap_or_else(|| "none yet".to_owned())),
         ("machine", format!("{}, {} cores, {}", facts.cpu, facts.cores, facts.arch)),
         ("features", facts.cpu_features.join(" ")),
@@ -340,6 +360,8 @@ fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
             ),
         ),
         ("disk", format!("{} free", units::bytes(facts.disk_free_bytes))),
+        ("link", if facts.metered { "metered" } else { "not metered" }.to_owned()),
+        ("time zone", facts.time_zone.clone().unwrap_or_else(|| "none (UTC)".to_owned())),
         ("agent", format!("{}; {}", facts.agent_version, facts.engine)),
         ("enrolled", super::time(device.enrolled_at)),
         ("last seen", units::ago(device.last_seen)),

@@ -14,7 +14,9 @@ use slmops_api::rollout::{
     ApprovalStep, Freeze, NewApproval, NewRollout, Outcome, Rollout as RolloutFacts, RolloutPolicy,
     RolloutState, Unheard, WavePer, WaveSize,
 };
+use slmops_api::rules::Metered;
 use slmops_api::selector::Selector;
+use slmops_api::window::Windows;
 use slmops_api::{ModelName, RolloutId};
 
 use super::Session;
@@ -84,7 +86,7 @@ pub enum Rollout {
         /// The rollout; the newest if absent
         id: Option<RolloutId>,
     },
-    /// Start no further device; those that have started go on
+    /// Tell no further device; those that were told begin nothing new from their next poll on
     #[command(after_help = "Example:\n  $ slm rollout pause")]
     Pause {
         /// The rollout; the newest if absent
@@ -105,7 +107,7 @@ pub enum Rollout {
         #[arg(long, value_name = "NUMBER")]
         wave: u32,
     },
-    /// End a rollout where it stands
+    /// End a rollout: who has confirmed stays on it, who is on the way keeps what it had
     #[command(after_help = "Example:\n  $ slm rollout abort")]
     Abort {
         /// The rollout; the newest if absent
@@ -148,6 +150,22 @@ pub struct PolicyArgs {
     /// Tell no device before, such as 2026-02-01T02:00:00Z
     #[arg(long, value_name = "WHEN")]
     pub start_at: Option<jiff::Timestamp>,
+    /// Devices fetch the release at once and switch not before, such as 2026-02-07T02:00:00Z
+    #[arg(long, value_name = "WHEN")]
+    pub activate_at: Option<jiff::Timestamp>,
+    /// Devices switch in these hours alone, such as `sat-sun 02:00-05:00`
+    #[arg(long, value_name = "HOURS")]
+    pub activate_in: Option<Windows>,
+    /// Devices fetch in these hours alone, such as `22:00-05:00`
+    #[arg(long, value_name = "HOURS")]
+    pub download_in: Option<Windows>,
+    /// The time zone of those hours, such as Europe/Berlin [default: each device's own]
+    #[arg(long, value_name = "ZONE")]
+    pub time_zone: Option<String>,
+    /// What may be fetched over metered links: allow, defer, or `small-only BYTES`
+    /// [default: allow]
+    #[arg(long, value_name = "WHAT")]
+    pub metered: Option<Metered>,
     /// Tell no device meanwhile; may be given several times
     #[arg(long, value_parser = parse_freeze, value_name = "FROM/UNTIL")]
     pub freeze: Vec<Freeze>,
@@ -157,6 +175,15 @@ pub struct PolicyArgs {
     /// Devices of each site that update at once, at most
     #[arg(long, value_name = "COUNT")]
     pub max_updating_per_site: Option<u32>,
+    /// Bytes a second with which one device fetches, at most, such as 500kB
+    #[arg(long, value_parser = units::parse_bytes, value_name = "SIZE")]
+    pub max_rate: Option<u64>,
+    /// Bytes a second with which all devices of a site fetch together, at most, such as 2MB
+    #[arg(long, value_parser = units::parse_bytes, value_name = "SIZE")]
+    pub max_site_rate: Option<u64>,
+    /// Devices of a site that fetch at a time, each with its share of that [default: 1]
+    #[arg(long, value_name = "COUNT")]
+    pub max_site_downloads: Option<u32>,
     /// Another operator must agree before this wave, from 1; may be given several times
     #[arg(long, value_name = "WAVE")]
     pub approve_before: Vec<u32>,
@@ -274,9 +301,20 @@ impl PolicyArgs {
         set(&mut policy.confirm_timeout_s, self.confirm_timeout.as_ref());
         policy.schedule.start_at = self.start_at.or(policy.schedule.start_at);
         policy.schedule.freezes.extend(self.freeze.iter().cloned());
+        policy.schedule.activate_at = self.activate_at.or(policy.schedule.activate_at);
+        set(&mut policy.schedule.activate_in, self.activate_in.as_ref());
+        set(&mut policy.schedule.download_in, self.download_in.as_ref());
+        if self.time_zone.is_some() {
+            policy.schedule.time_zone.clone_from(&self.time_zone);
+        }
+        set(&mut policy.limits.metered, self.metered.as_ref());
         policy.limits.updating = self.max_updating.or(policy.limits.updating);
         policy.limits.updating_per_site =
             self.max_updating_per_site.or(policy.limits.updating_per_site);
+        let limits = &mut policy.limits;
+        limits.device_bytes_per_s = self.max_rate.or(limits.device_bytes_per_s);
+        limits.site_bytes_per_s = self.max_site_rate.or(limits.site_bytes_per_s);
+        limits.site_downloads = self.max_site_downloads.or(limits.site_downloads);
         let steps = self.approve_before.iter().map(|wave| ApprovalStep { wave: *wave, by: vec![] });
         policy.approvals.extend(steps);
         if self.wave_gate {
@@ -578,6 +616,7 @@ pub fn outcome(outcome: &Outcome) -> String {
         ),
         Outcome::Quarantined => "left out: this model failed here before".to_owned(),
         Outcome::Away => "away: takes it when it comes back".to_owned(),
+        Outcome::Recalled => "told to keep what it had: aborted before it confirmed".to_owned(),
     }
 }
 
@@ -625,6 +664,8 @@ mod tests {
         assert_eq!(policy.approvals[0].by, ["ann", "bob"]);
         assert_eq!(policy.schedule.freezes[0].reason, "holidays");
         assert_eq!(policy.stragglers.unheard, Unheard::Leave);
+        assert_eq!(policy.schedule.activate_in.to_string(), "sat,sun 02:00-05:00");
+        assert_eq!(policy.limits.metered, Metered::SmallOnly { max_bytes: 50_000_000 });
         // What the documentation shows is this very file.
         let docs = include_str!("../../../../docs/rollouts.md");
         assert!(docs.contains(text), "docs/rollouts.md and testdata/policy.toml differ");
@@ -632,6 +673,8 @@ mod tests {
             ("selecter = 'all'", "unknown field"),
             ("waves = ['0']", "a wave is a number"),
             ("schedule.start_at = 'soon'", "soon"),
+            ("schedule.activate_in = 'caturday'", "are no hours"),
+            ("limits.metered = 'perhaps'", "none of `allow`"),
         ] {
             std::fs::write(&file, bad).unwrap();
             let args = PolicyArgs { policy: Some(file.clone()), ..PolicyArgs::default() };

@@ -1,11 +1,12 @@
 //! What each device should be: by its rollout, or by the release that it already has.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use slmops_api::device::{DesiredModel, DesiredState};
 use slmops_api::model::{NewRelease, Variant};
 use slmops_api::orders::Pin;
-use slmops_api::rollout::RolloutState;
+use slmops_api::rollout::{Limits, Outcome, Rollout, RolloutPolicy, RolloutState, Schedule};
+use slmops_api::rules::{DeviceRules, Hours};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_api::{DeviceId, ModelName};
 use slmops_artifact::Digest;
@@ -99,32 +100,123 @@ pub(super) fn assign(
     };
     let completed: Vec<&CompletedRollout> =
         world.completed.iter().filter(still_completed).collect();
+    let under_way = under_way(records, targets, look);
     let devices: Vec<&FleetDevice> = match look {
         Look::Everything => world.devices.iter().collect(),
         Look::At(changed) => {
-            let ids: BTreeSet<&DeviceId> = changed.iter().chain(targets.keys()).collect();
+            let ids = changed.iter().chain(targets.keys()).chain(under_way.keys().copied());
+            let ids: BTreeSet<&DeviceId> = ids.collect();
             ids.into_iter().filter_map(|id| world.device(id)).collect()
         }
     };
     let mut assignments = Vec::new();
     for device in devices.into_iter().filter(|device| !device.revoked) {
-        let wanted = match targets.get(&device.id).map(|TargetState(target)| target) {
+        let record = under_way.get(&device.id).copied();
+        let target = targets.get(&device.id).map(|TargetState(target)| target);
+        // Nothing holds up what was there before.
+        let going_back = matches!(target, Some(Target::Before { .. }));
+        let wanted = match target {
             Some(target) => targeted(world, device, target),
-            None if has_what_fits(world, device) => continue,
+            None if has_what_fits(world, device) => None,
             None => sticky(world, device, &completed),
         };
         let changed =
             |wanted: &DesiredState| !same(&device.desired, wanted.model.as_ref(), &wanted.runtime);
-        let mut desired = match wanted {
-            Some(wanted) if changed(&wanted) || device.is_ahead() => wanted,
+        let mut desired = match (wanted, record) {
+            (Some(wanted), _) if changed(&wanted) || device.is_ahead() => wanted,
+            // What it is told stays, under other rules.
+            (_, Some(record)) if rules(device, record) != device.desired.rules => {
+                let reason = rules_reason(&record.rollout);
+                DesiredState { reason, ..device.desired.clone() }
+            }
             // It must hear a generation that is newer than what it has seen.
-            None if device.is_ahead() => device.desired.clone(),
+            (None, _) if device.is_ahead() => device.desired.clone(),
             _ => continue,
         };
+        if let Some(record) = record {
+            desired.rules = rules(device, record);
+        } else if !going_back {
+            obey_blueprint(device, &mut desired);
+        }
         desired.generation = device.next_generation();
         assignments.push(Assignment { device: device.id.clone(), desired });
     }
     assignments
+}
+
+/// The rollout of each device that is on its way, of those that are looked at. A rollout that does
+/// not run is about all of its devices: they are held.
+fn under_way<'r>(
+    records: &'r [RolloutRecord],
+    targets: &Targets,
+    look: Look<'_>,
+) -> BTreeMap<&'r DeviceId, &'r RolloutRecord> {
+    let mut under_way = BTreeMap::new();
+    for record in records.iter().filter(|record| !record.rollout.state.is_final()) {
+        let runs = record.rollout.state == RolloutState::Running;
+        let asked = |id: &DeviceId| !runs || look.is_at(id) || targets.contains_key(id);
+        for part in &record.rollout.devices {
+            if part.outcome == Outcome::Updating && asked(&part.device) {
+                under_way.insert(&part.device, record);
+            }
+        }
+    }
+    under_way
+}
+
+/// What a device on its way in a rollout must obey. One whose agent knows no `hold` goes on.
+fn rules(device: &FleetDevice, record: &RolloutRecord) -> DeviceRules {
+    let runs = record.rollout.state == RolloutState::Running;
+    let hold = !runs && device.obeys(DeviceRules::HOLD);
+    let policy = &record.rollout.asked.policy;
+    let mut rules = policy_rules(policy).and(&device.config.rules);
+    if device.labels.contains_key("site") {
+        rules = rules.and(&site_rules(&policy.limits));
+    }
+    DeviceRules { hold, ..rules }
+}
+
+/// What a rollout's policy asks of its devices.
+pub(super) fn policy_rules(policy: &RolloutPolicy) -> DeviceRules {
+    let Schedule { activate_at, activate_in, download_in, time_zone, .. } = &policy.schedule;
+    DeviceRules {
+        hold: false,
+        activate_at: *activate_at,
+        activate_in: Hours::of(activate_in, time_zone.as_ref()).into_iter().collect(),
+        download_in: Hours::of(download_in, time_zone.as_ref()).into_iter().collect(),
+        metered: policy.limits.metered,
+        max_rate_bytes_per_s: policy.limits.device_bytes_per_s,
+    }
+}
+
+/// What the limits ask of a device of a site, besides: its share of what the site may fetch.
+pub(super) fn site_rules(limits: &Limits) -> DeviceRules {
+    let share = |bytes: u64| bytes / u64::from(limits.site_downloads.unwrap_or(1).max(1));
+    DeviceRules {
+        max_rate_bytes_per_s: limits.site_bytes_per_s.map(share),
+        ..DeviceRules::default()
+    }
+}
+
+/// Gives a device outside of rollouts the rules of its blueprint. What its agent does not know it
+/// would ignore in silence: then that is said.
+fn obey_blueprint(device: &FleetDevice, desired: &mut DesiredState) {
+    desired.rules = device.config.rules.clone();
+    let unknown = device.ignores(&desired.rules);
+    if !unknown.is_empty() {
+        desired.reason += &format!("; its agent is too old to obey {}", unknown.join(", "));
+    }
+}
+
+fn rules_reason(rollout: &Rollout) -> String {
+    let (version, id) = (&rollout.asked.version, &rollout.id);
+    match rollout.state {
+        RolloutState::Running => format!("release {version} by rollout {id}, which goes on"),
+        state => {
+            let state = super::state_name(state);
+            format!("release {version} by rollout {id}, which is {state}: nothing new begins")
+        }
+    }
 }
 
 /// Whether [`sticky`] has nothing new to say, found out without its words: nearly always.
@@ -156,7 +248,8 @@ fn targeted(world: &World<'_>, device: &FleetDevice, target: &Target) -> Option<
     let release = model.as_ref().and_then(|model| world.release(&model.model, &model.version));
     let runtime = release
         .map_or_else(|| device.config.runtime.clone(), |release| runtime_for(device, release));
-    Some(DesiredState { generation: 0, model, runtime, confirm_timeout_s, reason })
+    let rules = DeviceRules::default();
+    Some(DesiredState { generation: 0, model, runtime, confirm_timeout_s, reason, rules })
 }
 
 /// A device outside any change keeps its release, in the variant that fits it now; one without a
@@ -213,6 +306,7 @@ fn sticky(
         runtime,
         confirm_timeout_s: device.config.confirm_timeout_s,
         reason,
+        rules: DeviceRules::default(),
     })
 }
 
@@ -231,6 +325,7 @@ fn pinned(world: &World<'_>, device: &FleetDevice, pin: &Pin) -> Option<DesiredS
         runtime,
         confirm_timeout_s: device.config.confirm_timeout_s,
         reason: format!("{}; {why}", words::pin(pin)),
+        rules: DeviceRules::default(),
     })
 }
 
@@ -297,5 +392,6 @@ fn newest(
             "release {} is the newest one completed for it (rollout {}): {why}",
             rollout.version, rollout.id
         ),
+        rules: DeviceRules::default(),
     })
 }

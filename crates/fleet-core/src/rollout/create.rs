@@ -10,7 +10,7 @@ use slmops_api::rollout::{
 use slmops_api::{DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
-use super::{RolloutError, RolloutRecord, assign, decide, rules, state_name};
+use super::{RolloutError, RolloutRecord, Targets, assign, decide, operate, rules, state_name};
 use crate::blueprint::CONFIRM_TIMEOUT_S;
 use crate::fit::Fit;
 use crate::words::{self, count, list};
@@ -36,6 +36,8 @@ pub struct Created {
     pub record: RolloutRecord,
     /// Halted rollouts of the same devices, now aborted.
     pub superseded: Vec<RolloutRecord>,
+    /// Their devices that were on the way, told to keep what they had; for [`super::plan`].
+    pub targets: Targets,
 }
 
 /// Makes a rollout. `active` are all rollouts that are not final.
@@ -64,7 +66,7 @@ pub fn create(
             None => chosen.push(device),
         }
     }
-    let superseded = supersede(&id, &chosen, active, world.now)?;
+    let (superseded, targets) = supersede(&id, &asked, &chosen, active, world)?;
 
     // With a gate, chance decides between devices alike: its evidence is that it was chance.
     let lot = |device: &FleetDevice| match asked.policy.gate {
@@ -138,7 +140,7 @@ pub fn create(
         forgiven: BTreeSet::new(),
         comparison: None,
     };
-    Ok(Created { record, superseded })
+    Ok(Created { record, superseded, targets })
 }
 
 fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
@@ -221,11 +223,12 @@ pub(super) fn ordered_out(device: &FleetDevice, asked: &NewRollout) -> Option<St
 
 fn supersede(
     id: &RolloutId,
+    asked: &NewRollout,
     chosen: &[&FleetDevice],
     active: &[RolloutRecord],
-    now: Timestamp,
-) -> Result<Vec<RolloutRecord>, RolloutError> {
-    let mut superseded = Vec::new();
+    world: &World<'_>,
+) -> Result<(Vec<RolloutRecord>, Targets), RolloutError> {
+    let (mut superseded, mut targets) = (Vec::new(), Targets::new());
     for other in active.iter().filter(|other| !other.rollout.state.is_final()) {
         let ours: BTreeSet<&DeviceId> = chosen.iter().map(|device| &device.id).collect();
         let shared: Vec<&str> = other
@@ -249,12 +252,18 @@ fn supersede(
         let mut other = other.clone();
         other.rollout.state = RolloutState::Aborted;
         other.rollout.waiting_for = String::new();
-        other.rollout.updated_at = now;
+        other.rollout.updated_at = world.now;
         let because = vec![format!("rollout {id} is for {} too", list(&shared, NAMES_SHOWN))];
-        decide(&mut other.rollout, now, format!("superseded by rollout {id}"), because);
+        decide(&mut other.rollout, world.now, format!("superseded by rollout {id}"), because);
+        let before = (&other.rollout.asked.model, &other.rollout.asked.version);
+        let again = before == (&asked.model, &asked.version);
+        let mut recalled = operate::recall(&mut other, world);
+        // Who is asked for the same release again is on its way already.
+        recalled.retain(|device, _| !again || !ours.contains(device));
+        targets.extend(recalled);
         superseded.push(other);
     }
-    Ok(superseded)
+    Ok((superseded, targets))
 }
 
 /// Healthy devices heard of lately come first, so that the canary can answer.
@@ -283,6 +292,8 @@ pub(super) fn entry(
         manifest: None,
         generation: None,
         started_at: None,
+        held: None,
+        due_at: None,
         finished_at: None,
         outcome: Outcome::Pending,
         fit: fit.why().to_owned(),

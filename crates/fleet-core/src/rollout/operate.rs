@@ -1,8 +1,9 @@
 //! An operator's hand on a rollout.
 
-use slmops_api::rollout::{Outcome, Rollout, RolloutState};
+use slmops_api::rollout::{Outcome, Rollout, RolloutDevice, RolloutState};
 
 use super::rules::approval;
+use super::step::after;
 use super::{RolloutError, RolloutRecord, Target, TargetState, Targets, decide, state_name};
 use crate::words::{self, count, list};
 use crate::world::World;
@@ -13,11 +14,11 @@ const NAMES_SHOWN: usize = 8;
 /// What an operator can do with a rollout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Hold it: devices that were told go on, no other is told.
+    /// Hold it: no device is told, and those that were told begin nothing new.
     Pause,
     /// Go on: after a pause, or after a halt in spite of its failures.
     Resume,
-    /// End it where it stands.
+    /// End it where it stands: devices on their way are told to be what they were before.
     Abort,
     /// Agree that a wave starts, from 1.
     Approve {
@@ -83,11 +84,29 @@ pub fn command(
         because.extend(forgive(&mut record));
     }
     let mut targets = Targets::new();
-    if command == Command::Rollback {
-        let (told, pinned) = take_back(&record, world);
-        targets = told;
-        because.push(format!("{} told to go back", count(targets.len(), "device")));
-        because.extend(pinned);
+    match command {
+        Command::Rollback => {
+            let (told, pinned) = take_back(&record, world);
+            targets = told;
+            because.push(format!("{} told to go back", count(targets.len(), "device")));
+            because.extend(pinned);
+        }
+        Command::Abort => {
+            targets = recall(&mut record, world);
+            if !targets.is_empty() {
+                let devices = count(targets.len(), "device");
+                because.push(format!("{devices} on the way told to keep what they had"));
+            }
+        }
+        Command::Resume => {
+            // Time stood still meanwhile.
+            let due_at = after(world.now, record.rollout.asked.policy.confirm_timeout_s);
+            let updating = |part: &&mut RolloutDevice| part.outcome == Outcome::Updating;
+            for part in record.rollout.devices.iter_mut().filter(updating) {
+                (part.held, part.due_at) = (None, due_at);
+            }
+        }
+        Command::Pause | Command::Approve { .. } => {}
     }
     let rollout = &mut record.rollout;
     rollout.state = next;
@@ -101,6 +120,28 @@ pub fn command(
     };
     decide(rollout, world.now, what, because);
     Ok((record, targets))
+}
+
+/// Devices on their way in a rollout that ends are told to be what they were before.
+pub(super) fn recall(record: &mut RolloutRecord, world: &World<'_>) -> Targets {
+    let mut targets = Targets::new();
+    let Rollout { id, asked, devices, .. } = &mut record.rollout;
+    for part in devices.iter_mut().filter(|part| part.outcome == Outcome::Updating) {
+        // One that ran this before was told nothing new.
+        let (Some(before), Some(device)) =
+            (record.before.get(&part.device).cloned(), world.device(&part.device))
+        else {
+            continue;
+        };
+        let model = super::assign::way_back(world, device, before, part.manifest.as_ref());
+        let reason =
+            format!("rollout {id} of {} was aborted before this device confirmed", asked.version);
+        let target = Target::Before { model, reason };
+        targets.insert(part.device.clone(), TargetState(target));
+        part.outcome = Outcome::Recalled;
+        part.finished_at = Some(world.now);
+    }
+    targets
 }
 
 fn forgive(record: &mut RolloutRecord) -> Option<String> {

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use jiff::{SignedDuration, Timestamp};
-use slmops_api::device::{DesiredModel, Failure, Phase};
+use slmops_api::device::{DesiredModel, Failure, Phase, WaitCause};
 use slmops_api::model::NewRelease;
 use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState, Unheard};
+use slmops_api::rules::DeviceRules;
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
@@ -60,14 +61,21 @@ pub(super) fn step(
             }
         }
         RolloutState::Paused => {
-            record.rollout.waiting_for =
-                format!("an operator: `slm rollout resume {}`", record.rollout.id);
+            let id = &record.rollout.id;
+            let waits = format!("an operator: `slm rollout resume {id}`{}", held(record, world));
+            record.rollout.waiting_for = waits;
         }
-        RolloutState::Halted => record.rollout.waiting_for = halted_waits(&record.rollout.id),
+        RolloutState::Halted => {
+            let waits = format!("{}{}", halted_waits(&record.rollout.id), held(record, world));
+            record.rollout.waiting_for = waits;
+        }
         RolloutState::Completed | RolloutState::Aborted | RolloutState::RolledBack => {}
     }
-    let updating = record.rollout.devices.iter().filter(|part| part.outcome == Outcome::Updating);
-    outcome.deadline = earlier(outcome.deadline, first_straggles_at(record, world, updating));
+    if record.rollout.state == RolloutState::Running {
+        let updating = |part: &&RolloutDevice| part.outcome == Outcome::Updating;
+        let updating = record.rollout.devices.iter().filter(updating);
+        outcome.deadline = earlier(outcome.deadline, first_straggles_at(record, world, updating));
+    }
     let rollout = &record.rollout;
     outcome.changed |= (rollout.decisions.len(), rollout.current_wave) != (before.0, before.1)
         || rollout.waiting_for != before.2;
@@ -78,15 +86,84 @@ pub(super) fn halted_waits(id: &RolloutId) -> String {
     format!("an operator: `slm rollout rollback {id}`, or ship a better version")
 }
 
-/// When the first of these devices has had its time to confirm, with a hub that listened.
+/// What the devices of a rollout that does not run do meanwhile.
+fn held(record: &RolloutRecord, world: &World<'_>) -> String {
+    let (mut deaf, mut unheard, mut held) = (Vec::new(), 0, 0);
+    for part in record.rollout.devices.iter().filter(|part| part.outcome == Outcome::Updating) {
+        let Some(device) = world.device(&part.device) else { continue };
+        let heard = device.report.as_ref().map_or(0, |report| report.generation);
+        if !device.desired.rules.hold && !device.obeys(DeviceRules::HOLD) {
+            deaf.push(part.name.as_str());
+        } else if heard < device.desired.generation {
+            unheard += 1;
+        } else {
+            held += 1;
+        }
+    }
+    let mut text = String::new();
+    if held > 0 {
+        text += &format!("; {} told before and held", count(held, "device"));
+    }
+    if unheard > 0 {
+        text +=
+            &format!("; {} told before and held from their next poll", count(unheard, "device"));
+    }
+    if !deaf.is_empty() {
+        let names = list(&deaf, NAMES_SHOWN);
+        text += &format!("; {names} cannot be held: their agents do not know how");
+    }
+    text
+}
+
+/// When a device that is told has had its time to confirm, with a hub that listened.
+fn due_at(part: &RolloutDevice, world: &World<'_>, timeout_s: u32) -> Option<Timestamp> {
+    let due_at = match part.held.is_some() || part.due_at.is_some() {
+        true => part.due_at,
+        false => part.started_at.and_then(|at| after(at, timeout_s)),
+    };
+    due_at.and_then(|due| Some(due.max(after(world.listening_since, timeout_s)?)))
+}
+
+pub(super) fn after(at: Timestamp, seconds: u32) -> Option<Timestamp> {
+    at.checked_add(SignedDuration::from_secs(i64::from(seconds))).ok()
+}
+
+/// When the first of these devices has had its time to confirm.
 fn first_straggles_at<'p>(
     record: &RolloutRecord,
     world: &World<'_>,
     parts: impl Iterator<Item = &'p RolloutDevice>,
 ) -> Option<Timestamp> {
     let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
-    let started_at = parts.filter_map(|part| part.started_at).min()?.max(world.listening_since);
-    started_at.checked_add(SignedDuration::from_secs(i64::from(timeout_s))).ok()
+    parts.filter_map(|part| due_at(part, world, timeout_s)).min()
+}
+
+/// Notes whether a rule holds the device up, as it says of what it is told now: its time to confirm
+/// counts from when the rule lets go. Whether that is news.
+fn follow_rules(
+    part: &mut RolloutDevice,
+    device: &FleetDevice,
+    now: Timestamp,
+    timeout_s: u32,
+    runs: bool,
+) -> bool {
+    let report = device.report.as_ref();
+    let Some(report) = report.filter(|it| it.generation >= device.desired.generation) else {
+        return false;
+    };
+    let (held, due_at) = match report.phase.held() {
+        // It goes on as soon as it hears of it.
+        Some((WaitCause::Held, _)) if runs => return false,
+        Some((cause, until)) => {
+            let lets_go = until.map(|until| part.started_at.map_or(until, |at| at.max(until)));
+            (Some(cause), lets_go.and_then(|at| after(at, timeout_s)))
+        }
+        None if part.held.is_some() => (None, after(now, timeout_s)),
+        None => return false,
+    };
+    let news = (part.held, part.due_at) != (held, due_at);
+    (part.held, part.due_at) = (held, due_at);
+    news
 }
 
 /// A device that was shut out or removed is no part of the rollout any more, nor is one that an
@@ -172,11 +249,8 @@ fn observe(
     outcome: &mut StepOutcome,
 ) {
     let now = world.now;
-    let timeout_s = i64::from(record.rollout.asked.policy.confirm_timeout_s);
-    // Whoever was told then or earlier has had its time; nobody, where time does not reach back, or
-    // the hub has not listened for so long.
-    let told_by = now.checked_sub(SignedDuration::from_secs(timeout_s)).ok();
-    let told_by = told_by.filter(|by| *by >= world.listening_since);
+    let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
+    let runs = record.rollout.state == RolloutState::Running;
     let unheard = record.rollout.asked.policy.stragglers.unheard;
     let mut failed = Vec::new();
     for (index, part) in record.rollout.devices.iter_mut().enumerate() {
@@ -185,12 +259,19 @@ fn observe(
         if !updating && !told_and_away && part.outcome != Outcome::Confirmed {
             continue;
         }
-        let late = updating && part.started_at.is_some_and(|at| told_by.is_some_and(|by| at <= by));
-        if !late && !look.is_at(&part.device) {
+        let is_late = |part: &RolloutDevice| {
+            runs && part.outcome == Outcome::Updating
+                && due_at(part, world, timeout_s).is_some_and(|due| due <= now)
+        };
+        if !look.is_at(&part.device) && !is_late(part) {
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
         outcome.changed |= follow_refit(part, device, now);
+        if part.outcome == Outcome::Updating {
+            outcome.changed |= follow_rules(part, device, now, timeout_s, runs);
+        }
+        let late = is_late(part);
         let failure = match verdict(part, device) {
             Evidence::Failed(failure) => failure,
             Evidence::Confirmed => {
@@ -201,7 +282,7 @@ fn observe(
                 }
                 continue;
             }
-            Evidence::None if late && part.outcome == Outcome::Updating => {
+            Evidence::None if late => {
                 if unheard == Unheard::Leave && !has_asked(part, device) {
                     part.outcome = Outcome::Away;
                     part.finished_at = Some(now);
@@ -278,6 +359,7 @@ fn follow_refit(part: &mut RolloutDevice, device: &FleetDevice, now: Timestamp) 
         part.variant = Some(told.variant.clone());
         part.generation = Some(device.desired.generation);
         part.started_at = Some(now);
+        (part.held, part.due_at) = (None, None);
         part.finished_at = None;
         part.outcome = Outcome::Updating;
         part.fit = device.desired.reason.clone();
@@ -545,12 +627,13 @@ fn waits_for_devices(
 }
 
 fn at_work(part: &RolloutDevice, world: &World<'_>) -> String {
-    let phase = world.device(&part.device).map_or("unknown", |device| {
-        match (&device.report, part.generation) {
+    let phase = world.device(&part.device).map_or_else(
+        || "unknown".to_owned(),
+        |device| match (&device.report, part.generation) {
             (Some(report), Some(told)) if report.generation >= told => phase_words(&report.phase),
-            _ => "has not asked yet",
-        }
-    });
+            _ => "has not asked yet".to_owned(),
+        },
+    );
     format!("{} ({phase})", part.name)
 }
 
@@ -680,6 +763,7 @@ impl Offer<'_> {
         };
         let model = assign::desired_model(self.release, &self.release.variants[index], &runtime);
         part.started_at = Some(self.world.now);
+        (part.held, part.due_at) = (None, None);
         if assign::same(&device.desired, Some(&model), &runtime) && !device.is_ahead() {
             // It is told this already: what it reported counts.
             part.generation = Some(device.desired.generation);

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use jiff::SignedDuration;
 use proptest::prelude::*;
+use slmops_api::blueprint::Layer;
 use slmops_api::device::{
-    DeviceFacts, DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry,
+    DeviceFacts, DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry, WaitCause,
 };
 use slmops_api::evidence::{Evidence, EvidenceCounts};
 use slmops_api::gate::{GatePolicy, Metric};
@@ -15,6 +16,7 @@ use slmops_api::rollout::{
     ApprovalStep, Freeze, Limits, NewRollout, Outcome, RolloutDevice, RolloutPolicy, Schedule,
     Stragglers, Unheard, WavePer, WaveSize,
 };
+use slmops_api::rules::{DeviceRules, Metered};
 use slmops_api::runtime::RuntimeConfig;
 
 use super::*;
@@ -91,6 +93,7 @@ impl Fleet {
                 runtime: RuntimeConfig::default(),
                 confirm_timeout_s: 900,
                 reason: String::new(),
+                rules: DeviceRules::default(),
             },
             report: None,
             revoked: false,
@@ -185,6 +188,8 @@ impl Fleet {
             *known.unwrap() = record;
         }
         self.rollouts.push(created.record);
+        let plan = plan(&self.world(), &self.active(), created.targets);
+        self.apply(plan);
         self.tick();
         Ok(id)
     }
@@ -289,6 +294,12 @@ impl Fleet {
             Some(model) => format!("{} {}", model.version, model.variant),
             None => "nothing".to_owned(),
         }
+    }
+
+    /// Gives a device an agent that obeys these rules.
+    fn obeys(&mut self, device: usize, rules: &[&str]) {
+        let obeys = rules.iter().map(|rule| (*rule).to_owned()).collect();
+        self.devices[device].facts = Arc::new(DeviceFacts { obeys, ..testing::facts(600) });
     }
 
     /// Puts a device into a site.
@@ -555,6 +566,188 @@ fn pause_resume_abort_rollback() {
 }
 
 #[test]
+fn rules_of_policy_and_blueprint_reach_devices_and_their_time_does_not_run_meanwhile() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    fleet.settle_on_1_0_0();
+    let layer =
+        (Layer::Fleet, "policy.activate_in = \"sat\"\npolicy.metered = \"defer\"".to_owned());
+    fleet.devices[1].config = Arc::new(resolve(&[layer]).unwrap());
+    fleet.tick();
+    assert!(fleet.devices[1].desired.rules.is_none(), "rules alone tell a settled device nothing");
+    let at = fleet.at(100_000);
+    let schedule = Schedule { activate_at: Some(at), ..Schedule::default() };
+    let id = fleet.start("1.1.0", RolloutPolicy { schedule, ..all_at_once() }).unwrap();
+    let told = |fleet: &Fleet, device: usize| fleet.devices[device].desired.rules.names().join(" ");
+    assert_eq!(told(&fleet, 0), "activate_at");
+    assert_eq!(told(&fleet, 1), "activate_at activate_in metered");
+    // Another blueprint on the way is other rules.
+    fleet.devices[1].config = Arc::new(resolve(&[]).unwrap());
+    fleet.tick();
+    assert_eq!(told(&fleet, 1), "activate_at");
+
+    for device in [0, 1] {
+        fleet.report(device, Phase::Prestaged { cause: WaitCause::NotBefore, until: Some(at) });
+    }
+    fleet.pass_s(5_000);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(waits.contains("has it and waits for its time"), "{waits}");
+    assert!(waits.contains("fails at 2026-01-02 04:01:40 UTC"), "{waits}");
+    assert!(why(fleet.rollout(&id)).contains("updating, waits for its time (activate_at)"));
+    // The first goes on in time; the second is not heard of any more.
+    fleet.pass_s(95_000);
+    fleet.report(0, Phase::Staged);
+    fleet.pass_s(899);
+    fleet.confirm(0);
+    fleet.pass_s(1);
+    let outcomes = fleet.rollout(&id).devices.iter().map(|part| part.outcome.clone());
+    let timeout = Outcome::Failed { failure: Failure::Timeout };
+    assert_eq!(outcomes.collect::<Vec<_>>(), [Outcome::Confirmed, timeout]);
+    assert!(fleet.devices[1].desired.rules.is_none(), "nothing holds up going back");
+}
+
+#[test]
+fn a_sites_devices_fetch_in_turn_and_with_their_share() {
+    let mut fleet = Fleet::new(&[600; 5]);
+    for device in 0..4 {
+        fleet.site(device, "berlin");
+    }
+    fleet.settle_on_1_0_0();
+    let limits = Limits {
+        device_bytes_per_s: Some(700_000),
+        site_bytes_per_s: Some(1_000_000),
+        site_downloads: Some(2),
+        ..Limits::default()
+    };
+    let id = fleet.start("1.1.0", RolloutPolicy { limits, ..all_at_once() }).unwrap();
+    // The sum of those that may fetch is never more than the site's.
+    assert_eq!(fleet.on("1.1.0"), [0, 1, 4]);
+    let rate = |fleet: &Fleet, device: usize| {
+        let rules = &fleet.devices[device].desired.rules;
+        rules.max_rate_bytes_per_s.unwrap()
+    };
+    assert_eq!([0, 1, 4].map(|device| rate(&fleet, device)), [500_000, 500_000, 700_000]);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    let expected = "2 devices wait for one of 2 devices of their site that may fetch at a time";
+    assert!(waits.contains(expected), "{waits}");
+    for phase in [Phase::Downloading { done_bytes: 1, total_bytes: 2 }, Phase::Downloaded] {
+        fleet.report(0, phase);
+        fleet.tick();
+        assert_eq!(fleet.on("1.1.0"), [0, 1, 4]);
+    }
+    fleet.report(0, Phase::Verified);
+    fleet.tick();
+    assert_eq!(fleet.on("1.1.0"), [0, 1, 2, 4]);
+    fleet.confirm(1);
+    assert_eq!(fleet.on("1.1.0"), [0, 1, 2, 3, 4]);
+    for (limits, expected) in [
+        (r#"{"site_bytes_per_s": 9000, "site_downloads": 10}"#, "less than 1000 bytes per second"),
+        (r#"{"device_bytes_per_s": 0}"#, "less than 1000 bytes per second"),
+        (r#"{"site_downloads": 1}"#, "goes with limits.site_bytes_per_s"),
+        (r#"{"site_bytes_per_s": 9000, "site_downloads": 0}"#, "site_downloads = 0"),
+    ] {
+        let limits = serde_json::from_str(limits).unwrap();
+        let policy = RolloutPolicy { limits, ..RolloutPolicy::default() };
+        let error = fleet.start("1.2.0", policy).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn an_agent_that_would_ignore_a_rule_is_left_out_and_named() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    fleet.settle_on_1_0_0();
+    fleet.obeys(1, &["hold"]);
+    let limits = Limits { metered: Metered::Defer, ..Limits::default() };
+    let id = fleet.start("1.1.0", RolloutPolicy { limits, ..all_at_once() }).unwrap();
+    assert_eq!([fleet.told(0), fleet.told(1)], ["1.1.0 q8_0", "1.0.0 q8_0"]);
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    let expected = "1 device waits for a newer agent: theirs is not known to obey metered";
+    assert!(waits.contains(expected), "{waits}");
+    fleet.obeys(1, &DeviceRules::ALL);
+    fleet.tick();
+    assert_eq!(fleet.told(1), "1.1.0 q8_0");
+    // Outside of rollouts it is told what it ignores.
+    fleet.confirm(0);
+    fleet.confirm(1);
+    fleet.obeys(1, &["hold"]);
+    let layer = "runtime.parallel = 1\npolicy.download_in = \"sat\"".to_owned();
+    fleet.devices[1].config = Arc::new(resolve(&[(Layer::Fleet, layer)]).unwrap());
+    fleet.tick();
+    let desired = &fleet.devices[1].desired;
+    assert_eq!((desired.runtime.parallel, desired.rules.names()), (1, vec!["download_in"]));
+    assert!(desired.reason.ends_with("its agent is too old to obey download_in"), "{desired:?}");
+}
+
+fn waiting(cause: WaitCause, until: Option<Timestamp>) -> Phase {
+    Phase::Waiting { cause, until }
+}
+
+#[test]
+fn a_pause_reaches_the_devices_that_were_told() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    fleet.settle_on_1_0_0();
+    let id = fleet.start("1.1.0", all_at_once()).unwrap();
+    fleet.confirm(0);
+    // The agent of the last does not know the rule.
+    fleet.obeys(2, &[]);
+    fleet.report(2, Phase::Downloaded);
+    let told: Vec<u64> = fleet.devices.iter().map(|d| d.desired.generation).collect();
+    fleet.operate(&id, Command::Pause).unwrap();
+    let now: Vec<u64> = fleet.devices.iter().map(|d| d.desired.generation).collect();
+    assert_eq!(now, [told[0], told[1] + 1, told[2]]);
+    assert!(fleet.devices[1].desired.rules.hold && fleet.told(1) == "1.1.0 q8_0");
+    assert!(fleet.devices[1].desired.reason.contains("is paused"));
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    assert!(waits.contains("1 device told before and held from their next poll"), "{waits}");
+    assert!(waits.contains("dev-2 cannot be held"), "{waits}");
+    // Time stands still: nobody is late, and on resuming it begins anew.
+    fleet.report(1, waiting(WaitCause::Held, None));
+    fleet.pass_s(100_000);
+    assert_eq!(fleet.rollout(&id).devices[1].outcome, Outcome::Updating);
+    assert!(why(fleet.rollout(&id)).contains("updating, waits: the rollout is held"));
+    fleet.operate(&id, Command::Resume).unwrap();
+    assert!(!fleet.devices[1].desired.rules.hold);
+    assert_eq!(fleet.devices[1].desired.generation, told[1] + 2);
+    fleet.pass_s(899);
+    assert_eq!(fleet.rollout(&id).devices[1].outcome, Outcome::Updating);
+    fleet.pass_s(1);
+    let timeout = Outcome::Failed { failure: Failure::Timeout };
+    assert_eq!(fleet.rollout(&id).devices[1].outcome, timeout);
+}
+
+#[test]
+fn a_halt_holds_those_on_the_way_and_who_follows_recalls_them() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    fleet.settle_on_1_0_0();
+    let id = fleet.start("1.1.0", all_at_once()).unwrap();
+    fleet.fail(0);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Halted);
+    assert_eq!(fleet.told(1), "1.1.0 q8_0");
+    assert!(fleet.devices[1].desired.rules.hold && fleet.devices[2].desired.rules.hold);
+    // Another release for one of them: the other goes back to what it had.
+    let policy = RolloutPolicy { selector: "name=dev-1".parse().unwrap(), ..all_at_once() };
+    fleet.start("1.2.0", policy).unwrap();
+    assert_eq!([fleet.told(1), fleet.told(2)], ["1.2.0 q8_0", "1.0.0 q8_0"]);
+    assert_eq!(fleet.rollout(&id).devices[2].outcome, Outcome::Recalled);
+    assert!(fleet.devices.iter().all(|device| !device.desired.rules.hold));
+    assert!(why(fleet.rollout(&id)).contains("told to keep what it had"));
+}
+
+#[test]
+fn an_abort_leaves_those_who_confirmed_and_recalls_the_others() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    fleet.settle_on_1_0_0();
+    let id = fleet.start("1.1.0", all_at_once()).unwrap();
+    fleet.confirm(0);
+    fleet.operate(&id, Command::Pause).unwrap();
+    fleet.operate(&id, Command::Abort).unwrap();
+    assert_eq!([fleet.told(0), fleet.told(1)], ["1.1.0 q8_0", "1.0.0 q8_0"]);
+    assert!(!fleet.devices[1].desired.rules.hold);
+    let last = fleet.rollout(&id).decisions.last().unwrap();
+    assert!(last.because[1].contains("1 device on the way told to keep"), "{last:?}");
+}
+
+#[test]
 fn resume_after_a_halt_sets_the_failure_aside() {
     let mut fleet = Fleet::new(&[600, 360]);
     let id = fleet.start("1.0.0", RolloutPolicy::default()).unwrap();
@@ -585,6 +778,18 @@ fn overlap_is_refused_by_name() {
 #[test]
 fn policies_out_of_bounds() {
     let mut fleet = Fleet::new(&[600]);
+    for (schedule, expected) in [
+        (r#"{"time_zone": "Mars/Olympus"}"#, "is no time zone: write a name such as Europe/Berlin"),
+        (
+            r#"{"start_at": "2026-01-02T00:00:00Z", "activate_at": "2026-01-01T00:00:00Z"}"#,
+            "activate_at is before schedule.start_at",
+        ),
+    ] {
+        let schedule = serde_json::from_str(schedule).unwrap();
+        let policy = RolloutPolicy { schedule, ..RolloutPolicy::default() };
+        let error = fleet.start("1.0.0", policy).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
     for waves in [
         vec![WaveSize::Count(0)],
         vec![WaveSize::Percent(0)],
@@ -767,7 +972,8 @@ fn it_starts_when_scheduled_and_rests_in_a_freeze() {
     let mut fleet = Fleet::new(&[600, 600]);
     let freeze =
         Freeze { from: fleet.at(7000), until: fleet.at(9000), reason: "Black Friday".to_owned() };
-    let schedule = Schedule { start_at: Some(fleet.at(3600)), freezes: vec![freeze] };
+    let schedule =
+        Schedule { start_at: Some(fleet.at(3600)), freezes: vec![freeze], ..Schedule::default() };
     let policy = RolloutPolicy { schedule, confirm_timeout_s: 9000, ..RolloutPolicy::default() };
     let id = fleet.start("1.0.0", policy).unwrap();
     assert_eq!(fleet.on("1.0.0"), [0_usize; 0]);
@@ -838,7 +1044,7 @@ fn no_more_devices_update_at_once_than_may() {
     for device in 0..4 {
         fleet.site(device, "berlin");
     }
-    let limits = Limits { updating: Some(4), updating_per_site: Some(2) };
+    let limits = Limits { updating: Some(4), updating_per_site: Some(2), ..Limits::default() };
     let policy = RolloutPolicy { limits, max_failures: 1, ..all_at_once() };
     let id = fleet.start("1.0.0", policy).unwrap();
     assert_eq!(fleet.on("1.0.0"), [0, 1, 4, 5]);

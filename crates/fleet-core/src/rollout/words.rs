@@ -6,27 +6,49 @@ use slmops_api::device::{Failure, Phase, WaitCause};
 use slmops_api::rollout::{Outcome, Rollout, RolloutDevice, RolloutState};
 
 use super::{gate, state_name};
-use crate::words::{bytes, list};
+use crate::words::{bytes, clock, list};
 use crate::world::FleetDevice;
 
 /// Probes listed by name in one line, at most.
 const PROBES_SHOWN: usize = 5;
 
 /// A phase in words.
-pub fn phase_words(phase: &Phase) -> &'static str {
-    match phase {
+pub fn phase_words(phase: &Phase) -> String {
+    let words = match phase {
         Phase::Idle => "idle",
         Phase::Downloading { .. } => "downloading",
         Phase::Downloaded => "downloaded, being verified",
         Phase::Verified => "verified, being loaded",
+        Phase::Prestaged { cause, until } => {
+            return format!("has it and {}{}", wait_words(*cause), until_words(*until));
+        }
         Phase::Staged => "loaded beside the one that serves, being probed",
         Phase::Activated => "activated, last probe",
         Phase::Confirmed => "confirmed",
         Phase::RolledBack { .. } => "went back",
-        Phase::Waiting { cause: WaitCause::Network } => "waits for the network",
-        Phase::Waiting { cause: WaitCause::DiskFull } => "waits: its disk is full",
-        Phase::Waiting { cause: WaitCause::Storage } => "waits: its state folder cannot be written",
+        Phase::Waiting { cause, until } => {
+            return format!("{}{}", wait_words(*cause), until_words(*until));
+        }
+    };
+    words.to_owned()
+}
+
+/// What a device waits for, in words.
+pub(super) fn wait_words(cause: WaitCause) -> &'static str {
+    match cause {
+        WaitCause::Network => "waits for the network",
+        WaitCause::DiskFull => "waits: its disk is full",
+        WaitCause::Storage => "waits: its state folder cannot be written",
+        WaitCause::Held => "waits: the rollout is held",
+        WaitCause::NotBefore => "waits for its time (activate_at)",
+        WaitCause::Hours => "waits for its hours (activate_in, download_in)",
+        WaitCause::Clock => "waits: it does not know what time it is",
+        WaitCause::Metered => "waits: its link is metered",
     }
+}
+
+fn until_words(until: Option<jiff::Timestamp>) -> String {
+    until.map_or_else(String::new, |at| format!(", until {}", clock(at)))
 }
 
 /// A failure in words, with its numbers.
@@ -82,7 +104,8 @@ pub(super) fn failure_evidence(part: &RolloutDevice, device: Option<&FleetDevice
     let running = device.and_then(|device| device.report.as_ref()?.running.as_ref());
     if *failure == Failure::Timeout {
         let said = device.and_then(|device| device.report.as_ref());
-        let heard = said.map_or("never reported", |report| phase_words(&report.phase));
+        let heard =
+            said.map_or_else(|| "never reported".to_owned(), |report| phase_words(&report.phase));
         lines.push(format!("{}: last heard: {heard}", part.name));
     }
     match running {
@@ -98,7 +121,10 @@ pub(super) fn failure_evidence(part: &RolloutDevice, device: Option<&FleetDevice
 fn outcome_words(part: &RolloutDevice) -> String {
     match &part.outcome {
         Outcome::Pending => "not told yet".to_owned(),
-        Outcome::Updating => "updating".to_owned(),
+        Outcome::Updating => match part.held {
+            Some(cause) => format!("updating, {}", wait_words(cause)),
+            None => "updating".to_owned(),
+        },
         Outcome::Confirmed => "confirmed".to_owned(),
         Outcome::Failed { failure } => format!("failed: {}", failure_words(failure)),
         Outcome::NoFit { smallest_bytes, budget_bytes } => {
@@ -106,6 +132,7 @@ fn outcome_words(part: &RolloutDevice) -> String {
         }
         Outcome::Quarantined => format!("quarantined: {}", part.fit),
         Outcome::Away => "away: takes it when it comes back".to_owned(),
+        Outcome::Recalled => "told to keep what it had: aborted before it confirmed".to_owned(),
     }
 }
 

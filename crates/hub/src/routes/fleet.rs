@@ -313,7 +313,7 @@ async fn place(state: &AppState, layer: &str, name: &str) -> Result<Layer, ApiEr
 }
 
 /// Add or change a blueprint layer, as TOML. Refused if any device would get values that contradict
-/// each other.
+/// each other, or if a site or device then sets what it may not override.
 #[utoipa::path(put, path = "/v1/blueprints/{layer}/{name}", tag = "fleet",
     params(("layer" = String, Path, description = "fleet, class, site or device"),
         ("name" = String, Path, description = "`-` for the fleet")),
@@ -335,10 +335,18 @@ pub async fn put_blueprint(
     let all: Vec<StoredBlueprint> = layers.into_values().collect();
     for device in snapshot.devices.iter().filter(|device| !device.revoked) {
         let layers = layers_of(device, &snapshot.classes, &all);
-        blueprint::resolve(&layers).map_err(|error| {
+        let resolved = blueprint::resolve(&layers).map_err(|error| {
             let detail = format!("for device {}: {error}", device.name);
             ApiError::unacceptable("blueprint", detail, error.hint())
         })?;
+        // What was in conflict before (a device changed its class) does not stand in the way.
+        let before = layers_of(device, &snapshot.classes, &snapshot.blueprints);
+        let before = blueprint::resolve(&before).map(|it| it.conflicts).unwrap_or_default();
+        if let Some(new) = resolved.conflicts.iter().find(|conflict| !before.contains(conflict)) {
+            let detail = format!("for device {}: {new}", device.name);
+            let hint = "take the key out of that layer, or add it to `overridable`";
+            return Err(ApiError::unacceptable("blueprint", detail, hint));
+        }
     }
     state.store.put_blueprint(by(&operator), stored.clone()).await?;
     state.events.announce("blueprint", format!("{layer}/{name}"));

@@ -22,7 +22,7 @@ use crate::store::{MAX_PAGE, PageRequest};
 pub const MAX_LABELS: usize = 64;
 /// The longest text among a device's facts, in bytes.
 const MAX_FACT_BYTES: usize = 256;
-/// The most processor features in a device's facts.
+/// The most names in one list of a device's facts.
 const MAX_FEATURES: usize = 64;
 /// The most rejections in a report.
 const MAX_REJECTIONS: usize = 64;
@@ -176,16 +176,17 @@ pub fn check_facts(facts: &DeviceFacts) -> Result<(), ApiError> {
         ("agent_version", &facts.agent_version),
         ("engine", &facts.engine),
         ("endpoint", facts.endpoint.as_deref().unwrap_or("")),
+        ("time_zone", facts.time_zone.as_deref().unwrap_or("")),
     ];
     for (what, text) in texts {
         bounded(what, text)?;
     }
-    if facts.cpu_features.len() > MAX_FEATURES {
-        let detail = format!("more than {MAX_FEATURES} cpu_features");
-        return Err(ApiError::bad_request(detail, "update the agent"));
-    }
-    for feature in &facts.cpu_features {
-        bounded("cpu_features", feature)?;
+    for (what, names) in [("cpu_features", &facts.cpu_features), ("obeys", &facts.obeys)] {
+        if names.len() > MAX_FEATURES {
+            let detail = format!("more than {MAX_FEATURES} {what}");
+            return Err(ApiError::bad_request(detail, "update the agent"));
+        }
+        names.iter().try_for_each(|name| bounded(what, name))?;
     }
     let sizes = [facts.memory_bytes, facts.memory_budget_bytes, facts.disk_free_bytes];
     if sizes.iter().any(|size| *size > MAX_COUNTER) {

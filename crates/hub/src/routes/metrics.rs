@@ -60,6 +60,7 @@ fn phase_name(phase: Option<&Phase>) -> &'static str {
         Some(Phase::Downloading { .. }) => "downloading",
         Some(Phase::Downloaded) => "downloaded",
         Some(Phase::Verified) => "verified",
+        Some(Phase::Prestaged { .. }) => "prestaged",
         Some(Phase::Staged) => "staged",
         Some(Phase::Activated) => "activated",
         Some(Phase::Confirmed) => "confirmed",

@@ -115,6 +115,9 @@ fn facts() -> DeviceFacts {
         agent_version: "0.1.0".to_owned(),
         engine: "test".to_owned(),
         endpoint: None,
+        time_zone: None,
+        metered: false,
+        obeys: vec![],
     }
 }
 
@@ -275,6 +278,7 @@ pub(super) fn assignment(device: &str, generation: u64) -> Assignment {
             runtime: Default::default(),
             confirm_timeout_s: 60,
             reason: "test".to_owned(),
+            rules: Default::default(),
         },
     }
 }

@@ -16,6 +16,7 @@ use slmops_api::device::{
 use slmops_api::model::{DeviceClass, NewRelease, Release};
 use slmops_api::orders::{Exclusion, Lift, NewPin, Orders, Pin};
 use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
+use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_api::{ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, TokenId};
 use slmops_artifact::Digest;
@@ -524,6 +525,9 @@ fn is_news(before: Option<&DeviceReport>, report: &DeviceReport) -> bool {
         || before.facts.arch != report.facts.arch
         || before.facts.cpu_features != report.facts.cpu_features
         || before.facts.agent_version != report.facts.agent_version
+        || before.facts.obeys != report.facts.obeys
+        || before.facts.metered != report.facts.metered
+        || before.facts.time_zone != report.facts.time_zone
         || before.facts.engine != report.facts.engine
         || before.facts.endpoint != report.facts.endpoint
 }
@@ -545,7 +549,7 @@ fn report_events(before: Option<&DeviceReport>, report: &DeviceReport) -> Vec<St
                 format!("went back: {}; runs {running}", failure_words(failure))
             }
             Phase::Confirmed => format!("confirmed: runs {running}"),
-            phase => phase_words(phase).to_owned(),
+            phase => phase_words(phase),
         });
     }
     if let Some(before) = before {
@@ -850,6 +854,7 @@ impl Store for SqlStore {
                     runtime: RuntimeConfig::default(),
                     confirm_timeout_s: DEFAULT_CONFIRM_TIMEOUT_S,
                     reason: "no release is meant for this device yet".to_owned(),
+                    rules: DeviceRules::default(),
                 },
                 report: None,
                 enrolled_at: enrolment.at,

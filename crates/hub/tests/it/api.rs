@@ -12,7 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use reqwest::{Method, StatusCode};
 use rig::{Pushed, Rig};
 use serde_json::{Value, json};
-use slmops_api::device::{Failure, Phase};
+use slmops_api::device::{Failure, Phase, WaitCause};
 use slmops_api::probe::ProbeResult;
 use slmops_hub::{Hub, HubConfig, HubError};
 
@@ -396,11 +396,94 @@ async fn blueprint_reaches_the_device_and_explains_itself() {
         assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
         assert!(problem["detail"].as_str().unwrap().contains(expected), "{problem}");
     }
+    // What the device may override: its layer is in the way of a list without its key.
+    let (status, problem) = put("/v1/blueprints/fleet/-", "overridable = []").await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
+    let detail = problem["detail"].as_str().unwrap();
+    let expected = "device one: device ";
+    assert!(detail.contains(expected) && detail.contains("runtime.parallel = 3"), "{detail}");
+    assert!(problem["hint"].as_str().unwrap().contains("add it to `overridable`"), "{problem}");
+    let fleet = "overridable = [\"runtime.parallel\"]\n[runtime]\nparallel = 1\n";
+    let (status, _) = put("/v1/blueprints/fleet/-", fleet).await;
+    assert_eq!(status, StatusCode::OK);
+    let (status, problem) = put("/v1/blueprints/device/one", "runtime.threads = 3").await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{problem}");
+    // A class that the device comes into later lets it override nothing: then it is explained.
+    let (status, _) = put("/v1/blueprints/class/kiosk", "overridable = []").await;
+    assert_eq!(status, StatusCode::OK);
+    let class = json!({
+        "name": "kiosk", "description": "", "min_memory_bytes": 1 << 50, "quantisation": "Q4_K_M",
+    });
+    rig.send(Method::PUT, "/v1/classes/kiosk", class, StatusCode::OK).await;
+    let moved = json!({ "labels": { "class": "kiosk" } });
+    rig.send(Method::PATCH, "/v1/devices/one", moved, StatusCode::OK).await;
+    let explained = rig.get("/v1/devices/one/explain").await;
+    let values = explained["values"].as_array().unwrap();
+    let parallel = values.iter().find(|value| value["key"] == "runtime.parallel").unwrap();
+    assert_eq!(parallel["value"], "1");
+    assert!(parallel["refused"][0].as_str().unwrap().ends_with(": 3"), "{parallel}");
+    let back = json!({ "labels": { "class": null } });
+    rig.send(Method::PATCH, "/v1/devices/one", back, StatusCode::OK).await;
+
     let (status, _) = put("/v1/blueprints/planet/-", "").await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
+    // It is no conflict any more.
+    let again = rig.get("/v1/devices/one/explain").await["values"].to_string();
+    assert!(!again.contains("refused"), "{again}");
     rig.send(Method::DELETE, "/v1/blueprints/device/one", Value::Null, StatusCode::NO_CONTENT)
         .await;
-    assert_eq!(device.wait_for_generation(5).await.runtime.parallel, 1);
+    let started = std::time::Instant::now();
+    while device.desired().await.runtime.parallel != 1 {
+        assert!(started.elapsed() < Duration::from_secs(20), "the device keeps its own value");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn rules_reach_the_device_and_what_it_waits_for_is_shown() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let mut device = rig.join("one", 600).await;
+    device.report(Phase::Idle).await;
+    rig.release("1.0.0").await;
+    let toml = "[policy]\nmetered = \"defer\"\nmax_rate_bytes_per_s = 9000\n";
+    let (status, _) = rig.put_text("/v1/blueprints/fleet/-", toml).await;
+    assert_eq!(status, StatusCode::OK);
+    let at = "2030-01-05T02:00:00Z";
+    let policy = json!({ "schedule": { "activate_at": at, "download_in": "sat 02:00-05:00",
+        "time_zone": "Europe/Berlin" } });
+    let rollout = rig.rollout("1.0.0", policy).await;
+    let rules = device.wait_for_generation(2).await.rules;
+    assert_eq!(
+        rules.to_string(),
+        "switches not before 2030-01-05 02:00:00 UTC; fetches in sat 02:00-05:00 (Europe/Berlin); \
+         metered links: defer; fetches at most 9000 bytes/s"
+    );
+    let until = Some(at.parse().unwrap());
+    device.report(Phase::Prestaged { cause: WaitCause::NotBefore, until }).await;
+    let id = rollout["id"].as_str().unwrap();
+    let started = std::time::Instant::now();
+    loop {
+        let waits = rig.get(&format!("/v1/rollouts/{id}")).await["waiting_for"].to_string();
+        if waits
+            .contains("has it and waits for its time (activate_at), until 2030-01-05 02:00:00 UTC")
+        {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "{waits}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for (policy, status, expected) in [
+        (json!({ "schedule": { "activate_in": "caturday" } }), 400, "are no hours"),
+        (json!({ "limits": { "metered": "perhaps" } }), 400, "none of `allow`"),
+        (json!({ "schedule": { "time_zone": "Mars" } }), 422, "no time zone"),
+        (json!({ "limits": { "site_downloads": 3 } }), 422, "site_bytes_per_s"),
+    ] {
+        let body = json!({ "model": "m", "version": "1.0.0", "policy": policy });
+        let status = StatusCode::from_u16(status).unwrap();
+        let problem = rig.send(Method::POST, "/v1/rollouts", body, status).await;
+        assert!(problem["detail"].as_str().unwrap().contains(expected), "{problem}");
+    }
 }
 
 #[tokio::test]
@@ -511,6 +594,37 @@ async fn overlapping_rollouts_are_refused() {
     rig.send(Method::POST, &path, Value::Null, StatusCode::CONFLICT).await;
     let missing = json!({ "model": "m", "version": "9.0.0", "policy": rig::policy() });
     rig.send(Method::POST, "/v1/rollouts", missing, StatusCode::NOT_FOUND).await;
+}
+
+#[tokio::test]
+async fn a_pause_is_a_new_generation_for_devices_on_the_way() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let mut device = rig.join("one", 600).await;
+    device.report(Phase::Idle).await;
+    rig.release("1.0.0").await;
+    let rollout = rig.rollout("1.0.0", json!({})).await;
+    let id = rollout["id"].as_str().unwrap();
+    let told = device.wait_for_generation(2).await;
+    assert!(told.rules.is_none() && told.model.is_some());
+    rig.post(&format!("/v1/rollouts/{id}/pause"), json!({})).await;
+    let held = device.wait_for_generation(3).await;
+    assert!(held.rules.hold && held.model == told.model, "{held:?}");
+    let waits = rig.get(&format!("/v1/rollouts/{id}")).await["waiting_for"].to_string();
+    assert!(waits.contains("held from their next poll"), "{waits}");
+    device.report(Phase::Prestaged { cause: WaitCause::Held, until: None }).await;
+    let shown = rig.get(&format!("/v1/devices/{}", device.id)).await;
+    assert_eq!(shown["report"]["phase"], "prestaged");
+    assert_eq!(shown["report"]["cause"], "held");
+    let metrics = rig.text("/metrics").await;
+    assert!(metrics.contains("prestaged"), "{metrics}");
+    rig.post(&format!("/v1/rollouts/{id}/resume"), json!({})).await;
+    assert!(device.wait_for_generation(4).await.rules.is_none());
+    // An abort tells it to be what it was: nothing.
+    rig.post(&format!("/v1/rollouts/{id}/abort"), json!({})).await;
+    assert_eq!(device.wait_for_generation(5).await.model, None);
+    let why = rig.text(&format!("/v1/rollouts/{id}/why")).await;
+    assert!(why.contains("told to keep what it had"), "{why}");
 }
 
 #[tokio::test]

@@ -5,12 +5,15 @@
 
 pub(super) mod absence;
 pub(super) mod approval;
+mod device;
 mod limits;
 mod schedule;
 
 use jiff::Timestamp;
 use slmops_api::rollout::RolloutPolicy;
+use slmops_api::rules::DeviceRules;
 
+use super::assign::{policy_rules, site_rules};
 use super::{RolloutError, RolloutRecord};
 use crate::world::{FleetDevice, World};
 
@@ -26,12 +29,17 @@ pub(super) struct Hold {
 /// The rules of one rollout in one step, with what they count.
 pub(super) struct Rules {
     slots: limits::Slots,
+    of_devices: DeviceRules,
 }
 
 impl Rules {
     /// Counts what the rules count, once for a step.
     pub fn new(record: &RolloutRecord, world: &World<'_>) -> Self {
-        Self { slots: limits::Slots::count(record, world) }
+        Self {
+            slots: limits::Slots::count(record, world),
+            of_devices: policy_rules(&record.rollout.asked.policy)
+                .and(&site_rules(&record.rollout.asked.policy.limits)),
+        }
     }
 
     /// What holds every device of the current wave up, whichever it is.
@@ -43,18 +51,19 @@ impl Rules {
 
     /// What holds this device of the current wave up.
     pub fn hold(&self, device: &FleetDevice) -> Option<Hold> {
-        self.slots.hold(device)
+        device::hold(&self.of_devices, device).or_else(|| self.slots.hold(device))
     }
 
     /// Notes that a device is told.
     pub fn told(&mut self, device: &FleetDevice) {
-        self.slots.take(device);
+        self.slots.take(device, true);
     }
 }
 
 /// Refuses rules that are out of bounds.
 pub(super) fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
     schedule::validate(&policy.schedule)?;
+    device::validate(policy)?;
     limits::validate(&policy.limits)?;
     approval::validate(&policy.approvals)?;
     absence::validate(&policy.stragglers)

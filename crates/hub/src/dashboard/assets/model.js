@@ -17,6 +17,7 @@ export const STATES = {
   no_fit: { tone: "warn", mark: "bang", label: "no fit" },
   quarantined: { tone: "warn", mark: "bang", label: "quarantined" },
   away: { tone: "mute", mark: "ring", label: "away" },
+  recalled: { tone: "mute", mark: "back", label: "recalled" },
   running: { tone: "busy", mark: "arrow", label: "running" },
   paused: { tone: "warn", mark: "pause", label: "paused" },
   halted: { tone: "bad", mark: "bang", label: "halted" },
@@ -35,6 +36,7 @@ const REACHED = {
   downloading: 0,
   downloaded: 1,
   verified: 2,
+  prestaged: 2,
   staged: 3,
   activated: 4,
   confirmed: 5,
@@ -68,9 +70,12 @@ export function progress(device) {
     downloading: report.phase === "downloading",
     done: report.done_bytes,
     total: report.total_bytes,
-    waiting: report.phase === "waiting",
+    waiting: isWaiting(report),
   };
 }
+
+/** Whether something is in the device's way, or a rule holds it up. */
+export const isWaiting = (report) => report.phase === "waiting" || report.phase === "prestaged";
 
 /** The device's one state, a key of {@link STATES}. */
 export function deviceState(device, now = Date.now()) {
@@ -79,7 +84,7 @@ export function deviceState(device, now = Date.now()) {
   const report = device.report;
   if (!report) return "joined";
   if (report.phase === "rolled_back") return "failed";
-  if (report.phase === "waiting") return "waiting";
+  if (isWaiting(report)) return "waiting";
   if (device.desired.generation > report.generation && device.desired.model) return "updating";
   if (report.phase === "confirmed") return "confirmed";
   if (report.phase === "idle") {

@@ -421,6 +421,9 @@ fn facts(budget_mib: u64) -> DeviceFacts {
         agent_version: "0.1.0".to_owned(),
         engine: "test".to_owned(),
         endpoint: None,
+        time_zone: None,
+        metered: false,
+        obeys: slmops_api::rules::DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
 }
 

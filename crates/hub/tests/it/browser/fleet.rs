@@ -120,6 +120,9 @@ impl RealHub {
             agent_version: "0.1.0".to_owned(),
             engine: "llama.cpp test".to_owned(),
             endpoint: None,
+            time_zone: None,
+            metered: false,
+            obeys: slmops_api::rules::DeviceRules::ALL.map(str::to_owned).to_vec(),
         };
         let enrolled: EnrolResponse = self
             .post(

@@ -10,6 +10,7 @@ import {
   deviceState,
   differences,
   failureWords,
+  isWaiting,
   progress,
   releaseName,
   releasePath,
@@ -36,6 +37,11 @@ const WAIT_WORDS = {
   network: "the network or the hub does not answer",
   disk_full: "the disk is full",
   storage: "the state folder cannot be written",
+  held: "the rollout is held",
+  not_before: "its time has not come",
+  hours: "it is outside of its hours",
+  clock: "it does not know what time it is",
+  metered: "its link is metered",
 };
 
 /** Speeds seen while this tab is open, by device: `Map id → [{ at, value }]`. */
@@ -134,7 +140,7 @@ function stepper(device) {
     if (index === next && !at.failed && !at.waiting)
       Object.assign(place, { key: "now", word: "under way" });
     if (at.failed && index === at.failedAt) Object.assign(place, { key: "failed", word: "failed" });
-    if (at.waiting && index === 1) Object.assign(place, { key: "wait", word: "waiting" });
+    if (at.waiting && index === Math.max(next, 1)) Object.assign(place, { key: "wait", word: "waiting" });
     return { name, ...place };
   });
   const marks = { done: "check", now: "arrow", failed: "cross", wait: "pause", next: "ring" };
@@ -175,11 +181,13 @@ function stepper(device) {
       ),
     ),
     loading,
-    report?.phase === "waiting" &&
+    report &&
+      isWaiting(report) &&
       h(
         "p",
         { "data-tone": "warn" },
-        `waiting: ${WAIT_WORDS[report.cause] ?? report.cause}; the device retries by itself`,
+        `waiting: ${WAIT_WORDS[report.cause] ?? report.cause}`,
+        report.until ? `, until ${report.until}` : "; the device goes on by itself",
       ),
     desired.reason && h("p.faint", null, prose(desired.reason)),
   );
@@ -443,7 +451,12 @@ function explained(device, explanation) {
           h("code", null, value.key),
           h("code", null, value.value),
           h("span", { class: value.layer === "default" ? "faint" : "" }, value.layer),
-          value.overrides.length ? h("span.faint", null, value.overrides.join("; ")) : "",
+          [
+            value.overrides.length ? h("span.faint", null, value.overrides.join("; ")) : "",
+            value.refused?.length
+              ? h("span", { "data-tone": "warn" }, ` not overridable: ${value.refused.join("; ")}`)
+              : "",
+          ],
         ],
       })),
     }),

@@ -30,7 +30,7 @@ const ACTIONS = {
     verb: "Pause",
     tone: "warn",
     when: ["running"],
-    text: "No further device is told. Devices that have started go on to their own end.",
+    text: "No further device is told. Devices that were told and have not switched yet begin nothing new from their next poll on.",
   },
   resume: {
     verb: "Resume",
@@ -42,7 +42,7 @@ const ACTIONS = {
     verb: "Abort",
     tone: "bad",
     when: ["running", "paused", "halted"],
-    text: "The rollout ends where it stands. Devices keep what they have now.",
+    text: "The rollout ends where it stands. Devices that have confirmed stay on it; those on their way keep what they had.",
   },
   rollback: {
     verb: "Roll back",
@@ -316,7 +316,9 @@ function member(device) {
     failed: took && `after ${took}`,
     no_fit: `needs ${bytes(device.smallest_bytes)}, offers ${bytes(device.budget_bytes)}`,
     quarantined: "failed here before",
+    recalled: "told to keep what it had",
     away: "takes it when it is back",
+    recalled: "told to keep what it had",
   }[device.outcome];
   return h(
     "li.member",

@@ -94,6 +94,7 @@ const PARTS = [
   ["no_fit", "warn"],
   ["quarantined", "warn"],
   ["away", "mute"],
+  ["recalled", "mute"],
 ];
 
 /** The devices' outcomes as one bar. */
