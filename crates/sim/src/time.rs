@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// One second.
@@ -23,10 +23,9 @@ impl Time {
     /// The time of day at which this moment falls, were the simulation to begin at midnight of
     /// 1 January 2026, UTC.
     pub(crate) fn timestamp(self) -> Timestamp {
-        const START_S: i64 = 1_767_225_600;
-        let start = Timestamp::from_second(START_S).expect("a moment of 2026");
-        let after = SignedDuration::from_millis(i64::try_from(self.0).unwrap_or(i64::MAX));
-        start.checked_add(after).unwrap_or(Timestamp::MAX)
+        const START_MS: i64 = 1_767_225_600_000;
+        let after_ms = i64::try_from(self.0).unwrap_or(i64::MAX);
+        Timestamp::from_millisecond(START_MS.saturating_add(after_ms)).unwrap_or(Timestamp::MAX)
     }
 
     /// The moment of the simulation that is this timestamp; its beginning for all before.
