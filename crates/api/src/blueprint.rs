@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::rules::Metered;
 use crate::runtime::KvType;
 use crate::window::Windows;
-use crate::{ClassName, DeviceId, ModelName, SiteName};
+use crate::{ChannelName, ClassName, DeviceId, ModelName, SiteName};
 
 /// One layer's place; later kinds win over earlier ones.
 #[derive(
@@ -30,6 +30,10 @@ pub struct Blueprint {
     /// The model line that the devices run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelName>,
+    /// The channel that the devices follow: they take the releases that are promoted to it, and no
+    /// other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<ChannelName>,
     /// The runtime configuration.
     #[serde(default)]
     pub runtime: RuntimeLayer,

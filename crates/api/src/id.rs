@@ -108,6 +108,14 @@ name!(
     ModelName, "model name"
 );
 name!(
+    /// A channel, such as `beta`.
+    ChannelName, "channel name"
+);
+name!(
+    /// One webhook.
+    WebhookId, "webhook id"
+);
+name!(
     /// A variant of a release, such as `q4_k_m`.
     VariantName, "variant name"
 );

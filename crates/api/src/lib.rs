@@ -5,6 +5,7 @@
 
 pub mod audit;
 pub mod blueprint;
+pub mod channel;
 pub mod device;
 pub mod evidence;
 pub mod gate;
@@ -19,6 +20,7 @@ pub mod rollout;
 pub mod rules;
 pub mod runtime;
 pub mod selector;
+pub mod webhook;
 pub mod window;
 
 pub use id::*;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
 
+use crate::channel::Promotion;
 use crate::device::{Failure, WaitCause};
 use crate::gate::{GatePolicy, GateReading};
 use crate::rules::Metered;
@@ -302,6 +303,9 @@ pub struct NewRollout {
     pub version: semver::Version,
     /// How.
     pub policy: RolloutPolicy,
+    /// The promotion that it carries out; absent for one that was started by hand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub promotion: Option<Promotion>,
 }
 
 /// The state of a rollout.

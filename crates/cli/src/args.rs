@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    audit, backup, blueprint, class, completions, demo, device, doctor, evaluate, key, model,
-    optimize, quarantine, release, rollout, serve, ship, sim, token, up,
+    audit, backup, blueprint, channel, class, completions, demo, device, doctor, evaluate, key,
+    model, optimize, quarantine, release, rollout, serve, ship, sim, token, up, webhook,
 };
 use crate::output::Format;
 
@@ -89,6 +89,9 @@ pub enum Command {
     /// Rollouts: which devices get a release, in waves
     #[command(subcommand)]
     Rollout(rollout::Rollout),
+    /// Channels: the steps of a release on its way through the fleet
+    #[command(subcommand)]
+    Channel(channel::Channel),
     /// The quarantine: packages that failed in a class
     #[command(subcommand)]
     Quarantine(quarantine::Quarantine),
@@ -109,6 +112,9 @@ pub enum Command {
     /// Operator tokens
     #[command(subcommand)]
     Token(token::Token),
+    /// Webhooks: the audit log, event by event, to other programs
+    #[command(subcommand)]
+    Webhook(webhook::Webhook),
     /// The audit log
     #[command(subcommand)]
     Audit(audit::Audit),

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use slmops_api::ModelName;
+use slmops_api::{ChannelName, ModelName};
 use slmops_api::blueprint::{Blueprint, ExplainedValue, Layer};
 use slmops_api::rules::{DeviceRules, Hours, Metered};
 use slmops_api::runtime::{KvType, RuntimeConfig};
@@ -23,8 +23,9 @@ pub const QUEUE_LIMIT: (u32, u32) = (0, 4096);
 /// Bounds of `policy.confirm_timeout_s`.
 pub const CONFIRM_TIMEOUT_S: (u32, u32) = (5, 604_800);
 /// Every key, in the order in which they are explained.
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 16] = [
     "model",
+    "channel",
     "runtime.context_tokens",
     "runtime.parallel",
     "runtime.threads",
@@ -112,7 +113,7 @@ impl BlueprintError {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Syntax { .. } => {
-                "keys are overridable, model, runtime.{context_tokens, parallel, threads, batch_tokens, kv_type, \
+                "keys are overridable, model, channel, runtime.{context_tokens, parallel, threads, batch_tokens, kv_type, \
                  flash_attention, queue_limit} and policy.{confirm_timeout_s, frozen, activate_in, \
                  download_in, time_zone, metered, max_rate_bytes_per_s}"
             }
@@ -220,6 +221,8 @@ fn line_of_key(text: &str, key: &str) -> usize {
 pub struct Resolved {
     /// The model line, if a layer names one.
     pub model: Option<ModelName>,
+    /// The channel that it follows, if a layer names one.
+    pub channel: Option<ChannelName>,
     /// How it is run.
     pub runtime: RuntimeConfig,
     /// Whether some layer set `runtime.context_tokens`; a default yields to the model's limit.
@@ -291,6 +294,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
 
     let mut runtime = RuntimeConfig::default();
     let mut model: Option<ModelName> = None;
+    let mut channel: Option<ChannelName> = None;
     let mut confirm_timeout_s = DEFAULT_CONFIRM_TIMEOUT_S;
     let mut frozen = false;
     let mut activate_in = Windows::default();
@@ -300,6 +304,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut max_rate = 0;
 
     let mut model_is = Setting::new("model", "(none)");
+    let mut channel_is = Setting::new("channel", "(none)");
     let mut context = Setting::new("runtime.context_tokens", runtime.context_tokens);
     let mut parallel = Setting::new("runtime.parallel", runtime.parallel);
     let mut threads = Setting::new("runtime.threads", runtime.threads);
@@ -327,6 +332,9 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
         let layer = Giver { name: layer_name(place), may };
         if let Some(name) = &given.model {
             model_is.set(&mut model, Some(&Some(name.clone())), &layer, format!("\"{name}\""));
+        }
+        if let Some(name) = &given.channel {
+            channel_is.set(&mut channel, Some(&Some(name.clone())), &layer, format!("\"{name}\""));
         }
         let asked = &given.runtime;
         let number = |value: Option<u32>| value.map(|v| v.to_string()).unwrap_or_default();
@@ -407,6 +415,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     };
     let settings = [
         model_is,
+        channel_is,
         context,
         parallel,
         threads,
@@ -443,6 +452,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let values = values.to_vec();
     Ok(Resolved {
         model,
+        channel,
         runtime,
         context_set,
         confirm_timeout_s,

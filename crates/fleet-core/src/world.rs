@@ -9,7 +9,7 @@ use slmops_api::model::NewRelease;
 use slmops_api::orders::{Exclusion, Orders, Pin};
 use slmops_api::rules::DeviceRules;
 use slmops_api::selector::Selector;
-use slmops_api::{ClassName, DeviceId, ModelName, RolloutId};
+use slmops_api::{ChannelName, ClassName, DeviceId, ModelName, RolloutId};
 use slmops_artifact::Digest;
 
 use crate::blueprint::Resolved;
@@ -50,6 +50,11 @@ impl FleetDevice {
     /// Whether a selector means this device, by its labels and its facts.
     pub fn is_meant_by(&self, selector: &Selector) -> bool {
         selector.matches(&self.labels, &self.facts)
+    }
+
+    /// Whether it is one of those that a completed rollout was for.
+    pub fn is_among(&self, completed: &CompletedRollout) -> bool {
+        self.config.channel == completed.channel && self.is_meant_by(&completed.selector)
     }
 
     /// The generation of the next thing it is told: above all that it was told or says it has seen
@@ -102,6 +107,8 @@ pub struct CompletedRollout {
     pub version: semver::Version,
     /// The devices it was for.
     pub selector: Selector,
+    /// The channel that it was promoted to; none for one that was started by hand.
+    pub channel: Option<ChannelName>,
 }
 
 /// Everything that decisions are made from.

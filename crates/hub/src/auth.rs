@@ -218,6 +218,11 @@ impl Secret {
         &self.0
     }
 
+    /// A secret that must be kept as it is, since it is used again.
+    pub(crate) fn kept(text: String) -> Self {
+        Self(text)
+    }
+
     /// What is kept of it.
     pub fn hash(&self) -> SecretHash {
         SecretHash::of(&self.0)
@@ -277,6 +282,12 @@ impl FromStr for SecretHash {
 pub fn new_operator_token() -> Secret {
     let random: [u8; SECRET_BYTES] = random();
     Secret(format!("{OPERATOR_TOKEN_PREFIX}{}", URL_SAFE_NO_PAD.encode(random)))
+}
+
+/// A new secret of a webhook: `whsec_` and 32 random bytes in base64 (Standard Webhooks 1.0).
+pub fn new_webhook_secret() -> Secret {
+    let random: [u8; SECRET_BYTES] = random();
+    Secret(format!("{}{}", slmops_api::webhook::SECRET_PREFIX, STANDARD.encode(random)))
 }
 
 /// A new invitation secret: 32 random bytes in hex, as [`InvitationText::secret`] wants it.

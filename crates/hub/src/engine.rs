@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde_json::json;
 use slmops_api::blueprint::{Layer, StoredBlueprint};
-use slmops_api::model::DeviceClass;
+use slmops_api::channel::{Channel, ChannelRelease, ChannelStatus, NewPromotion};
+use slmops_api::model::{DeviceClass, NewRelease};
 use slmops_api::orders::NewPin;
 use slmops_api::plan::RolloutPlan;
 use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
-use slmops_api::{DeviceId, RolloutId};
+use slmops_api::{ChannelName, DeviceId, ModelName, RolloutId};
 use slmops_fleet_core::blueprint::{BlueprintError, Resolved, resolve};
 use slmops_fleet_core::rollout::{self, Command, Pace, Plan, RolloutError, RolloutRecord, Targets};
 use slmops_fleet_core::world::{FleetDevice, World};
@@ -28,7 +29,7 @@ use crate::events::{Board, Events};
 use crate::listening::Listening;
 use crate::replicas::Lead;
 use crate::store::{
-    AuditDraft, By, PageRequest, Snapshot, Store, StoreError, StoredDevice, Transition,
+    AuditDraft, By, MAX_PAGE, PageRequest, Snapshot, Store, StoreError, StoredDevice, Transition,
 };
 
 /// How often the engine looks even if nothing happened.
@@ -179,14 +180,19 @@ impl Engine {
             forced.push(created.record);
             replace(&mut records, &forced);
             let plan = rollout::plan(&world, &records, created.targets);
-            let audit = AuditDraft {
+            let made = AuditDraft {
                 action: "rollout.create",
                 object: id.to_string(),
                 details: json!({
                     "model": asked.model, "version": asked.version, "policy": asked.policy,
                 }),
             };
-            Ok(transition(plan, forced, vec![audit]))
+            let promoted = asked.promotion.as_ref().map(|promotion| AuditDraft {
+                action: "release.promote",
+                object: format!("{} {}", asked.model, asked.version),
+                details: json!({ "promotion": promotion, "rollout": id }),
+            });
+            Ok(transition(plan, forced, promoted.into_iter().chain([made]).collect()))
         };
         let done = self.store.transition(by, vec![], Box::new(decide)).await?;
         self.publish(&done);
@@ -236,6 +242,49 @@ impl Engine {
             let gone = || StoreError::NotFound { kind: "device", name: id.to_string() };
             let device = world.device(&id).ok_or_else(gone)?;
             Ok(rollout::check_pin(world, device, &pin.model, &pin.version)?)
+        })
+        .await
+    }
+
+    /// The rollout that promotes a release to a channel.
+    ///
+    /// # Errors
+    /// That it may not go there, or what the store says.
+    pub async fn promotion(
+        &self,
+        release: &NewRelease,
+        wanted: NewPromotion,
+    ) -> Result<NewRollout, StoreError> {
+        let channels = self.store.channels().await?;
+        let channel = channels.into_iter().find(|channel| channel.name == wanted.to);
+        let name = wanted.to.to_string();
+        let channel = channel.ok_or(StoreError::NotFound { kind: "channel", name })?;
+        let (model, version) = (release.model.clone(), release.version.clone());
+        self.look(move |world, _, _| {
+            Ok(rollout::promote(world, &model, &version, &channel, wanted.force)?)
+        })
+        .await
+    }
+
+    /// All channels in the order in which releases pass them, with what is on each.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn channels(&self) -> Result<Vec<ChannelStatus>, StoreError> {
+        let channels = in_order(self.store.channels().await?);
+        let newest = PageRequest { cursor: None, limit: MAX_PAGE };
+        let rollouts = self.store.rollouts(newest).await?.items;
+        self.look(move |world, _, _| {
+            let following = |name: &ChannelName| {
+                let follows = |it: &&FleetDevice| it.config.channel.as_ref() == Some(name);
+                world.devices.iter().filter(|it| !it.revoked).filter(follows).count() as u64
+            };
+            let status = |channel: Channel| ChannelStatus {
+                followers: following(&channel.name),
+                releases: releases_on(&channel.name, &rollouts),
+                channel,
+            };
+            Ok(channels.into_iter().map(status).collect())
         })
         .await
     }
@@ -314,6 +363,42 @@ impl Engine {
 struct Moment {
     now: Timestamp,
     listening_since: Timestamp,
+}
+
+/// Channels with each after the one that it comes after.
+fn in_order(mut left: Vec<Channel>) -> Vec<Channel> {
+    let mut ordered: Vec<Channel> = Vec::with_capacity(left.len());
+    while !left.is_empty() {
+        let waits =
+            |channel: &Channel| left.iter().any(|it| Some(&it.name) == channel.after.as_ref());
+        // No chain is a ring; should one be all the same, its channels are shown as they are.
+        let next = left.iter().position(|channel| !waits(channel)).unwrap_or(0);
+        ordered.push(left.remove(next));
+    }
+    ordered
+}
+
+/// The newest release of each model line that was promoted to a channel; `rollouts`, newest first.
+fn releases_on(name: &ChannelName, rollouts: &[RolloutRecord]) -> Vec<ChannelRelease> {
+    let mut releases: BTreeMap<ModelName, ChannelRelease> = BTreeMap::new();
+    for Rollout { id, asked, state, created_by, created_at, .. } in
+        rollouts.iter().map(|record| &record.rollout)
+    {
+        let here = asked.promotion.as_ref().is_some_and(|promotion| promotion.channel == *name);
+        let gone = matches!(state, RolloutState::RolledBack | RolloutState::Aborted);
+        if !here || gone {
+            continue;
+        }
+        releases.entry(asked.model.clone()).or_insert_with(|| ChannelRelease {
+            model: asked.model.clone(),
+            version: asked.version.clone(),
+            rollout: id.clone(),
+            state: *state,
+            by: created_by.clone(),
+            at: *created_at,
+        });
+    }
+    releases.into_values().collect()
 }
 
 /// Waits until the hub stops, or nobody is left who could say so.
@@ -422,6 +507,7 @@ fn fleet_devices(snapshot: &Snapshot, board: &Board) -> Vec<FleetDevice> {
 fn as_it_is(device: &StoredDevice) -> Resolved {
     Resolved {
         model: None,
+        channel: None,
         runtime: device.desired.runtime.clone(),
         context_set: true,
         confirm_timeout_s: device.desired.confirm_timeout_s,

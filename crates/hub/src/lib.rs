@@ -18,5 +18,6 @@ pub mod routes;
 pub mod server;
 pub mod store;
 pub mod tls;
+mod webhooks;
 
 pub use server::{Hub, HubConfig, HubError, RunningHub};

@@ -31,6 +31,7 @@ use crate::replicas::{self, Lead, Replica};
 use crate::routes::{self, AppState, Metrics, Shared};
 use crate::store::{By, SCHEMA, SqlStore, Store, StoreError, record_registry};
 use crate::tls::{CA_CERTIFICATE_FILE, Tls, TlsError};
+use crate::webhooks::Dispatcher;
 
 /// The file of the first administrator's token in the data folder (mode 0600).
 pub const ADMIN_TOKEN_FILE: &str = "admin.token";
@@ -292,7 +293,15 @@ impl Hub {
             handles.push(handle);
         }
         let (stop, stopped) = watch::channel(false);
-        let mut tasks = vec![tokio::spawn(engine.clone().run(stopped.clone()))];
+        let webhooks = Dispatcher {
+            store: Arc::clone(&state.store),
+            events: state.events.clone(),
+            source: url.clone(),
+        };
+        let mut tasks = vec![
+            tokio::spawn(engine.clone().run(stopped.clone())),
+            tokio::spawn(webhooks.run(stopped.clone())),
+        ];
         let mut id = None;
         if let Some((replica, feed)) = replica {
             id = Some(replica.id().to_owned());

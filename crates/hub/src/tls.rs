@@ -179,6 +179,25 @@ pub fn client_config(ca_pem: &str) -> Result<ClientConfig, TlsError> {
         .with_no_client_auth())
 }
 
+/// A client's TLS configuration that trusts what this machine trusts.
+///
+/// # Errors
+/// [`TlsError::ClientCa`] if the machine has no authorities.
+pub fn system_client_config() -> Result<ClientConfig, TlsError> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut roots = RootCertStore::empty();
+    // Machines carry a few that nobody can read; those are not trusted.
+    let (added, _) = roots.add_parsable_certificates(found.certs);
+    if added == 0 {
+        let reason = "this machine has no certificate authorities".to_owned();
+        return Err(TlsError::ClientCa { reason });
+    }
+    Ok(ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth())
+}
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }

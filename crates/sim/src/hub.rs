@@ -132,6 +132,7 @@ impl Hub {
         }
         let count = devices.len();
         let before = CompletedRollout {
+            channel: None,
             id: "before".parse().expect("a constant id is an id"),
             model: spec.model.clone(),
             version: BEFORE,
@@ -471,6 +472,7 @@ impl Hub {
             self.completed.insert(
                 0,
                 CompletedRollout {
+                    channel: None,
                     id,
                     model: asked.model.clone(),
                     version: asked.version.clone(),

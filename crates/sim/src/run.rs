@@ -306,6 +306,7 @@ impl<'a> Simulation<'a> {
             true => {
                 let spec = &self.scenario.spec.rollouts[rollout];
                 let asked = NewRollout {
+                    promotion: None,
                     model: self.scenario.spec.model.clone(),
                     version: spec.version.clone(),
                     policy: spec.policy.clone(),

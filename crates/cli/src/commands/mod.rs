@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod backup;
 pub mod blueprint;
+pub mod channel;
 pub mod class;
 pub mod completions;
 pub mod demo;
@@ -20,6 +21,7 @@ pub mod ship;
 pub mod sim;
 pub mod token;
 pub mod up;
+pub mod webhook;
 
 use crate::args::{Args, Command};
 use crate::client::Hub;
@@ -68,12 +70,14 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Evaluate(evaluate) => evaluate.run(session).await,
         Command::Release(release) => release.run(session).await,
         Command::Rollout(rollout) => rollout.run(session).await,
+        Command::Channel(channel) => channel.run(session).await,
         Command::Quarantine(quarantine) => quarantine.run(session).await,
         Command::Device(device) => device.run(session).await,
         Command::Class(class) => class.run(session).await,
         Command::Blueprint(blueprint) => blueprint.run(session).await,
         Command::Key(key) => key.run(session).await,
         Command::Token(token) => token.run(session).await,
+        Command::Webhook(webhook) => webhook.run(session).await,
         Command::Audit(audit) => audit.run(session).await,
         Command::Completions(completions) => completions.run(),
     }

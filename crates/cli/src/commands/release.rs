@@ -2,10 +2,13 @@
 
 use clap::Subcommand;
 use semver::Version;
-use slmops_api::ModelName;
+use reqwest::Method;
+use slmops_api::channel::NewPromotion;
 use slmops_api::model::Release as ReleaseFacts;
+use slmops_api::rollout::Rollout;
+use slmops_api::{ChannelName, ModelName};
 
-use super::Session;
+use super::{Session, rollout};
 use crate::error::Result;
 use crate::output::{fields, table};
 use crate::ship::report;
@@ -28,6 +31,36 @@ pub enum Release {
         /// The version
         version: Version,
     },
+    /// Bring a release to a channel: a rollout to the devices that follow it
+    #[command(
+        after_help = "Example:\n  $ slm release promote smollm2-135m-instruct@1.1.0 --to beta --watch"
+    )]
+    Promote {
+        /// The release, as MODEL@VERSION
+        #[arg(value_parser = parse_release, value_name = "MODEL@VERSION")]
+        release: (ModelName, Version),
+        /// The channel
+        #[arg(long, value_name = "CHANNEL")]
+        to: ChannelName,
+        /// Even if it was not confirmed on the channel before
+        #[arg(long, requires = "reason")]
+        force: bool,
+        /// Why it is forced; kept in the audit log
+        #[arg(long, requires = "force", value_name = "TEXT")]
+        reason: Option<String>,
+        /// Stay until the rollout is over
+        #[arg(long)]
+        watch: bool,
+    },
+}
+
+fn parse_release(given: &str) -> Result<(ModelName, Version), String> {
+    let (model, version) = given
+        .split_once('@')
+        .ok_or_else(|| format!("`{given}` is no release: write MODEL@VERSION"))?;
+    let model = model.parse().map_err(|error| format!("{error}"))?;
+    let version = version.parse().map_err(|error| format!("`{version}` is no version: {error}"))?;
+    Ok((model, version))
 }
 
 impl Release {
@@ -64,6 +97,17 @@ impl Release {
                 let release: ReleaseFacts =
                     hub.get(&format!("/v1/releases/{model}/{version}"), &what).await?;
                 session.out.show(&release, || show(&release))
+            }
+            Self::Promote { release: (model, version), to, force: _, reason, watch } => {
+                let what = format!("promote {model} {version} to channel {to}");
+                let path = format!("/v1/releases/{model}/{version}/promote");
+                let body = NewPromotion { to, force: reason };
+                let rollout: Rollout = hub.call(Method::POST, &path, &body, &what).await?;
+                if watch {
+                    let ended = rollout::follow(session, &hub, &rollout.id).await?;
+                    return rollout::finish(session, &ended);
+                }
+                session.out.show(&rollout, || rollout::status(&rollout))
             }
         }
     }

@@ -341,7 +341,8 @@ impl Rollout {
                 let plan: RolloutPlan = match (id, model, version) {
                     (None, Some(model), Some(version)) => {
                         let what = format!("plan a rollout of {model} {version}");
-                        let body = NewRollout { model, version, policy: policy.policy()? };
+                        let policy = policy.policy()?;
+                        let body = NewRollout { model, version, policy, promotion: None };
                         hub.call(Method::POST, "/v1/rollouts/plan", &body, &what).await?
                     }
                     (id, ..) => {
@@ -405,7 +406,7 @@ pub async fn start(
     policy: RolloutPolicy,
 ) -> Result<RolloutFacts> {
     let what = format!("roll {model} {version} out");
-    let body = NewRollout { model, version, policy };
+    let body = NewRollout { model, version, policy, promotion: None };
     hub.call(Method::POST, "/v1/rollouts", &body, &what).await
 }
 

@@ -271,7 +271,7 @@ fn sticky(
         let found = completed
             .iter()
             .filter(|rollout| asked.is_none_or(|asked| *asked == rollout.model))
-            .filter(|rollout| device.is_meant_by(&rollout.selector))
+            .filter(|rollout| device.is_among(rollout))
             .find_map(|rollout| newest(world, device, rollout));
         if found.is_some() {
             return found;

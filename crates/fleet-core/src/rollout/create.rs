@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
+use slmops_api::channel::{Channel, Promotion};
 use slmops_api::orders::Pin;
 use slmops_api::rollout::{
     NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, WavePer, WaveSize,
 };
-use slmops_api::{DeviceId, RolloutId};
+use slmops_api::{ChannelName, DeviceId, ModelName, RolloutId};
 use slmops_artifact::Digest;
 
 use super::{RolloutError, RolloutRecord, Targets, assign, decide, operate, rules, state_name};
@@ -88,12 +89,13 @@ pub fn create(
         device.wave = waves - 1;
     }
 
-    let mut because = vec![format!(
+    let mut because: Vec<String> = asked.promotion.iter().map(promoted).collect();
+    because.push(format!(
         "selector {} means {}; {} can get it",
         asked.policy.selector,
         count(chosen.len(), "device"),
         going.len()
-    )];
+    ));
     for wave in 0..waves {
         let names: Vec<String> = going
             .iter()
@@ -143,7 +145,11 @@ pub fn create(
     Ok(Created { record, superseded, targets })
 }
 
-fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
+/// Checks a policy's bounds.
+///
+/// # Errors
+/// [`RolloutError::Policy`].
+pub fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
     let refuse = |text: String| Err(RolloutError::Policy(text));
     if policy.waves.len() > MAX_WAVES {
         return refuse(format!("{} waves are more than {MAX_WAVES}", policy.waves.len()));
@@ -186,6 +192,64 @@ fn validate(policy: &RolloutPolicy) -> Result<(), RolloutError> {
     rules::validate(policy)
 }
 
+/// How the release came here, in words.
+fn promoted(promotion: &Promotion) -> String {
+    let Promotion { channel, from, forced } = promotion;
+    match (from, forced) {
+        (Some(from), None) => format!("promoted to channel {channel}: confirmed on {from}"),
+        (Some(from), Some(reason)) => {
+            format!("promoted to channel {channel} though not confirmed on {from}: {reason}")
+        }
+        (None, _) => format!("promoted to channel {channel}, the first"),
+    }
+}
+
+/// Whether a release may come to a channel: it was confirmed on the one before, or `force` says why
+/// it goes on all the same.
+///
+/// # Errors
+/// [`RolloutError::NoRelease`] or [`RolloutError::Promotion`].
+pub fn promote(
+    world: &World<'_>,
+    model: &ModelName,
+    version: &semver::Version,
+    channel: &Channel,
+    force: Option<String>,
+) -> Result<NewRollout, RolloutError> {
+    let title = format!("{model} {version}");
+    if world.release(model, version).is_none() {
+        return Err(RolloutError::NoRelease(title));
+    }
+    let confirmed = |on: &ChannelName| {
+        world.completed.iter().any(|rollout| {
+            rollout.channel.as_ref() == Some(on)
+                && rollout.model == *model
+                && rollout.version == *version
+        })
+    };
+    let forced = match &channel.after {
+        Some(before) if !confirmed(before) => match force {
+            Some(reason) => Some(reason),
+            None => {
+                return Err(RolloutError::Promotion {
+                    release: title,
+                    channel: channel.name.clone(),
+                    before: before.clone(),
+                });
+            }
+        },
+        _ => None,
+    };
+    let promotion =
+        Promotion { channel: channel.name.clone(), from: channel.after.clone(), forced };
+    Ok(NewRollout {
+        model: model.clone(),
+        version: version.clone(),
+        policy: channel.policy.clone(),
+        promotion: Some(promotion),
+    })
+}
+
 /// The devices that the selector means.
 pub(super) fn selected<'w>(
     world: &World<'w>,
@@ -197,7 +261,9 @@ pub(super) fn selected<'w>(
 
 /// Whether the selector means this device.
 pub(super) fn is_selected(device: &FleetDevice, asked: &NewRollout) -> bool {
-    !device.revoked && device.is_meant_by(&asked.policy.selector)
+    let channel = asked.promotion.as_ref().map(|promotion| &promotion.channel);
+    let follows = channel.is_none() || device.config.channel.as_ref() == channel;
+    !device.revoked && follows && device.is_meant_by(&asked.policy.selector)
 }
 
 /// Why a selected device takes no part, if it does not.
@@ -207,6 +273,9 @@ pub(super) fn leave_out(device: &FleetDevice, asked: &NewRollout) -> Option<Stri
     }
     if device.config.frozen {
         return Some("its blueprint freezes it (policy.frozen = true)".to_owned());
+    }
+    if let (Some(channel), None) = (&device.config.channel, &asked.promotion) {
+        return Some(format!("it follows channel {channel} (`slm release promote`)"));
     }
     match &device.config.model {
         Some(model) if *model != asked.model => Some(format!("its blueprint names model {model}")),

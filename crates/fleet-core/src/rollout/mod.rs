@@ -23,11 +23,11 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use slmops_api::device::{DesiredModel, DesiredState};
 use slmops_api::rollout::{Decision, Rollout, RolloutState};
-use slmops_api::{ClassName, DeviceId, RolloutId};
+use slmops_api::{ChannelName, ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 
 pub use assign::check_pin;
-pub use create::{Created, MAX_WAVES, create};
+pub use create::{Created, MAX_WAVES, create, promote, validate};
 pub use forecast::{Pace, forecast, foresee};
 pub use gate::Comparison;
 pub use operate::{Command, command};
@@ -130,6 +130,16 @@ pub enum RolloutError {
         /// Why it is refused.
         why: String,
     },
+    /// A release was not confirmed on the channel before.
+    #[error("{release} was not confirmed on channel {before}, so it cannot come to {channel}")]
+    Promotion {
+        /// The release.
+        release: String,
+        /// The channel it was to come to.
+        channel: ChannelName,
+        /// The channel before.
+        before: ChannelName,
+    },
     /// A device cannot be held to a release.
     #[error("{device} cannot be pinned to {release}: {why}")]
     Pin {
@@ -166,6 +176,9 @@ impl RolloutError {
             Self::Approval { id, .. } => {
                 format!("`slm rollout status {id}` shows what it waits for")
             }
+            Self::Promotion { before, .. } => format!(
+                "promote it to {before} first and let that rollout complete, or say why not: `--force --reason …`"
+            ),
             Self::Pin { hint, .. } => hint.clone(),
             Self::State { id, .. } => format!("`slm rollout why {id}` tells how it came to that"),
         }

@@ -2,6 +2,7 @@
 
 use slmops_api::rollout::{Outcome, Rollout, RolloutDevice, RolloutState};
 
+use super::create::is_selected;
 use super::rules::approval;
 use super::step::after;
 use super::{RolloutError, RolloutRecord, Target, TargetState, Targets, decide, state_name};
@@ -182,7 +183,7 @@ fn take_back(record: &RolloutRecord, world: &World<'_>) -> (Targets, Option<Stri
                 let left = told.map(|told| &told.manifest);
                 super::assign::way_back(world, device, before.clone(), left)
             }
-            None if device.is_meant_by(&asked.policy.selector)
+            None if is_selected(device, asked)
                 && !record.rollout.devices.iter().any(|d| d.device == device.id) =>
             {
                 earlier_release(record, world, device)
@@ -214,7 +215,7 @@ fn earlier_release(
         rollout.id != record.rollout.id
             && rollout.model == asked.model
             && rollout.version != asked.version
-            && device.is_meant_by(&rollout.selector)
+            && device.is_among(rollout)
     })?;
     let release = world.release(&older.model, &older.version)?;
     let (fit, runtime) = super::assign::fit_device(device, release);

@@ -122,6 +122,7 @@ impl Fleet {
                     model: asked.model,
                     version: asked.version,
                     selector: asked.policy.selector,
+                    channel: asked.promotion.map(|promotion| promotion.channel),
                 };
                 self.completed.insert(0, completed);
             }
@@ -179,9 +180,11 @@ impl Fleet {
     }
 
     fn start(&mut self, version: &str, policy: RolloutPolicy) -> Result<RolloutId, RolloutError> {
+        self.start_asked(asked(version, policy))
+    }
+
+    fn start_asked(&mut self, asked: NewRollout) -> Result<RolloutId, RolloutError> {
         let id: RolloutId = format!("r{}", self.rollouts.len()).parse().unwrap();
-        let asked =
-            NewRollout { model: MODEL.parse().unwrap(), version: version.parse().unwrap(), policy };
         let created = create(id.clone(), asked, "token test", &self.world(), &self.active())?;
         for record in created.superseded {
             let known = self.rollouts.iter_mut().find(|r| r.rollout.id == record.rollout.id);
@@ -334,6 +337,15 @@ impl Fleet {
         }
         assert_eq!(self.rollout(&id).state, RolloutState::Completed, "{}", why(self.rollout(&id)));
         id
+    }
+}
+
+fn asked(version: &str, policy: RolloutPolicy) -> NewRollout {
+    NewRollout {
+        model: MODEL.parse().unwrap(),
+        version: version.parse().unwrap(),
+        policy,
+        promotion: None,
     }
 }
 

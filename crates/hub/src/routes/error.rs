@@ -81,7 +81,8 @@ impl From<StoreError> for ApiError {
         match error {
             StoreError::NotFound { kind, .. } => {
                 let hint = match kind {
-                    "device" | "rollout" | "release" | "class" | "token" | "invitation" => {
+                    "device" | "rollout" | "release" | "class" | "token" | "invitation"
+                    | "channel" | "webhook" => {
                         Some(format!(
                             "`slm {} list` shows what there is",
                             match kind {
@@ -109,6 +110,7 @@ impl From<StoreError> for ApiError {
                     RolloutError::NoRelease(_) => (StatusCode::NOT_FOUND, "not-found"),
                     RolloutError::Overlap { .. } => (StatusCode::CONFLICT, "rollout-overlap"),
                     RolloutError::Approval { .. } => (StatusCode::FORBIDDEN, "rollout-approval"),
+                    RolloutError::Promotion { .. } => (StatusCode::CONFLICT, "promotion"),
                     RolloutError::Pin { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "pin"),
                     RolloutError::State { .. } => (StatusCode::CONFLICT, "rollout-state"),
                 };

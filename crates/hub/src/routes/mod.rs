@@ -2,6 +2,7 @@
 //! Handlers check, ask the store or the engine, and answer; they never decide.
 //! Start reading at [`router`].
 
+mod channels;
 mod devices;
 mod error;
 mod fleet;
@@ -15,6 +16,7 @@ mod releases;
 mod rollouts;
 #[cfg(test)]
 mod tests;
+mod webhooks;
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -139,6 +141,9 @@ pub fn router(state: AppState) -> Router {
             put(fleet::put_blueprint).delete(fleet::delete_blueprint),
         )
         .route("/v1/releases/{model}/{version}", get(releases::get))
+        .route("/v1/releases/{model}/{version}/promote", post(channels::promote))
+        .route("/v1/channels", get(channels::list))
+        .route("/v1/channels/{name}", put(channels::put).delete(channels::delete))
         .route("/v1/rollouts", get(rollouts::list).post(rollouts::create))
         .route("/v1/rollouts/plan", post(rollouts::forecast))
         .route("/v1/rollouts/{id}", get(rollouts::get))
@@ -151,6 +156,11 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/rollouts/{id}/why", get(rollouts::why))
         .route("/v1/quarantine", get(orders::quarantine))
         .route("/v1/quarantine/lift", post(orders::lift))
+        .route("/v1/webhooks", get(webhooks::list).post(webhooks::create))
+        .route("/v1/webhooks/{id}", delete(webhooks::remove))
+        .route("/v1/webhooks/{id}/test", post(webhooks::test))
+        .route("/v1/webhooks/{id}/deliveries", get(webhooks::deliveries))
+        .route("/v1/webhooks/{id}/redeliver", post(webhooks::redeliver))
         .route("/v1/whoami", get(operators::whoami))
         .route("/v1/audit", get(operators::audit))
         .route("/v1/audit/verify", get(operators::verify_audit))

@@ -4,7 +4,9 @@ use axum::Json;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{devices, fleet, metrics, operators, orders, releases, rollouts};
+use super::{
+    channels, devices, fleet, metrics, operators, orders, releases, rollouts, webhooks,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -25,6 +27,9 @@ use super::{devices, fleet, metrics, operators, orders, releases, rollouts};
         fleet::classes, fleet::put_class, fleet::delete_class,
         fleet::blueprints, fleet::put_blueprint, fleet::delete_blueprint, fleet::events,
         releases::create, releases::list, releases::get,
+        channels::list, channels::put, channels::delete, channels::promote,
+        webhooks::create, webhooks::list, webhooks::remove, webhooks::test, webhooks::deliveries,
+        webhooks::redeliver,
         rollouts::create, rollouts::forecast, rollouts::list, rollouts::get, rollouts::foresee,
         rollouts::why, rollouts::pause,
         rollouts::resume, rollouts::approve, rollouts::abort, rollouts::rollback,
@@ -39,6 +44,7 @@ use super::{devices, fleet, metrics, operators, orders, releases, rollouts};
         (name = "fleet", description = "Invitations, devices, classes and blueprints"),
         (name = "releases", description = "Versions of models and their variants"),
         (name = "rollouts", description = "Releases on their way to devices"),
+        (name = "webhooks", description = "The audit log, event by event, to other programs"),
         (name = "access", description = "Operator tokens and publisher keys"),
         (name = "audit", description = "Who did what"),
         (name = "hub", description = "The hub itself"),

@@ -278,9 +278,14 @@ pub async fn get(
     AsViewer(_): AsViewer,
     Path((model, version)): Path<(ModelName, String)>,
 ) -> Result<Json<Release>, ApiError> {
-    let version: semver::Version = version.parse().map_err(|error| {
+    let version = parse_version(&version)?;
+    Ok(Json((*state.store.release(model, version).await?).clone()))
+}
+
+/// Parses the version in a path.
+pub(super) fn parse_version(version: &str) -> Result<semver::Version, ApiError> {
+    version.parse().map_err(|error| {
         let detail = format!("the version in the path is none: {error}");
         ApiError::bad_request(detail, "versions look like 1.2.3")
-    })?;
-    Ok(Json((*state.store.release(model, version).await?).clone()))
+    })
 }

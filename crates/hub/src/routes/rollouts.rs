@@ -24,6 +24,10 @@ pub async fn create(
     AsOperator(operator): AsOperator,
     Body(asked): Body<NewRollout>,
 ) -> Result<(StatusCode, Json<Rollout>), ApiError> {
+    if asked.promotion.is_some() {
+        let detail = "`promotion` is set by promoting a release";
+        return Err(ApiError::bad_request(detail, "`slm release promote` makes such a rollout"));
+    }
     // A release that is not there is the engine's to refuse.
     if let Ok(release) = state.store.release(asked.model.clone(), asked.version.clone()).await {
         publisher_key(&state, &release.release).await?;

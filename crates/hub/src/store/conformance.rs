@@ -26,6 +26,9 @@ macro_rules! every_check {
             generations_never_fall,
             orders_are_kept_and_told,
             quarantine_is_lifted_once,
+            channels_are_kept,
+            webhooks_are_told_of_each_entry_once,
+            webhooks_that_do_not_listen_hold_their_cursor,
             audit_names_every_change,
             snapshot_knows_the_newest_completed_first,
             damaged_audit_is_found,
@@ -252,6 +255,7 @@ pub(super) fn rollout_record(id: &str, version: &str, state: RolloutState) -> Ro
         model: "m".parse().unwrap(),
         version: version.parse().unwrap(),
         policy: RolloutPolicy::default(),
+        promotion: None,
     };
     let created = rollout::create(id.parse().unwrap(), asked, "token test", &world, &[]).unwrap();
     let mut record = created.record;
@@ -538,6 +542,132 @@ async fn quarantine_is_lifted_once(store: &impl Store) {
     assert!(matches!(store.lift(by(), lift).await, Err(StoreError::NotFound { .. })));
     let entries = store.audit(PageRequest::default()).await.unwrap().items;
     assert_eq!((entries[0].action.as_str(), entries.len()), ("manifest.lift", 2));
+}
+
+async fn channels_are_kept(store: &impl Store) {
+    let channel = |waves| Channel {
+        name: "beta".parse().unwrap(),
+        after: Some("edge".parse().unwrap()),
+        policy: RolloutPolicy { waves, ..RolloutPolicy::default() },
+    };
+    store.put_channel(by(), channel(vec![])).await.unwrap();
+    let changed = channel(vec![slmops_api::rollout::WaveSize::Rest]);
+    store.put_channel(by(), changed.clone()).await.unwrap();
+    assert_eq!(store.channels().await.unwrap(), [changed]);
+    store.delete_channel(by(), "beta".parse().unwrap()).await.unwrap();
+    assert!(store.delete_channel(by(), "beta".parse().unwrap()).await.is_err());
+    assert_eq!(store.verify_audit().await.unwrap().entries, 3);
+}
+
+async fn webhook(store: &impl Store, id: &str, events: &[&str]) -> WebhookId {
+    let id: WebhookId = id.parse().unwrap();
+    let asked = NewWebhook {
+        url: "https://example.com/hook?key=hidden".to_owned(),
+        events: events.iter().map(|event| (*event).to_owned()).collect(),
+        ca_pem: None,
+        retry: Default::default(),
+    };
+    let secret = crate::auth::new_webhook_secret();
+    store.add_webhook(by(), id.clone(), asked, secret.clone()).await.unwrap();
+    let rows = store.webhooks().await.unwrap();
+    assert!(rows.iter().any(|row| row.webhook.id == id && row.secret == secret));
+    id
+}
+
+async fn webhooks_are_told_of_each_entry_once(store: &impl Store) {
+    store.put_class(by(), class("before")).await.unwrap();
+    let id = webhook(store, "w1", &["class.*"]).await;
+    let other = webhook(store, "w2", &["*"]).await;
+    assert_eq!(store.webhook_work_at(other.clone(), at(20)).await.unwrap(), None);
+    for name in ["a", "b"] {
+        store.put_class(by(), class(name)).await.unwrap();
+    }
+    store.test_webhook(by(), id.clone()).await.unwrap();
+    assert_eq!(store.webhook_work_at(id.clone(), at(20)).await.unwrap(), Some(at(20)));
+    let lease = async |id: &WebhookId, now: i64, limit: u32| {
+        store.lease_deliveries(id.clone(), at(now), at(now + 10), limit).await.unwrap()
+    };
+    let told = |leased: &[Leased]| -> Vec<(String, String)> {
+        leased.iter().map(|it| (it.entry.action.clone(), it.entry.object.clone())).collect()
+    };
+    let first = lease(&id, 20, 2).await;
+    let put = |name: &str| ("class.put".to_owned(), name.to_owned());
+    assert_eq!(told(&first), [put("a"), put("b")]);
+    // What is leased is nobody else's until the lease ends; a test is for its webhook alone.
+    let rest = lease(&id, 20, 9).await;
+    assert_eq!(told(&rest), [("webhook.test".to_owned(), "w1".to_owned())]);
+    assert_eq!(told(&lease(&other, 20, 9).await), [put("a"), put("b")]);
+    assert_eq!(store.webhook_work_at(id.clone(), at(20)).await.unwrap(), Some(at(30)));
+    assert_eq!(lease(&id, 30, 9).await.len(), 3);
+    let attempted = |leased: &Leased, state: DeliveryState| Attempted {
+        sequence: leased.entry.sequence,
+        attempts: leased.attempts,
+        state,
+        next_at: at(100),
+        last: "503".to_owned(),
+    };
+    let results = vec![
+        attempted(&first[0], DeliveryState::Delivered),
+        attempted(&first[1], DeliveryState::Pending),
+        attempted(&rest[0], DeliveryState::Dead),
+    ];
+    store.finish_deliveries(id.clone(), results.clone()).await.unwrap();
+    // A lease that ran out changes nothing afterwards.
+    let late = vec![attempted(&first[1], DeliveryState::Dead)];
+    store.finish_deliveries(id.clone(), late).await.unwrap();
+    let state = async |wanted: Option<DeliveryState>| -> Vec<(u64, u32)> {
+        let page = store.deliveries(id.clone(), wanted, PageRequest::default()).await.unwrap();
+        page.items.iter().map(|it| (it.sequence, it.attempts)).collect()
+    };
+    let sequence = |leased: &Leased| leased.entry.sequence;
+    assert_eq!(state(Some(DeliveryState::Pending)).await, [(sequence(&first[1]), 1)]);
+    assert_eq!(state(Some(DeliveryState::Dead)).await, [(sequence(&rest[0]), 1)]);
+    assert_eq!(state(None).await.len(), 3);
+    assert_eq!(store.redeliver(by(), id.clone(), None).await.unwrap(), 1);
+    assert_eq!(store.redeliver(by(), id.clone(), Some(sequence(&first[0]))).await.unwrap(), 1);
+    assert!(store.redeliver(by(), id.clone(), Some(9999)).await.is_err());
+    assert_eq!(state(Some(DeliveryState::Pending)).await.len(), 3);
+    store.remove_webhook(by(), id.clone()).await.unwrap();
+    for gone in [
+        store.remove_webhook(by(), id.clone()).await,
+        store.test_webhook(by(), id.clone()).await,
+        store.deliveries(id.clone(), None, PageRequest::default()).await.map(|_| ()),
+    ] {
+        assert!(matches!(gone, Err(StoreError::NotFound { .. })));
+    }
+    let entries = store.audit(PageRequest::default()).await.unwrap().items;
+    assert!(!serde_json::to_string(&entries).unwrap().contains("hidden"));
+    assert_eq!(store.verify_audit().await.unwrap().broken, None);
+}
+
+async fn webhooks_that_do_not_listen_hold_their_cursor(store: &impl Store) {
+    let id = webhook(store, "w1", &["class.*"]).await;
+    let bound = webhooks::MAX_PENDING as usize;
+    for number in 0..bound + 5 {
+        store.put_class(by(), class(&format!("c{number}"))).await.unwrap();
+    }
+    let mut taken = Vec::new();
+    for _ in 0..4 {
+        let leased = store.lease_deliveries(id.clone(), at(20), at(900), 9999).await.unwrap();
+        taken.extend(leased);
+    }
+    assert_eq!(taken.len(), bound, "no more wait than may");
+    let done = |leased: &Leased| Attempted {
+        sequence: leased.entry.sequence,
+        attempts: 0,
+        state: DeliveryState::Delivered,
+        next_at: at(20),
+        last: "200".to_owned(),
+    };
+    store.finish_deliveries(id.clone(), taken.iter().map(done).collect()).await.unwrap();
+    let rest = store.lease_deliveries(id.clone(), at(20), at(900), 9999).await.unwrap();
+    assert_eq!(rest.len(), 5, "and nothing was lost");
+    store.finish_deliveries(id.clone(), rest.iter().map(done).collect()).await.unwrap();
+    let request = PageRequest { cursor: None, limit: MAX_PAGE };
+    let kept = store.deliveries(id.clone(), None, request).await.unwrap();
+    assert_eq!(kept.items.len(), MAX_PAGE as usize);
+    let row = &store.webhooks().await.unwrap()[0].webhook;
+    assert_eq!((row.pending, row.dead), (0, 0));
 }
 
 async fn audit_names_every_change(store: &impl Store) {

@@ -12,13 +12,16 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use slmops_api::audit::{AuditEntry, AuditVerdict, Token};
 use slmops_api::blueprint::StoredBlueprint;
+use slmops_api::channel::Channel;
 use slmops_api::device::{
     DesiredState, Device, DeviceEvent, DeviceFacts, DeviceReport, InvitationInfo, PublisherKey,
 };
 use slmops_api::model::{DeviceClass, NewRelease, Release};
 use slmops_api::orders::{Lift, NewPin, Orders};
+use slmops_api::webhook::{Delivery, DeliveryState, NewWebhook, Webhook};
 use slmops_api::{
-    ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, SiteName, TokenId,
+    ChannelName, ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, SiteName, TokenId,
+    WebhookId,
 };
 use slmops_artifact::Digest;
 use slmops_fleet_core::blueprint::BlueprintError;
@@ -26,7 +29,7 @@ use slmops_fleet_core::class::{Classification, classify};
 use slmops_fleet_core::rollout::{Assignment, RolloutError, RolloutRecord};
 use slmops_fleet_core::world::{CompletedRollout, Releases};
 
-use crate::auth::SecretHash;
+use crate::auth::{Secret, SecretHash};
 use crate::db::DbError;
 use crate::replicas::Fence;
 
@@ -35,8 +38,10 @@ mod conformance;
 #[cfg(test)]
 mod migrations;
 mod sql;
+mod webhooks;
 
 pub use sql::{SCHEMA, SqlStore, record_registry, record_restore};
+pub use webhooks::{Attempted, Leased, WebhookRow, message_id};
 
 /// The most entries of one page.
 pub const MAX_PAGE: u32 = 500;
@@ -404,6 +409,13 @@ pub trait Store: Send + Sync + 'static {
     /// Removes a blueprint layer.
     fn delete_blueprint(&self, by: By, place: slmops_api::blueprint::Layer) -> StoreFuture<'_, ()>;
 
+    /// All channels by name.
+    fn channels(&self) -> StoreFuture<'_, Vec<Channel>>;
+    /// Adds or changes a channel, which the caller has checked.
+    fn put_channel(&self, by: By, channel: Channel) -> StoreFuture<'_, ()>;
+    /// Removes a channel.
+    fn delete_channel(&self, by: By, name: ChannelName) -> StoreFuture<'_, ()>;
+
     /// Registers a release, which the caller has checked. The same content again is no error; other
     /// content under the same version is.
     fn add_release(&self, by: By, release: NewRelease) -> StoreFuture<'_, Registered>;
@@ -430,6 +442,55 @@ pub trait Store: Send + Sync + 'static {
     fn quarantine(&self) -> StoreFuture<'_, Vec<QuarantineRow>>;
     /// Lets a manifest be offered to a class again, and says why.
     fn lift(&self, by: By, lift: Lift) -> StoreFuture<'_, ()>;
+
+    /// Adds a webhook; it is told of what comes from now on.
+    fn add_webhook(
+        &self,
+        by: By,
+        id: WebhookId,
+        asked: NewWebhook,
+        secret: Secret,
+    ) -> StoreFuture<'_, Webhook>;
+    /// All webhooks with their secrets.
+    fn webhooks(&self) -> StoreFuture<'_, Vec<WebhookRow>>;
+    /// Removes a webhook and its deliveries.
+    fn remove_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()>;
+    /// Adds a test event for one webhook.
+    fn test_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()>;
+    /// When there is something to do for a webhook; nothing until something changes if absent.
+    fn webhook_work_at(
+        &self,
+        id: WebhookId,
+        now: Timestamp,
+    ) -> StoreFuture<'_, Option<Timestamp>>;
+    /// Takes events that are due, the oldest first; until `until` nobody else gets them.
+    fn lease_deliveries(
+        &self,
+        id: WebhookId,
+        now: Timestamp,
+        until: Timestamp,
+        limit: u32,
+    ) -> StoreFuture<'_, Vec<Leased>>;
+    /// Notes what became of events that were taken.
+    fn finish_deliveries(
+        &self,
+        id: WebhookId,
+        attempted: Vec<Attempted>,
+    ) -> StoreFuture<'_, ()>;
+    /// Lets a delivery, or all dead ones, be tried again. Returns how many.
+    fn redeliver(
+        &self,
+        by: By,
+        id: WebhookId,
+        sequence: Option<u64>,
+    ) -> StoreFuture<'_, u64>;
+    /// A webhook's deliveries, newest first.
+    fn deliveries(
+        &self,
+        id: WebhookId,
+        state: Option<DeliveryState>,
+        page: PageRequest,
+    ) -> StoreFuture<'_, Page<Delivery>>;
 
     /// Adds an operator token by the SHA-256 of its secret.
     fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()>;

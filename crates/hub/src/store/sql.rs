@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use slmops_api::audit::{AuditEntry, AuditVerdict, Role, Token};
 use slmops_api::blueprint::{Layer, StoredBlueprint};
+use slmops_api::channel::Channel;
 use slmops_api::device::{
     DesiredState, DeviceEvent, DeviceReport, InvitationInfo, Phase, PublisherKey,
 };
@@ -18,7 +19,10 @@ use slmops_api::orders::{Exclusion, Lift, NewPin, Orders, Pin};
 use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
 use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
-use slmops_api::{ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, TokenId};
+use slmops_api::webhook::{Delivery, DeliveryState, NewWebhook, Webhook};
+use slmops_api::{
+    ChannelName, ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, TokenId, WebhookId,
+};
 use slmops_artifact::Digest;
 use slmops_fleet_core::blueprint::DEFAULT_CONFIRM_TIMEOUT_S;
 use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words, state_name};
@@ -26,11 +30,12 @@ use slmops_fleet_core::words;
 use slmops_fleet_core::world::CompletedRollout;
 
 use super::{
-    AuditDraft, By, Decide, DeviceChange, Enrolled, Enrolment, MAX_EVENTS_PER_DEVICE, MAX_PAGE,
+    Attempted, AuditDraft, By, Decide, DeviceChange, Enrolled, Enrolment, Leased, MAX_EVENTS_PER_DEVICE, MAX_PAGE,
     NewInvitationRow, OrdersChange, PageRequest, QuarantineRow, Registered, ReportOutcome,
-    Snapshot, Store, StoreError, StoreFuture, StoredDevice, Transition,
+    Snapshot, Store, StoreError, StoreFuture, StoredDevice, Transition, WebhookRow,
 };
-use crate::auth::SecretHash;
+use crate::auth::{Secret, SecretHash};
+use super::webhooks;
 use crate::db::{Database, Row, Schema, Tx, Value, params};
 use crate::registry;
 
@@ -157,24 +162,24 @@ impl SqlStore {
     }
 }
 
-fn not_found(kind: &'static str, name: impl ToString) -> StoreError {
+pub(super) fn not_found(kind: &'static str, name: impl ToString) -> StoreError {
     StoreError::NotFound { kind, name: name.to_string() }
 }
 
-fn conflict(detail: impl Into<String>, hint: impl Into<String>) -> StoreError {
+pub(super) fn conflict(detail: impl Into<String>, hint: impl Into<String>) -> StoreError {
     StoreError::Conflict { detail: detail.into(), hint: hint.into() }
 }
 
-fn to_json(value: &impl Serialize) -> String {
+pub(super) fn to_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("the API's types always serialise")
 }
 
-fn from_json<T: DeserializeOwned>(table: &'static str, text: &str) -> Result<T, StoreError> {
+pub(super) fn from_json<T: DeserializeOwned>(table: &'static str, text: &str) -> Result<T, StoreError> {
     serde_json::from_str(text).map_err(|source| StoreError::Document { table, source })
 }
 
 /// Parses a column that this program wrote by `Display`.
-fn column<T: FromStr>(table: &'static str, text: &str) -> Result<T, StoreError>
+pub(super) fn column<T: FromStr>(table: &'static str, text: &str) -> Result<T, StoreError>
 where
     T::Err: std::fmt::Display,
 {
@@ -185,7 +190,7 @@ where
 }
 
 /// Every row of a query.
-fn collect<T>(
+pub(super) fn collect<T>(
     tx: &Tx<'_>,
     sql: &str,
     params: &[Value<'_>],
@@ -195,7 +200,7 @@ fn collect<T>(
 }
 
 /// The first row of a query.
-fn first<T>(
+pub(super) fn first<T>(
     tx: &Tx<'_>,
     sql: &str,
     params: &[Value<'_>],
@@ -205,7 +210,7 @@ fn first<T>(
 }
 
 /// Turns one entry more than asked for into a cursor.
-fn page<T>(mut found: Vec<(String, T)>, limit: u32) -> Page<T> {
+pub(super) fn page<T>(mut found: Vec<(String, T)>, limit: u32) -> Page<T> {
     let limit = limit as usize;
     let more = found.len() > limit;
     found.truncate(limit);
@@ -213,12 +218,12 @@ fn page<T>(mut found: Vec<(String, T)>, limit: u32) -> Page<T> {
     Page { items: found.into_iter().map(|(_, item)| item).collect(), cursor }
 }
 
-fn limit_of(request: &PageRequest) -> u32 {
+pub(super) fn limit_of(request: &PageRequest) -> u32 {
     request.limit.clamp(1, MAX_PAGE)
 }
 
 /// The sequence number below which a newest-first page starts.
-fn below(request: &PageRequest) -> Result<i64, StoreError> {
+pub(super) fn below(request: &PageRequest) -> Result<i64, StoreError> {
     match &request.cursor {
         None => Ok(i64::MAX),
         Some(cursor) => cursor.parse().map_err(|_| {
@@ -286,7 +291,7 @@ fn add_event(
 }
 
 /// Adds an entry to the audit chain, inside the transaction that it records.
-fn append_audit(tx: &Tx<'_>, by: &By, draft: AuditDraft) -> Result<(), StoreError> {
+pub(super) fn append_audit(tx: &Tx<'_>, by: &By, draft: AuditDraft) -> Result<(), StoreError> {
     let last = first(
         tx,
         "SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1",
@@ -358,11 +363,11 @@ pub fn record_restore(tx: &Tx<'_>, at: Timestamp, made_at: Timestamp) -> Result<
     append_audit(tx, &By::hub(at), draft("hub.restore", "hub", details))
 }
 
-fn draft(action: &'static str, object: impl ToString, details: serde_json::Value) -> AuditDraft {
+pub(super) fn draft(action: &'static str, object: impl ToString, details: serde_json::Value) -> AuditDraft {
     AuditDraft { action, object: object.to_string(), details }
 }
 
-fn audit_of(row: &Row<'_>) -> Result<AuditEntry, StoreError> {
+pub(super) fn audit_of(row: &Row<'_>) -> Result<AuditEntry, StoreError> {
     let text = |index: usize| row.get::<String>(index);
     Ok(AuditEntry {
         sequence: row.get::<i64>(0)? as u64,
@@ -376,7 +381,7 @@ fn audit_of(row: &Row<'_>) -> Result<AuditEntry, StoreError> {
     })
 }
 
-const AUDIT_COLUMNS: &str = "sequence, at, actor, action, object, details, previous, hash";
+pub(super) const AUDIT_COLUMNS: &str = "sequence, at, actor, action, object, details, previous, hash";
 
 fn layer_key(layer: &Layer) -> (&'static str, &str) {
     match layer {
@@ -452,6 +457,7 @@ fn load_snapshot(
                 model: rollout.asked.model,
                 version: rollout.asked.version,
                 selector: rollout.asked.policy.selector,
+                channel: rollout.asked.promotion.map(|promotion| promotion.channel),
             })
         },
     )?;
@@ -1107,6 +1113,34 @@ impl Store for SqlStore {
         })
     }
 
+    fn channels(&self) -> StoreFuture<'_, Vec<Channel>> {
+        self.read(|tx| {
+            let sql = "SELECT channel FROM channels ORDER BY name";
+            collect(tx, sql, params![], |row| from_json("channels", &row.get::<String>(0)?))
+        })
+    }
+
+    fn put_channel(&self, by: By, channel: Channel) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            tx.execute(
+                "INSERT INTO channels (name, channel) VALUES (?1, ?2)
+                 ON CONFLICT (name) DO UPDATE SET channel = excluded.channel",
+                params![channel.name.as_str(), &to_json(&channel)],
+            )?;
+            let details = json!({ "after": channel.after, "policy": channel.policy });
+            append_audit(tx, &by, draft("channel.put", &channel.name, details))
+        })
+    }
+
+    fn delete_channel(&self, by: By, name: ChannelName) -> StoreFuture<'_, ()> {
+        self.write(move |tx| {
+            if tx.execute("DELETE FROM channels WHERE name = ?1", params![name.as_str()])? == 0 {
+                return Err(not_found("channel", &name));
+            }
+            append_audit(tx, &by, draft("channel.delete", &name, json!({})))
+        })
+    }
+
     fn add_release(&self, by: By, release: NewRelease) -> StoreFuture<'_, Registered> {
         let cache = Arc::clone(&self.releases);
         self.write(move |tx| {
@@ -1240,6 +1274,72 @@ impl Store for SqlStore {
             let details = json!({ "class": class, "reason": reason });
             append_audit(tx, &by, draft("manifest.lift", manifest, details))
         })
+    }
+
+    fn add_webhook(
+        &self,
+        by: By,
+        id: WebhookId,
+        asked: NewWebhook,
+        secret: Secret,
+    ) -> StoreFuture<'_, Webhook> {
+        self.write(move |tx| webhooks::add(tx, &by, &id, asked, &secret))
+    }
+
+    fn webhooks(&self) -> StoreFuture<'_, Vec<WebhookRow>> {
+        self.read(webhooks::list)
+    }
+
+    fn remove_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()> {
+        self.write(move |tx| webhooks::remove(tx, &by, &id))
+    }
+
+    fn test_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()> {
+        self.write(move |tx| webhooks::test(tx, &by, &id))
+    }
+
+    fn webhook_work_at(
+        &self,
+        id: WebhookId,
+        now: Timestamp,
+    ) -> StoreFuture<'_, Option<Timestamp>> {
+        self.read(move |tx| webhooks::work_at(tx, &id, now))
+    }
+
+    fn lease_deliveries(
+        &self,
+        id: WebhookId,
+        now: Timestamp,
+        until: Timestamp,
+        limit: u32,
+    ) -> StoreFuture<'_, Vec<Leased>> {
+        self.write(move |tx| webhooks::lease(tx, &id, now, until, limit))
+    }
+
+    fn finish_deliveries(
+        &self,
+        id: WebhookId,
+        attempted: Vec<Attempted>,
+    ) -> StoreFuture<'_, ()> {
+        self.write(move |tx| webhooks::finish(tx, &id, &attempted))
+    }
+
+    fn redeliver(
+        &self,
+        by: By,
+        id: WebhookId,
+        sequence: Option<u64>,
+    ) -> StoreFuture<'_, u64> {
+        self.write(move |tx| webhooks::redeliver(tx, &by, &id, sequence))
+    }
+
+    fn deliveries(
+        &self,
+        id: WebhookId,
+        state: Option<DeliveryState>,
+        page: PageRequest,
+    ) -> StoreFuture<'_, Page<Delivery>> {
+        self.read(move |tx| webhooks::deliveries(tx, &id, state, &page))
     }
 
     fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()> {

@@ -5,6 +5,7 @@ mod crash;
 mod operators;
 mod replicas;
 mod rig;
+mod webhooks;
 
 use std::time::Duration;
 

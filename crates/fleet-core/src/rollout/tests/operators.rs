@@ -1,5 +1,7 @@
 //! What operators decide about devices, and what they are shown before a rollout.
 
+use slmops_api::blueprint::Layer;
+use slmops_api::channel::Channel;
 use slmops_api::orders::{Exclusion, NewPin, Orders, Pin};
 use slmops_api::plan::RolloutPlan;
 
@@ -32,11 +34,9 @@ impl Fleet {
     }
 
     fn forecast(&self, version: &str, policy: RolloutPolicy) -> Result<RolloutPlan, RolloutError> {
-        let asked =
-            NewRollout { model: MODEL.parse().unwrap(), version: version.parse().unwrap(), policy };
         let world = self.world();
         let pace = Pace::measure(&world, self.rollouts.iter().rev());
-        forecast(asked, "token test", &world, &self.active(), &pace)
+        forecast(asked(version, policy), "token test", &world, &self.active(), &pace)
     }
 
     fn check_pin(&self, device: usize, version: &str) -> String {
@@ -237,4 +237,102 @@ fn expected_time_is_what_releases_took_before() {
     let fetching: Vec<&str> =
         devices.iter().filter(|it| it.transfer_bytes > 0).map(|it| it.name.as_str()).collect();
     assert_eq!(fetching, ["dev-4"]);
+}
+
+fn channel(name: &str, after: Option<&str>) -> Channel {
+    Channel {
+        name: name.parse().unwrap(),
+        after: after.map(|after| after.parse().unwrap()),
+        policy: all_at_once(),
+    }
+}
+
+impl Fleet {
+    fn follow(&mut self, device: usize, channel: &str) {
+        let layer = (Layer::Fleet, format!("channel = \"{channel}\""));
+        self.devices[device].config = Arc::new(resolve(&[layer]).unwrap());
+        self.tick();
+    }
+
+    fn promote(
+        &mut self,
+        version: &str,
+        channel: &Channel,
+        force: Option<&str>,
+    ) -> Result<RolloutId, RolloutError> {
+        let (model, version) = (MODEL.parse().unwrap(), version.parse().unwrap());
+        let force = force.map(str::to_owned);
+        let asked = promote(&self.world(), &model, &version, channel, force)?;
+        self.start_asked(asked)
+    }
+}
+
+#[test]
+fn releases_pass_the_channels_one_after_the_other() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    let (edge, beta) = (channel("edge", None), channel("beta", Some("edge")));
+    fleet.follow(0, "edge");
+    fleet.follow(1, "beta");
+    let refused = fleet.promote("1.0.0", &beta, None).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "m 1.0.0 was not confirmed on channel edge, so it cannot come to beta"
+    );
+    assert!(refused.hint().contains("--force --reason"), "{}", refused.hint());
+    let first = fleet.promote("1.0.0", &edge, None).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0]);
+    // Under way is not confirmed yet.
+    assert!(fleet.promote("1.0.0", &beta, None).is_err());
+    fleet.confirm(0);
+    assert_eq!(fleet.rollout(&first).state, RolloutState::Completed);
+    let second = fleet.promote("1.0.0", &beta, None).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [0, 1]);
+    let text = why(fleet.rollout(&second));
+    assert!(text.contains("promoted to channel beta: confirmed on edge"), "{text}");
+    fleet.confirm(1);
+
+    // In spite of the order, with a reason that `why` keeps.
+    let forced = fleet.promote("1.1.0", &beta, Some("the customer asked")).unwrap();
+    let text = why(fleet.rollout(&forced));
+    let line = "promoted to channel beta though not confirmed on edge: the customer asked";
+    assert!(text.contains(line), "{text}");
+    assert_eq!(fleet.on("1.1.0"), [1]);
+    assert!(fleet.promote("9.0.0", &edge, None).is_err());
+}
+
+#[test]
+fn who_follows_a_channel_takes_its_releases_alone() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    let edge = channel("edge", None);
+    fleet.follow(0, "edge");
+    let id = fleet.start("1.0.0", all_at_once()).unwrap();
+    assert_eq!(fleet.on("1.0.0"), [1]);
+    let text = why(fleet.rollout(&id));
+    assert!(text.contains("left out dev-0: it follows channel edge"), "{text}");
+    fleet.confirm(1);
+    fleet.tick();
+    assert_eq!(fleet.told(0), "nothing", "not by a completed rollout either");
+    fleet.promote("1.1.0", &edge, None).unwrap();
+    fleet.confirm(0);
+    // Each newcomer takes what was completed for its like.
+    fleet.join(600);
+    fleet.join(600);
+    fleet.follow(2, "edge");
+    fleet.follow(3, "beta");
+    assert_eq!([fleet.told(2), fleet.told(3)], ["1.1.0 q8_0", "nothing"]);
+    // One that comes to follow a channel later keeps what it has until the next promotion.
+    fleet.follow(1, "edge");
+    assert_eq!(fleet.told(1), "1.0.0 q8_0");
+    let next = fleet.promote("1.2.0", &edge, None).unwrap();
+    assert_eq!(fleet.on("1.2.0"), [0, 1, 2]);
+    // Taken back, they have what they had on the channel, newcomers too.
+    for device in [0, 1, 2] {
+        fleet.confirm(device);
+    }
+    fleet.join(600);
+    fleet.follow(4, "edge");
+    assert_eq!(fleet.told(4), "1.2.0 q8_0");
+    fleet.operate(&next, Command::Rollback).unwrap();
+    assert_eq!(fleet.on("1.2.0"), Vec::<usize>::new());
+    assert_eq!(fleet.on("1.1.0"), [0, 2, 4]);
 }

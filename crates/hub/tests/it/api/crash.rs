@@ -32,7 +32,7 @@ async fn hub_process() {
     hub.wait().await.unwrap();
 }
 
-fn spawn(data: &Path) -> (Child, String) {
+pub fn spawn(data: &Path) -> (Child, String) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "api::crash::hub_process", "--nocapture"])
         .env(DATA_VARIABLE, data)
@@ -51,7 +51,7 @@ fn spawn(data: &Path) -> (Child, String) {
     panic!("the hub did not start");
 }
 
-async fn get(client: &Client, url: &str, token: &str) -> Value {
+pub async fn get(client: &Client, url: &str, token: &str) -> Value {
     let response = client.get(url).bearer_auth(token).send().await.unwrap();
     assert_eq!(response.status(), StatusCode::OK, "{url}");
     response.json().await.unwrap()

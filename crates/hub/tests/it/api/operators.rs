@@ -168,3 +168,64 @@ async fn a_quarantine_is_listed_and_lifted() {
     let audit = rig.get("/v1/audit?limit=500").await.to_string();
     assert!(audit.contains("manifest.lift") && audit.contains("the kernel was at fault"));
 }
+
+#[tokio::test]
+async fn releases_are_promoted_from_channel_to_channel() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let mut devices = [rig.join("one", 600).await, rig.join("two", 600).await];
+    rig.release("1.0.0").await;
+    let put = async |name: &str, after: Option<&str>, status: u16| {
+        let body = json!({ "name": name, "after": after, "policy": { "waves": ["rest"] } });
+        let status = StatusCode::from_u16(status).unwrap();
+        rig.send(Method::PUT, &format!("/v1/channels/{name}"), body, status).await
+    };
+    put("edge", None, 200).await;
+    put("beta", Some("edge"), 200).await;
+    let ring = put("edge", Some("beta"), 400).await;
+    assert!(ring["detail"].as_str().unwrap().contains("after itself"), "{ring}");
+    let missing = put("stable", Some("gamma"), 400).await;
+    assert!(missing["hint"].as_str().unwrap().contains("slm channel set gamma"), "{missing}");
+    for (device, channel) in [("one", "edge"), ("two", "beta")] {
+        let toml = format!("channel = \"{channel}\"");
+        let (status, _) = rig.put_text(&format!("/v1/blueprints/device/{device}"), &toml).await;
+        assert_eq!(status, StatusCode::OK);
+    }
+
+    let path = "/v1/releases/m/1.0.0/promote";
+    let early = rig.send(Method::POST, path, json!({ "to": "beta" }), StatusCode::CONFLICT).await;
+    assert!(early["detail"].as_str().unwrap().contains("not confirmed on channel edge"), "{early}");
+    assert!(early["hint"].as_str().unwrap().contains("--force --reason"), "{early}");
+    let rollout = rig.send(Method::POST, path, json!({ "to": "edge" }), StatusCode::CREATED).await;
+    let id = rollout["id"].as_str().unwrap().to_owned();
+    let again = rig.send(Method::POST, path, json!({ "to": "edge" }), StatusCode::OK).await;
+    assert_eq!(again["id"], rollout["id"]);
+    assert_eq!(names(&rollout["devices"]), ["one"], "{rollout}");
+    devices[0].wait_for_generation(2).await;
+    devices[0].report(Phase::Confirmed).await;
+    rig.wait_for_state(&id, "completed").await;
+    let next = rig.send(Method::POST, path, json!({ "to": "beta" }), StatusCode::CREATED).await;
+    assert_eq!(next["promotion"], json!({ "channel": "beta", "from": "edge" }));
+    assert_eq!(names(&next["devices"]), ["two"], "{next}");
+
+    let listed = rig.get("/v1/channels").await["items"].clone();
+    assert_eq!(names(&listed), ["edge", "beta"], "{listed}");
+    assert_eq!((&listed[0]["followers"], &listed[1]["followers"]), (&json!(1), &json!(1)));
+    assert_eq!(listed[0]["releases"][0]["state"], "completed");
+    assert_eq!(listed[1]["releases"][0]["version"], "1.0.0");
+
+    // What is not to be: a promotion by hand, an unknown channel, a channel that is in use.
+    let mut body = json!({ "model": "m", "version": "1.0.0", "policy": rig::policy() });
+    body["promotion"] = json!({ "channel": "beta" });
+    rig.send(Method::POST, "/v1/rollouts", body, StatusCode::BAD_REQUEST).await;
+    rig.send(Method::POST, path, json!({ "to": "gamma" }), StatusCode::NOT_FOUND).await;
+    let silent = json!({ "to": "beta", "force": "" });
+    rig.send(Method::POST, path, silent, StatusCode::BAD_REQUEST).await;
+    for (name, why) in [("edge", "comes after edge"), ("beta", "follow channel beta")] {
+        let path = format!("/v1/channels/{name}");
+        let used = rig.send(Method::DELETE, &path, Value::Null, StatusCode::CONFLICT).await;
+        assert!(used["detail"].as_str().unwrap().contains(why), "{used}");
+    }
+    let audit = rig.get("/v1/audit?limit=500").await.to_string();
+    assert!(audit.contains("release.promote") && audit.contains("channel.put"));
+}
