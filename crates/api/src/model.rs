@@ -43,6 +43,25 @@ pub struct GateOverride {
     pub reason: String,
 }
 
+/// What a device must have for a release. Versions are compared number by number.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Requirements {
+    /// The least version of the inference engine, such as `0.0.7100`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<String>,
+    /// The least version of the agent, such as `0.2.0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+}
+
+impl Requirements {
+    /// Whether there are none.
+    pub fn is_none(&self) -> bool {
+        self.engine.is_none() && self.agent.is_none()
+    }
+}
+
 /// What a publisher registers: a version and its variants, all pushed and signed before.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct NewRelease {
@@ -61,6 +80,9 @@ pub struct NewRelease {
     /// Present when a gate said no and the operator ships all the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gate_override: Option<GateOverride>,
+    /// What devices must have to get it; others are left out.
+    #[serde(default, skip_serializing_if = "Requirements::is_none")]
+    pub requires: Requirements,
 }
 
 /// A registered release. Immutable.

@@ -2,11 +2,11 @@
 
 use std::fmt::Display;
 
-use slmops_api::{ChannelName, ModelName};
 use slmops_api::blueprint::{Blueprint, ExplainedValue, Layer};
 use slmops_api::rules::{DeviceRules, Hours, Metered};
 use slmops_api::runtime::{KvType, RuntimeConfig};
 use slmops_api::window::{self, Windows};
+use slmops_api::{ChannelName, ModelName};
 
 /// The largest blueprint text, in bytes.
 pub const MAX_BLUEPRINT_BYTES: usize = 64 << 10;

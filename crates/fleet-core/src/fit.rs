@@ -5,8 +5,10 @@
 //! process itself takes. It is an upper bound for a full context and otherwise within some percent.
 
 use slmops_api::VariantName;
-use slmops_api::model::{ModelShape, Variant};
+use slmops_api::device::DeviceFacts;
+use slmops_api::model::{ModelShape, Requirements, Variant};
 use slmops_api::runtime::{KvType, RuntimeConfig};
+use slmops_api::selector::{engine_version, version_numbers};
 use slmops_artifact::Digest;
 
 use crate::words::bytes;
@@ -156,6 +158,21 @@ pub fn no_fit(smallest_bytes: u64, budget_bytes: u64) -> String {
         "no variant fits: smallest needs {}, device offers {}",
         bytes(smallest_bytes),
         bytes(budget_bytes)
+    )
+}
+
+/// What of a release's requirements a device does not meet, in words.
+pub fn unmet(requires: &Requirements, facts: &DeviceFacts) -> Option<String> {
+    let least = |what: &str, least: &Option<String>, has: &str, version: Option<Vec<u64>>| {
+        let least = least.as_ref()?;
+        let good = version.is_some_and(|version| Some(version) >= version_numbers(least));
+        (!good).then(|| format!("it needs {what} {least} or later, and this device has {has}"))
+    };
+    least("the engine", &requires.engine, &facts.engine, engine_version(&facts.engine)).or_else(
+        || {
+            let version = version_numbers(&facts.agent_version);
+            least("agent", &requires.agent, &facts.agent_version, version)
+        },
     )
 }
 

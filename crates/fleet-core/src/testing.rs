@@ -117,5 +117,6 @@ pub fn release(model: &str, version: &str) -> NewRelease {
             variant(model, version, "q4_k_m", 150, 0.05),
         ],
         gate_override: None,
+        requires: Default::default(),
     }
 }

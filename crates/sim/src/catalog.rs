@@ -83,6 +83,7 @@ impl Catalog {
             key: "0123456789abcdef".parse().expect("a constant id is an id"),
             variants,
             gate_override: None,
+            requires: Default::default(),
         };
         self.releases.insert((spec.model.clone(), version.clone()), Arc::new(release));
         self.versions.push(version);

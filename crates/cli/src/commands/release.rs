@@ -1,8 +1,8 @@
 //! `slm release`.
 
 use clap::Subcommand;
-use semver::Version;
 use reqwest::Method;
+use semver::Version;
 use slmops_api::channel::NewPromotion;
 use slmops_api::model::Release as ReleaseFacts;
 use slmops_api::rollout::Rollout;
@@ -120,6 +120,11 @@ fn show(release: &ReleaseFacts) -> String {
         ("original", release.release.original.to_string()),
         ("signed by", release.release.key.to_string()),
     ];
+    let requires = &release.release.requires;
+    let least = [("engine", &requires.engine), ("agent", &requires.agent)];
+    for (what, version) in least.into_iter().filter_map(|(what, it)| Some((what, it.as_ref()?))) {
+        head.push(("requires", format!("{what} {version} or later")));
+    }
     if let Some(forced) = &release.release.gate_override {
         head.push(("gate", format!("overridden: {}", forced.reason)));
     }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use semver::Version;
 use slmops_api::ModelName;
+use slmops_api::selector::version_numbers;
 
 use super::Session;
 use super::rollout::PolicyArgs;
@@ -40,6 +41,12 @@ pub struct Ship {
     /// Stop after this stage
     #[arg(long, value_enum, default_value = "rollout", value_name = "STAGE")]
     pub until: Until,
+    /// Leave out devices whose engine is older, such as 0.0.7100
+    #[arg(long, value_parser = parse_least, value_name = "VERSION")]
+    pub min_engine: Option<String>,
+    /// Leave out devices whose agent is older
+    #[arg(long, value_parser = parse_least, value_name = "VERSION")]
+    pub min_agent: Option<String>,
     /// Release in spite of the gate; the reason goes into the audit log
     #[arg(long, value_name = "REASON")]
     pub override_gate: Option<String>,
@@ -58,6 +65,12 @@ pub struct Ship {
     /// Do not stay until the rollout is over
     #[arg(long)]
     pub detach: bool,
+}
+
+fn parse_least(given: &str) -> Result<String, String> {
+    version_numbers(given)
+        .map(|_| given.to_owned())
+        .ok_or_else(|| format!("`{given}` is no version: write numbers such as 0.0.7100"))
 }
 
 /// The stages of a ship.

@@ -131,8 +131,7 @@ impl Webhook {
             Self::Deliveries { id, state } => {
                 let what = format!("list the deliveries of the webhook {id}");
                 let query = state.map(|state| format!("?state={}", state.name()));
-                let path =
-                    format!("/v1/webhooks/{id}/deliveries{}", query.unwrap_or_default());
+                let path = format!("/v1/webhooks/{id}/deliveries{}", query.unwrap_or_default());
                 let deliveries: Vec<Delivery> = hub.list(&path, &what).await?;
                 session.out.show(&deliveries, || {
                     let rows = deliveries.iter().map(|delivery| {

@@ -11,7 +11,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use reqwest::Method;
 use semver::Version;
 use slmops_api::device::PublisherKey;
-use slmops_api::model::{DeviceClass, GateOverride, NewRelease, Release, Variant};
+use slmops_api::model::{DeviceClass, GateOverride, NewRelease, Release, Requirements, Variant};
 use slmops_api::probe::{PROBES_FILE, ProbeSet};
 use slmops_api::report::{EvaluationReport, GateDecision, Verdict};
 use slmops_api::{ClassName, ModelName, VariantName};
@@ -373,6 +373,10 @@ impl Work<'_> {
             key: publisher.id,
             variants,
             gate_override: reason.map(|reason| GateOverride { reason }),
+            requires: Requirements {
+                engine: self.ship.min_engine.clone(),
+                agent: self.ship.min_agent.clone(),
+            },
         };
         let what = format!("release {} {}", self.name, self.version);
         let created: Release = hub.call(Method::POST, "/v1/releases", &release, &what).await?;

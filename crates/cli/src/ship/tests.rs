@@ -41,6 +41,7 @@ fn release(version: &str, content: &[u8]) -> Release {
             key: "k".parse().unwrap(),
             variants: Vec::new(),
             gate_override: None,
+            requires: Default::default(),
         },
         created_at: jiff::Timestamp::UNIX_EPOCH,
         created_by: "test".to_owned(),

@@ -12,7 +12,7 @@ use slmops_api::{DeviceId, ModelName};
 use slmops_artifact::Digest;
 
 use super::{Assignment, Look, RolloutError, RolloutRecord, Target, TargetState, Targets};
-use crate::fit::{self, Fit};
+use crate::fit::{self, Fit, unmet};
 use crate::words;
 use crate::world::{CompletedRollout, FleetDevice, World};
 
@@ -313,6 +313,9 @@ fn sticky(
 /// The pinned release, unless nothing of it fits or it failed here: then the device keeps what it has.
 fn pinned(world: &World<'_>, device: &FleetDevice, pin: &Pin) -> Option<DesiredState> {
     let release = world.release(&pin.model, &pin.version)?;
+    if unmet(&release.requires, &device.facts).is_some() {
+        return None;
+    }
     let (fit, runtime) = fit_device(device, release);
     let Fit::Fits { index, manifest, why, .. } = fit else { return None };
     let told = device.desired.model.as_ref().is_some_and(|told| told.manifest == manifest);
@@ -349,6 +352,9 @@ pub fn check_pin(
         why,
         hint,
     };
+    if let Some(why) = unmet(&release.requires, &device.facts) {
+        return Err(refused(why, "update the device's agent first".to_owned()));
+    }
     match fit_device(device, release).0 {
         Fit::NoFit { why, .. } => {
             let hint =
@@ -378,6 +384,9 @@ fn newest(
     rollout: &CompletedRollout,
 ) -> Option<DesiredState> {
     let release = world.release(&rollout.model, &rollout.version)?;
+    if unmet(&release.requires, &device.facts).is_some() {
+        return None;
+    }
     let (fit, runtime) = fit_device(device, release);
     let Fit::Fits { index, manifest, why, .. } = fit else { return None };
     if world.quarantined(device, &manifest) {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use slmops_api::channel::{Channel, Promotion};
+use slmops_api::model::NewRelease;
 use slmops_api::orders::Pin;
 use slmops_api::rollout::{
     NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, WavePer, WaveSize,
@@ -13,7 +14,7 @@ use slmops_artifact::Digest;
 
 use super::{RolloutError, RolloutRecord, Targets, assign, decide, operate, rules, state_name};
 use crate::blueprint::CONFIRM_TIMEOUT_S;
-use crate::fit::Fit;
+use crate::fit::{Fit, unmet};
 use crate::words::{self, count, list};
 use crate::world::{FleetDevice, World};
 
@@ -62,7 +63,7 @@ pub fn create(
     let mut left_out = Vec::new();
     let mut chosen: Vec<&FleetDevice> = Vec::new();
     for device in selected(world, &asked) {
-        match leave_out(device, &asked) {
+        match leave_out(device, &asked, release) {
             Some(why) => left_out.push(format!("left out {}: {why}", device.name)),
             None => chosen.push(device),
         }
@@ -267,7 +268,11 @@ pub(super) fn is_selected(device: &FleetDevice, asked: &NewRollout) -> bool {
 }
 
 /// Why a selected device takes no part, if it does not.
-pub(super) fn leave_out(device: &FleetDevice, asked: &NewRollout) -> Option<String> {
+pub(super) fn leave_out(
+    device: &FleetDevice,
+    asked: &NewRollout,
+    release: &NewRelease,
+) -> Option<String> {
     if let Some(why) = ordered_out(device, asked) {
         return Some(why);
     }
@@ -279,7 +284,7 @@ pub(super) fn leave_out(device: &FleetDevice, asked: &NewRollout) -> Option<Stri
     }
     match &device.config.model {
         Some(model) if *model != asked.model => Some(format!("its blueprint names model {model}")),
-        _ => None,
+        _ => unmet(&release.requires, &device.facts),
     }
 }
 
@@ -349,7 +354,7 @@ fn readiness(device: &FleetDevice, now: Timestamp) -> (bool, bool) {
 /// A device's part before it is told: pending, or why it gets nothing.
 pub(super) fn entry(
     device: &FleetDevice,
-    release: &slmops_api::model::NewRelease,
+    release: &NewRelease,
     world: &World<'_>,
 ) -> RolloutDevice {
     let (fit, _) = assign::fit_device(device, release);

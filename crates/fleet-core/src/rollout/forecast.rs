@@ -282,12 +282,15 @@ fn left_out(record: &RolloutRecord, records: &[RolloutRecord], world: &World<'_>
     for other in active.filter(|other| other.id != rollout.id) {
         others.extend(other.devices.iter().map(|part| (&part.device, &other.id)));
     }
+    let asked = &rollout.asked;
+    let release = world.release(&asked.model, &asked.version);
     let mut left_out = Vec::new();
     for device in selected(world, &rollout.asked) {
         let why = match members.get(&device.id) {
             Some(part) if gets_nothing(part) => Some(part.fit.clone()),
             Some(_) => None,
-            None => leave_out(device, &rollout.asked)
+            None => release
+                .and_then(|release| leave_out(device, &rollout.asked, release))
                 .or_else(|| others.get(&device.id).map(|id| format!("it is in rollout {id}"))),
         };
         left_out.extend(why.map(|why| LeftOut {

@@ -218,6 +218,9 @@ fn earlier_release(
             && device.is_among(rollout)
     })?;
     let release = world.release(&older.model, &older.version)?;
+    if crate::fit::unmet(&release.requires, &device.facts).is_some() {
+        return None;
+    }
     let (fit, runtime) = super::assign::fit_device(device, release);
     match fit {
         crate::fit::Fit::Fits { index, .. } => {

@@ -220,7 +220,7 @@ fn admit(
             .collect(),
     };
     for device in candidates {
-        if members.contains_key(&device.id) || leave_out(device, &asked).is_some() {
+        if members.contains_key(&device.id) || leave_out(device, &asked, release).is_some() {
             continue;
         }
         let mut part = entry(device, release, world);

@@ -82,15 +82,13 @@ impl From<StoreError> for ApiError {
             StoreError::NotFound { kind, .. } => {
                 let hint = match kind {
                     "device" | "rollout" | "release" | "class" | "token" | "invitation"
-                    | "channel" | "webhook" => {
-                        Some(format!(
-                            "`slm {} list` shows what there is",
-                            match kind {
-                                "invitation" => "device",
-                                other => other,
-                            }
-                        ))
-                    }
+                    | "channel" | "webhook" => Some(format!(
+                        "`slm {} list` shows what there is",
+                        match kind {
+                            "invitation" => "device",
+                            other => other,
+                        }
+                    )),
                     "quarantine" => Some("`slm quarantine list` shows what there is".to_owned()),
                     _ => None,
                 };

@@ -211,6 +211,9 @@ pub async fn explain(
             runtime.context_tokens, runtime.parallel
         ));
         let budget = device.facts.memory_budget_bytes;
+        lines.extend(
+            fit::unmet(&release.requires, &device.facts).map(|why| format!("left out: {why}")),
+        );
         lines.extend(fit::explain(&release.variants, budget, &runtime));
     }
     let orders = device.orders.as_deref().map(words::orders).unwrap_or_default();

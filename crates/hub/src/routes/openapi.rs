@@ -4,9 +4,7 @@ use axum::Json;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{
-    channels, devices, fleet, metrics, operators, orders, releases, rollouts, webhooks,
-};
+use super::{channels, devices, fleet, metrics, operators, orders, releases, rollouts, webhooks};
 
 #[derive(OpenApi)]
 #[openapi(

@@ -6,9 +6,10 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use jiff::Timestamp;
-use slmops_api::model::{NewRelease, Release, Variant};
+use slmops_api::model::{NewRelease, Release, Requirements, Variant};
 use slmops_api::problem::Problem;
 use slmops_api::report::Verdict;
+use slmops_api::selector::version_numbers;
 use slmops_api::{ModelName, Page};
 use slmops_artifact::package::{self, parse_signature_manifest};
 use slmops_artifact::signing::{BUNDLE_MEDIA_TYPE, MAX_BUNDLE_BYTES, PublicKey};
@@ -23,6 +24,8 @@ use crate::store::Registered;
 const MAX_VARIANTS: usize = 32;
 /// The longest reason for releasing in spite of a gate, in bytes.
 const MAX_REASON_BYTES: usize = 1000;
+/// The longest version that a release requires, in bytes.
+const MAX_VERSION_BYTES: usize = 64;
 /// Signatures of one manifest that are tried, at most.
 const MAX_SIGNATURES: usize = 16;
 
@@ -60,6 +63,14 @@ fn check_shape(release: &NewRelease) -> Result<(), ApiError> {
     if !(1..=MAX_VARIANTS).contains(&count) {
         let detail = format!("{count} variants are not within 1 to {MAX_VARIANTS}");
         return Err(refuse(detail, "a release has one variant for each device class or so"));
+    }
+    let Requirements { engine, agent } = &release.requires;
+    for version in [engine, agent].into_iter().flatten() {
+        if version.len() > MAX_VERSION_BYTES || version_numbers(version).is_none() {
+            let shown: String = version.chars().take(MAX_VERSION_BYTES).collect();
+            let detail = format!("`{shown}` is no version that a device could have");
+            return Err(refuse(detail, "a required version looks like 0.0.7100"));
+        }
     }
     let mut names = BTreeSet::new();
     let mut manifests = BTreeSet::new();

@@ -25,7 +25,8 @@ const MAX_PATTERNS: usize = 32;
 const MAX_PATTERN_BYTES: usize = 64;
 
 fn check(asked: &NewWebhook) -> Result<(), ApiError> {
-    let url_hint = "write it as https://host/path; http:// is for networks that nobody listens in on";
+    let url_hint =
+        "write it as https://host/path; http:// is for networks that nobody listens in on";
     if asked.url.len() > MAX_URL_BYTES {
         let detail = format!("the URL is longer than {MAX_URL_BYTES} bytes");
         return Err(ApiError::bad_request(detail, url_hint));

@@ -235,6 +235,7 @@ pub(super) fn release(version: &str, seed: &str) -> NewRelease {
             gate: None,
         }],
         gate_override: None,
+        requires: Default::default(),
     }
 }
 

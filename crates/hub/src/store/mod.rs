@@ -458,11 +458,7 @@ pub trait Store: Send + Sync + 'static {
     /// Adds a test event for one webhook.
     fn test_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()>;
     /// When there is something to do for a webhook; nothing until something changes if absent.
-    fn webhook_work_at(
-        &self,
-        id: WebhookId,
-        now: Timestamp,
-    ) -> StoreFuture<'_, Option<Timestamp>>;
+    fn webhook_work_at(&self, id: WebhookId, now: Timestamp) -> StoreFuture<'_, Option<Timestamp>>;
     /// Takes events that are due, the oldest first; until `until` nobody else gets them.
     fn lease_deliveries(
         &self,
@@ -472,18 +468,9 @@ pub trait Store: Send + Sync + 'static {
         limit: u32,
     ) -> StoreFuture<'_, Vec<Leased>>;
     /// Notes what became of events that were taken.
-    fn finish_deliveries(
-        &self,
-        id: WebhookId,
-        attempted: Vec<Attempted>,
-    ) -> StoreFuture<'_, ()>;
+    fn finish_deliveries(&self, id: WebhookId, attempted: Vec<Attempted>) -> StoreFuture<'_, ()>;
     /// Lets a delivery, or all dead ones, be tried again. Returns how many.
-    fn redeliver(
-        &self,
-        by: By,
-        id: WebhookId,
-        sequence: Option<u64>,
-    ) -> StoreFuture<'_, u64>;
+    fn redeliver(&self, by: By, id: WebhookId, sequence: Option<u64>) -> StoreFuture<'_, u64>;
     /// A webhook's deliveries, newest first.
     fn deliveries(
         &self,

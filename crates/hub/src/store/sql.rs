@@ -29,13 +29,14 @@ use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words, stat
 use slmops_fleet_core::words;
 use slmops_fleet_core::world::CompletedRollout;
 
+use super::webhooks;
 use super::{
-    Attempted, AuditDraft, By, Decide, DeviceChange, Enrolled, Enrolment, Leased, MAX_EVENTS_PER_DEVICE, MAX_PAGE,
-    NewInvitationRow, OrdersChange, PageRequest, QuarantineRow, Registered, ReportOutcome,
-    Snapshot, Store, StoreError, StoreFuture, StoredDevice, Transition, WebhookRow,
+    Attempted, AuditDraft, By, Decide, DeviceChange, Enrolled, Enrolment, Leased,
+    MAX_EVENTS_PER_DEVICE, MAX_PAGE, NewInvitationRow, OrdersChange, PageRequest, QuarantineRow,
+    Registered, ReportOutcome, Snapshot, Store, StoreError, StoreFuture, StoredDevice, Transition,
+    WebhookRow,
 };
 use crate::auth::{Secret, SecretHash};
-use super::webhooks;
 use crate::db::{Database, Row, Schema, Tx, Value, params};
 use crate::registry;
 
@@ -174,7 +175,10 @@ pub(super) fn to_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("the API's types always serialise")
 }
 
-pub(super) fn from_json<T: DeserializeOwned>(table: &'static str, text: &str) -> Result<T, StoreError> {
+pub(super) fn from_json<T: DeserializeOwned>(
+    table: &'static str,
+    text: &str,
+) -> Result<T, StoreError> {
     serde_json::from_str(text).map_err(|source| StoreError::Document { table, source })
 }
 
@@ -363,7 +367,11 @@ pub fn record_restore(tx: &Tx<'_>, at: Timestamp, made_at: Timestamp) -> Result<
     append_audit(tx, &By::hub(at), draft("hub.restore", "hub", details))
 }
 
-pub(super) fn draft(action: &'static str, object: impl ToString, details: serde_json::Value) -> AuditDraft {
+pub(super) fn draft(
+    action: &'static str,
+    object: impl ToString,
+    details: serde_json::Value,
+) -> AuditDraft {
     AuditDraft { action, object: object.to_string(), details }
 }
 
@@ -381,7 +389,8 @@ pub(super) fn audit_of(row: &Row<'_>) -> Result<AuditEntry, StoreError> {
     })
 }
 
-pub(super) const AUDIT_COLUMNS: &str = "sequence, at, actor, action, object, details, previous, hash";
+pub(super) const AUDIT_COLUMNS: &str =
+    "sequence, at, actor, action, object, details, previous, hash";
 
 fn layer_key(layer: &Layer) -> (&'static str, &str) {
     match layer {
@@ -1298,11 +1307,7 @@ impl Store for SqlStore {
         self.write(move |tx| webhooks::test(tx, &by, &id))
     }
 
-    fn webhook_work_at(
-        &self,
-        id: WebhookId,
-        now: Timestamp,
-    ) -> StoreFuture<'_, Option<Timestamp>> {
+    fn webhook_work_at(&self, id: WebhookId, now: Timestamp) -> StoreFuture<'_, Option<Timestamp>> {
         self.read(move |tx| webhooks::work_at(tx, &id, now))
     }
 
@@ -1316,20 +1321,11 @@ impl Store for SqlStore {
         self.write(move |tx| webhooks::lease(tx, &id, now, until, limit))
     }
 
-    fn finish_deliveries(
-        &self,
-        id: WebhookId,
-        attempted: Vec<Attempted>,
-    ) -> StoreFuture<'_, ()> {
+    fn finish_deliveries(&self, id: WebhookId, attempted: Vec<Attempted>) -> StoreFuture<'_, ()> {
         self.write(move |tx| webhooks::finish(tx, &id, &attempted))
     }
 
-    fn redeliver(
-        &self,
-        by: By,
-        id: WebhookId,
-        sequence: Option<u64>,
-    ) -> StoreFuture<'_, u64> {
+    fn redeliver(&self, by: By, id: WebhookId, sequence: Option<u64>) -> StoreFuture<'_, u64> {
         self.write(move |tx| webhooks::redeliver(tx, &by, &id, sequence))
     }
 

@@ -120,9 +120,8 @@ pub(super) fn add(
     asked: NewWebhook,
     secret: &Secret,
 ) -> Result<Webhook, StoreError> {
-    let known = first(tx, "SELECT COUNT(*) FROM webhooks", params![], |row| {
-        Ok(row.get::<i64>(0)?)
-    })?;
+    let known =
+        first(tx, "SELECT COUNT(*) FROM webhooks", params![], |row| Ok(row.get::<i64>(0)?))?;
     if known.unwrap_or(0) as usize >= MAX_WEBHOOKS {
         return Err(conflict(
             format!("there are {MAX_WEBHOOKS} webhooks already"),
@@ -148,12 +147,7 @@ fn host_of(url: &str) -> String {
     authority.rsplit('@').next().unwrap_or_default().to_owned()
 }
 
-fn shown(
-    tx: &Tx<'_>,
-    id: WebhookId,
-    stored: Stored,
-    cursor: u64,
-) -> Result<Webhook, StoreError> {
+fn shown(tx: &Tx<'_>, id: WebhookId, stored: Stored, cursor: u64) -> Result<Webhook, StoreError> {
     Ok(Webhook {
         pending: count(tx, &id, DeliveryState::Pending)?,
         dead: count(tx, &id, DeliveryState::Dead)?,
@@ -340,10 +334,9 @@ pub(super) fn redeliver(
             &format!("{again} AND sequence = ?4"),
             params![id.as_str(), pending, at, sequence as i64],
         )?,
-        None => tx.execute(
-            &format!("{again} AND state = ?4"),
-            params![id.as_str(), pending, at, dead],
-        )?,
+        None => {
+            tx.execute(&format!("{again} AND state = ?4"), params![id.as_str(), pending, at, dead])?
+        }
     };
     if let (0, Some(sequence)) = (changed, sequence) {
         return Err(not_found("delivery", format!("{sequence} of webhook {id}")));

@@ -2,6 +2,7 @@
 
 use slmops_api::blueprint::Layer;
 use slmops_api::channel::Channel;
+use slmops_api::model::Requirements;
 use slmops_api::orders::{Exclusion, NewPin, Orders, Pin};
 use slmops_api::plan::RolloutPlan;
 
@@ -335,4 +336,47 @@ fn who_follows_a_channel_takes_its_releases_alone() {
     fleet.operate(&next, Command::Rollback).unwrap();
     assert_eq!(fleet.on("1.2.0"), Vec::<usize>::new());
     assert_eq!(fleet.on("1.1.0"), [0, 2, 4]);
+}
+
+#[test]
+fn devices_that_lack_what_a_release_requires_are_left_out_until_they_have_it() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    fleet.settle_on_1_0_0();
+    let key = (MODEL.parse().unwrap(), "1.1.0".parse().unwrap());
+    let mut release = testing::release(MODEL, "1.1.0");
+    release.requires =
+        Requirements { engine: Some("0.0.7100".to_owned()), agent: Some("0.2.0".to_owned()) };
+    fleet.releases.insert(key, Arc::new(release));
+    let has = |engine: &str, agent: &str| {
+        let (engine, agent_version) = (engine.to_owned(), agent.to_owned());
+        Arc::new(DeviceFacts { engine, agent_version, ..testing::facts(600) })
+    };
+    fleet.devices[0].facts = has("llama.cpp 0.0.7100 (AVX2)", "0.10.1");
+    fleet.devices[1].facts = has("llama.cpp 0.0.7099 (AVX2)", "0.2.0");
+    fleet.devices[2].facts = has("llama.cpp 0.0.8000", "0.1.9");
+    let id = fleet.start("1.1.0", all_at_once()).unwrap();
+    assert_eq!(fleet.on("1.1.0"), [0]);
+    let text = why(fleet.rollout(&id));
+    for line in [
+        "left out dev-1: it needs the engine 0.0.7100 or later, and this device has llama.cpp 0.0.7099",
+        "left out dev-2: it needs agent 0.2.0 or later, and this device has 0.1.9",
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+    let pin = fleet.check_pin(1, "1.1.0");
+    assert!(pin.contains("it needs the engine 0.0.7100"), "{pin}");
+    // One that is updated meanwhile joins, one that is updated later takes the completed release.
+    fleet.devices[1].facts = has("llama.cpp 0.0.7100", "0.2.0");
+    fleet.tick();
+    assert_eq!(fleet.on("1.1.0"), [0, 1]);
+    fleet.confirm(0);
+    fleet.confirm(1);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+    fleet.join(600);
+    fleet.tick();
+    assert_eq!(fleet.told(3), "1.0.0 q8_0", "the newest one whose requirements it meets");
+    fleet.devices[2].desired.model = None;
+    fleet.devices[2].facts = has("llama.cpp 0.0.8000", "0.2.0");
+    fleet.tick();
+    assert_eq!(fleet.told(2), "1.1.0 q8_0");
 }

@@ -186,8 +186,10 @@ async fn events_are_signed_cloud_events_of_the_wanted_kinds() {
     }
     // A test goes to its webhook whatever that wants.
     rig.post(&format!("/v1/webhooks/{id}/test"), Value::Null).await;
-    wait_for("the test", async || receiver.types().contains(&"slmops.webhook.test".into()).then_some(()))
-        .await;
+    wait_for("the test", async || {
+        receiver.types().contains(&"slmops.webhook.test".into()).then_some(())
+    })
+    .await;
     let taken = receiver.taken().len();
     let done = wait_for("the last note", async || {
         Some(deliveries(&rig, &id, "delivered").await).filter(|done| done.len() == taken)
@@ -265,8 +267,10 @@ async fn https_receivers_are_known_by_their_ca_alone() {
     for id in [&system, &given] {
         rig.post(&format!("/v1/webhooks/{}/test", id.as_str().unwrap()), Value::Null).await;
     }
-    wait_for("the test", async || receiver.types().contains(&"slmops.webhook.test".into()).then_some(()))
-        .await;
+    wait_for("the test", async || {
+        receiver.types().contains(&"slmops.webhook.test".into()).then_some(())
+    })
+    .await;
     wait_for("giving up", async || {
         let dead = deliveries(&rig, system.as_str().unwrap(), "dead").await;
         dead.iter().any(|one| one["last"] == "no connection").then_some(())
