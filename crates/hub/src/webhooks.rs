@@ -33,6 +33,8 @@ use crate::tls::{self, TlsError};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Events of one webhook that are on their way at once.
 const AT_ONCE: u32 = 8;
+/// How soon a client that could not be made is tried again.
+const RETRY_CLIENT: Duration = Duration::from_secs(60);
 /// A lease is longer than an attempt may take by this.
 const LEASE_MARGIN: Duration = Duration::from_secs(2);
 /// The media type of a CloudEvent in structured JSON (CloudEvents 1.0, HTTP binding, section 3.2).
@@ -217,6 +219,9 @@ impl Dispatcher {
                         break;
                     }
                     while changes.try_recv().is_ok() {}
+                    for place in places.values_mut().filter(|place| place.failures == 0) {
+                        place.rests_until = None;
+                    }
                 }
                 () = tokio::time::sleep(LOOK_EVERY) => {}
                 _ = stop.wait_for(|stop| *stop) => break,
@@ -230,7 +235,7 @@ impl Place {
         let webhook = &row.webhook;
         let rest = match done {
             // It looks again when something changes, or at the next tick.
-            Ok(Round::Quiet) => Some(LOOK_EVERY / 4),
+            Ok(Round::Quiet) => Some(LOOK_EVERY),
             Ok(Round::Taken) => {
                 self.failures = 0;
                 None
@@ -252,7 +257,10 @@ fn client_of(place: &mut Place, row: &WebhookRow) -> Option<Client> {
     if place.client.is_none() {
         match client(&row.webhook.asked) {
             Ok(client) => place.client = Some(client),
-            Err(error) => tracing::warn!(%error, webhook = %row.webhook.id, "cannot deliver"),
+            Err(error) => {
+                tracing::warn!(%error, webhook = %row.webhook.id, "cannot deliver");
+                place.rests_until = Some(tokio::time::Instant::now() + RETRY_CLIENT);
+            }
         }
     }
     place.client.clone()

@@ -15,6 +15,7 @@ use super::input::{Body, Path, Query};
 use super::{ApiError, AppState, by, new_id};
 use crate::auth::{self, AsAdmin, AsOperator};
 use crate::store::{MAX_PAGE, PageRequest};
+use crate::tls::TlsError;
 use crate::webhooks;
 
 /// The longest URL, in bytes.
@@ -58,13 +59,13 @@ fn check(asked: &NewWebhook) -> Result<(), ApiError> {
             ));
         }
     }
-    webhooks::client(asked)
-        .map_err(|error| {
-            let text = error.to_string();
-            let detail = text.split("\nhint: ").next().unwrap_or_default().to_owned();
-            ApiError::bad_request(detail, "send the receiver's CA as PEM certificates")
-        })
-        .map(|_| ())
+    webhooks::client(asked).map(|_| ()).map_err(|error| match error {
+        TlsError::ClientCa { reason } => ApiError::bad_request(
+            format!("`ca_pem`: {reason}"),
+            "send the CA of the receiver's certificate in PEM (`--ca FILE`)",
+        ),
+        error => ApiError::bad_request(error.to_string(), "send another CA"),
+    })
 }
 
 /// Tell another program of events from now on. The answer holds the secret of the signatures, once.

@@ -292,7 +292,7 @@ pub(super) fn finish(
     for one in attempted {
         tx.execute(
             "UPDATE webhook_deliveries
-             SET state = ?4, attempts = ?3 + 1, next_ms = ?5, last = ?6
+             SET state = ?4, attempts = ?8, next_ms = ?5, last = ?6
              WHERE webhook = ?1 AND sequence = ?2 AND attempts = ?3 AND state = ?7",
             params![
                 id.as_str(),
@@ -302,6 +302,7 @@ pub(super) fn finish(
                 one.next_at.as_millisecond(),
                 one.last,
                 DeliveryState::Pending.name(),
+                one.attempts + 1,
             ],
         )?;
     }
