@@ -301,7 +301,11 @@ impl Engine {
         let asked = tokio::task::spawn_blocking(move || {
             let devices = fleet_devices(&snapshot, &board);
             let world = world(&snapshot, &devices, moment);
-            ask(&world, &snapshot.rollouts, &Pace::measure(&world, &recent))
+            ask(
+                &world,
+                &snapshot.rollouts,
+                &Pace::measure(&world, recent.iter().map(|record| &record.rollout)),
+            )
         });
         asked.await.map_err(|_| DbError::Panicked)?
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use slmops_api::device::Phase;
 use slmops_api::plan::{LeftOut, PlannedDevice, PlannedWave, RolloutPlan};
-use slmops_api::rollout::{NewRollout, Outcome, RolloutDevice, RolloutPolicy};
+use slmops_api::rollout::{NewRollout, Outcome, Rollout, RolloutDevice, RolloutPolicy};
 use slmops_api::{ClassName, DeviceId, RolloutId};
 
 use super::create::{create, leave_out, selected};
@@ -24,21 +24,14 @@ pub struct Pace {
 impl Pace {
     /// Reads it out of rollouts, the newest first; the newest counts for a device, the median for
     /// a class and for the fleet.
-    pub fn measure<'r>(
-        world: &World<'_>,
-        rollouts: impl IntoIterator<Item = &'r RolloutRecord>,
-    ) -> Self {
+    pub fn measure<'r>(world: &World<'_>, rollouts: impl IntoIterator<Item = &'r Rollout>) -> Self {
         let mut pace = Self::default();
         let mut classes: BTreeMap<ClassName, Vec<f64>> = BTreeMap::new();
         let mut all = Vec::new();
-        for record in rollouts {
-            let asked = &record.rollout.asked;
+        for rollout in rollouts {
+            let asked = &rollout.asked;
             let Some(release) = world.release(&asked.model, &asked.version) else { continue };
-            for part in &record.rollout.devices {
-                // One that was told nothing new shows nothing.
-                if part.outcome != Outcome::Confirmed || !record.before.contains_key(&part.device) {
-                    continue;
-                }
+            for part in rollout.devices.iter().filter(|it| it.outcome == Outcome::Confirmed) {
                 let (Some(manifest), Some(told), Some(confirmed)) =
                     (part.manifest, part.started_at, part.finished_at)
                 else {
@@ -48,6 +41,10 @@ impl Pace {
                     continue;
                 };
                 let took = confirmed.duration_since(told).as_secs_f64();
+                // One that had it already confirmed at once, which shows nothing.
+                if took <= 0.0 {
+                    continue;
+                }
                 let rate = took / variant.size_bytes.max(1) as f64;
                 let Some(device) = world.device(&part.device) else { continue };
                 pace.devices.entry(device.id.clone()).or_insert(rate);

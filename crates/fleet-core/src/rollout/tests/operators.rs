@@ -36,7 +36,8 @@ impl Fleet {
 
     fn forecast(&self, version: &str, policy: RolloutPolicy) -> Result<RolloutPlan, RolloutError> {
         let world = self.world();
-        let pace = Pace::measure(&world, self.rollouts.iter().rev());
+        let rollouts = self.rollouts.iter().rev().map(|record| &record.rollout);
+        let pace = Pace::measure(&world, rollouts);
         forecast(asked(version, policy), "token test", &world, &self.active(), &pace)
     }
 
