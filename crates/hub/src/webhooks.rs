@@ -152,8 +152,8 @@ pub struct Dispatcher {
 
 /// What a round did for a webhook.
 enum Round {
-    /// Nothing was due.
-    Quiet,
+    /// Nothing was due; when something will be, if that is known.
+    Quiet(Option<Timestamp>),
     /// Everything that was tried was taken.
     Taken,
     /// Something was not.
@@ -223,19 +223,29 @@ impl Dispatcher {
                         place.rests_until = None;
                     }
                 }
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = tokio::time::sleep(until_next(&places)) => {}
                 _ = stop.wait_for(|stop| *stop) => break,
             }
         }
     }
 }
 
+/// How long nothing must be looked at.
+fn until_next(places: &HashMap<WebhookId, Place>) -> Duration {
+    let now = tokio::time::Instant::now();
+    let rests = places.values().filter_map(|place| place.rests_until).filter(|at| *at > now);
+    rests.min().map_or(LOOK_EVERY, |at| (at - now).min(LOOK_EVERY))
+}
+
 impl Place {
     fn note(&mut self, row: &WebhookRow, done: Result<Round, StoreError>) {
         let webhook = &row.webhook;
         let rest = match done {
-            // It looks again when something changes, or at the next tick.
-            Ok(Round::Quiet) => Some(LOOK_EVERY),
+            Ok(Round::Quiet(due)) => {
+                let left = due.map(|at| at.duration_since(Timestamp::now()));
+                let left = left.map(|left| Duration::try_from(left).unwrap_or(Duration::ZERO));
+                Some(left.map_or(LOOK_EVERY, |left| left.min(LOOK_EVERY)))
+            }
             Ok(Round::Taken) => {
                 self.failures = 0;
                 None
@@ -278,14 +288,14 @@ async fn round(
     let now = Timestamp::now();
     let due = store.webhook_work_at(id.clone(), now).await?;
     if due.is_none_or(|at| at > now) {
-        return Ok(Round::Quiet);
+        return Ok(Round::Quiet(due));
     }
     let retry = row.webhook.asked.retry;
     let lease = Duration::from_millis(retry.timeout_ms) + LEASE_MARGIN;
     let until = after(now, lease);
     let leased = store.lease_deliveries(id.clone(), now, until, at_once).await?;
     if leased.is_empty() {
-        return Ok(Round::Quiet);
+        return Ok(Round::Quiet(None));
     }
     let attempts = leased.iter().map(|leased| attempt(client, row, source, leased));
     let attempted = futures_util::future::join_all(attempts).await;
