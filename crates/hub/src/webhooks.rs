@@ -33,6 +33,8 @@ use crate::tls::{self, TlsError};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Events of one webhook that are on their way at once.
 const AT_ONCE: u32 = 8;
+/// How long changes are let come in before they are looked at: a large fleet reports all the time.
+const SETTLE: Duration = Duration::from_millis(50);
 /// How soon a client that could not be made is tried again.
 const RETRY_CLIENT: Duration = Duration::from_secs(60);
 /// A lease is longer than an attempt may take by this.
@@ -214,11 +216,12 @@ impl Dispatcher {
                     }
                 }
                 changed = changes.recv() => {
-                    // The rest of a burst is looked at together.
+                    // What comes together is looked at together.
                     if let Err(broadcast::error::RecvError::Closed) = changed {
                         break;
                     }
-                    while changes.try_recv().is_ok() {}
+                    tokio::time::sleep(SETTLE).await;
+                    changes = changes.resubscribe();
                     for place in places.values_mut().filter(|place| place.failures == 0) {
                         place.rests_until = None;
                     }
@@ -295,7 +298,8 @@ async fn round(
     let until = after(now, lease);
     let leased = store.lease_deliveries(id.clone(), now, until, at_once).await?;
     if leased.is_empty() {
-        return Ok(Round::Quiet(None));
+        // Of the entries that came none was wanted, or another hub was quicker: there may be more.
+        return Ok(Round::Taken);
     }
     let attempts = leased.iter().map(|leased| attempt(client, row, source, leased));
     let attempted = futures_util::future::join_all(attempts).await;
