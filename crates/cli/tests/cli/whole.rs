@@ -41,6 +41,26 @@ fn a_hub_answers_every_noun() {
     fleet.refused(1, &["rollout", "why"]);
     assert_eq!(fleet.json(&["release", "list"]), serde_json::json!([]));
 
+    fleet.refused(1, &["rollout", "plan", "nobody", "1.0.0"]);
+    fleet.refused(1, &["quarantine", "lift", "9f86d0", "--class", "small", "--reason", "x"]);
+    assert_eq!(fleet.json(&["quarantine", "list"]), serde_json::json!([]));
+    fleet.json(&["channel", "set", "edge"]);
+    fleet.json(&["channel", "set", "beta", "--after", "edge", "--waves", "1,rest"]);
+    let channels = fleet.json(&["channel", "list"]);
+    assert_eq!((&channels[0]["name"], &channels[1]["after"]), (&"edge".into(), &"edge".into()));
+    fleet.refused(1, &["channel", "remove", "edge"]);
+    fleet.refused(1, &["release", "promote", "nobody@1.0.0", "--to", "edge"]);
+    fleet.refused(1, &["release", "promote", "nobody", "--to", "edge"]);
+    let added =
+        fleet.json(&["webhook", "add", "http://127.0.0.1:9/hook", "--events", "class.*,x.y"]);
+    assert!(added["secret"].as_str().is_some_and(|secret| secret.starts_with("whsec_")));
+    let id = added["webhook"]["id"].as_str().expect("an id").to_owned();
+    fleet.json(&["webhook", "test", &id]);
+    fleet.json(&["webhook", "deliveries", &id, "--state", "dead"]);
+    fleet.json(&["webhook", "redeliver", &id]);
+    fleet.json(&["webhook", "remove", &id]);
+    fleet.refused(1, &["webhook", "add", "ftp://example.com", "--events", "*"]);
+
     let verdict = fleet.json(&["audit", "verify"]);
     assert!(verdict["entries"].as_u64().is_some_and(|entries| entries > 4), "{verdict}");
     assert!(verdict.get("broken").is_none(), "{verdict}");
@@ -78,5 +98,22 @@ fn a_model_travels_from_a_file_to_a_confirmed_device() {
 
     let why = fleet.run(&["rollout", "why"]);
     assert!(String::from_utf8_lossy(&why.stdout).contains("completed"));
+
+    // What an operator decides about it, and what a rollout of the same would do.
+    fleet.json(&["device", "exclude", "till", "--reason", "at the workshop"]);
+    let pin = ["device", "pin", "till", "--model", "glass", "--version", "1.0.0"];
+    fleet.json(&[&pin[..], &["--reason", "certified"]].concat());
+    let shown = fleet.run(&["device", "show", "till"]);
+    let shown = String::from_utf8_lossy(&shown.stdout);
+    assert!(shown.contains("at the workshop") && shown.contains("certified"), "{shown}");
+    let plan = fleet.run(&["rollout", "plan", "glass", "1.0.0", "--to", "fact.cores>=1"]);
+    let plan = String::from_utf8_lossy(&plan.stdout);
+    assert!(plan.contains("0 get it, 1 left out") && plan.contains("at the workshop"), "{plan}");
+    fleet.json(&["device", "include", "till"]);
+    fleet.json(&["device", "unpin", "till"]);
+    let plan = fleet.json(&["rollout", "plan", "glass", "1.0.0"]);
+    assert_eq!(plan["waves"][0]["devices"][0]["transfer_bytes"], 0, "it has it: {plan}");
+    fleet.refused(1, &[&pin[..6], &["9.0.0", "--reason", "x"]].concat());
+    assert_eq!(fleet.json(&["device", "list", "--to", "fact.cores<1"]), serde_json::json!([]));
     assert!(fleet.json(&["audit", "verify"]).get("broken").is_none());
 }
