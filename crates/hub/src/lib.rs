@@ -18,6 +18,6 @@ pub mod routes;
 pub mod server;
 pub mod store;
 pub mod tls;
-mod webhooks;
+pub mod webhooks;
 
 pub use server::{Hub, HubConfig, HubError, RunningHub};

@@ -59,7 +59,7 @@ pub async fn put(
             let detail = format!("channel {name} is to come after {earlier}, which does not exist");
             ApiError::bad_request(detail, format!("make it first: `slm channel set {earlier}`"))
         })?;
-        before.clone_from(&found.after);
+        before = found.after.clone();
     }
     state.store.put_channel(by(&operator), channel.clone()).await?;
     state.events.announce("channel", &name);
