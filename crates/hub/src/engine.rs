@@ -406,7 +406,7 @@ fn releases_on(name: &ChannelName, rollouts: &[RolloutRecord]) -> Vec<ChannelRel
 }
 
 /// Waits until the hub stops, or nobody is left who could say so.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 

@@ -24,6 +24,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::JoinSet;
 
 use crate::auth::Secret;
+use crate::engine::stopped;
 use crate::events::Events;
 use crate::store::{Attempted, Leased, Store, StoreError, WebhookRow, message_id};
 use crate::tls::{self, TlsError};
@@ -227,7 +228,7 @@ impl Dispatcher {
                     }
                 }
                 () = tokio::time::sleep(until_next(&places)) => {}
-                _ = stop.wait_for(|stop| *stop) => break,
+                () = stopped(&mut stop) => break,
             }
         }
     }

@@ -121,6 +121,8 @@ pub const SCHEMA: Schema = Schema {
     ALTER TABLE quarantine ADD COLUMN since TEXT;
     ALTER TABLE quarantine ADD COLUMN rollout TEXT;
     ",
+        "CREATE TABLE channels (name TEXT PRIMARY KEY, channel TEXT NOT NULL) STRICT;",
+        webhooks::MIGRATION,
     ],
 };
 

@@ -197,8 +197,9 @@ async fn events_are_signed_cloud_events_of_the_wanted_kinds() {
     .await;
     assert_eq!((&done[0]["last"], &done[0]["attempts"]), (&json!("204"), &json!(1)));
     let sequence = done[0]["sequence"].clone();
-    let again = rig.post(&format!("/v1/webhooks/{id}/redeliver"), json!({ "sequence": sequence }));
-    assert_eq!(again.await["deliveries"], 1);
+    let path = format!("/v1/webhooks/{id}/redeliver");
+    let again = rig.post(&path, json!({ "sequence": sequence })).await;
+    assert_eq!(again["deliveries"], 1);
     wait_for("it again", async || (receiver.taken().len() == taken + 1).then_some(())).await;
 
     // Neither the secret nor what the URL hides is told where others read.
