@@ -18,7 +18,8 @@ const MAX_PENDING_NOTICES: usize = 1024;
 /// Something changed; whoever shows it reads it again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct Change {
-    /// `device`, `rollout`, `release`, `class`, `blueprint`, `invitation`, `token` or `key`.
+    /// `device`, `rollout`, `release`, `class`, `blueprint`, `invitation`, `token`, `key`,
+    /// `quarantine`, `channel` or `webhook`.
     pub kind: &'static str,
     /// Which one.
     pub id: String,
