@@ -560,7 +560,7 @@ async fn channels_are_kept(store: &impl Store) {
     assert_eq!(store.verify_audit().await.unwrap().entries, 3);
 }
 
-async fn webhook(store: &impl Store, id: &str, events: &[&str]) -> WebhookId {
+pub(super) async fn webhook(store: &impl Store, id: &str, events: &[&str]) -> WebhookId {
     let id: WebhookId = id.parse().unwrap();
     let asked = NewWebhook {
         url: "https://example.com/hook?key=hidden".to_owned(),

@@ -86,6 +86,15 @@ async fn fill(db: &Database) {
     let away = OrdersChange::Exclude("it's away".to_owned());
     store.order_device(by(), "d1".parse().unwrap(), away).await.unwrap();
     store.put_class(by(), class("small")).await.unwrap();
+    let channel = Channel {
+        name: "beta".parse().unwrap(),
+        after: None,
+        policy: slmops_api::rollout::RolloutPolicy::default(),
+    };
+    store.put_channel(by(), channel).await.unwrap();
+    let hook = webhook(&store, "w1", &["class.*"]).await;
+    store.test_webhook(by(), hook.clone()).await.unwrap();
+    store.lease_deliveries(hook, at(30), at(40), 1).await.unwrap();
     let blueprint = StoredBlueprint {
         place: slmops_api::blueprint::Layer::Device("d1".parse().unwrap()),
         toml: "model = \"m\" # it's quoted: \\ \n".to_owned(),
@@ -158,6 +167,11 @@ async fn check(version: &str, db: &Database) {
     if !version.starts_with("store-1_") {
         let exclusion = device.orders.as_ref().unwrap().exclusion.as_ref().unwrap();
         assert_eq!(exclusion.reason, "it's away", "{version}");
+    }
+    if !["store-1_", "store-2_"].iter().any(|old| version.starts_with(old)) {
+        assert_eq!(store.channels().await.unwrap()[0].name.as_str(), "beta", "{version}");
+        let hooks = store.webhooks().await.unwrap();
+        assert_eq!(hooks[0].webhook.pending, 1, "{version}");
     }
     let history = store.history(device.id.clone(), PageRequest::default()).await.unwrap().items;
     assert!(history.iter().any(|event| event.what.starts_with("told to be m 1.0.0")), "{version}");
