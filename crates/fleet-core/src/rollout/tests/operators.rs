@@ -318,8 +318,8 @@ fn who_follows_a_channel_takes_its_releases_alone() {
     fleet.confirm(0);
     // Each newcomer takes what was completed for its like.
     fleet.join(600);
-    fleet.join(600);
     fleet.follow(2, "edge");
+    fleet.join(600);
     fleet.follow(3, "beta");
     assert_eq!([fleet.told(2), fleet.told(3)], ["1.1.0 q8_0", "nothing"]);
     // One that comes to follow a channel later keeps what it has until the next promotion.
