@@ -324,8 +324,18 @@ async fn read_again(
 
 /// What pages that follow along call it.
 fn shown(kind: &str) -> Option<&'static str> {
-    let kinds =
-        ["device", "rollout", "release", "class", "blueprint", "invitation", "token", "key"];
+    let kinds = [
+        "device",
+        "rollout",
+        "release",
+        "class",
+        "blueprint",
+        "invitation",
+        "token",
+        "key",
+        "channel",
+        "webhook",
+    ];
     match kind {
         "news" | "report" => Some("device"),
         kind => kinds.into_iter().find(|known| *known == kind),
