@@ -91,7 +91,7 @@ pub fn forecast(
         active.iter().filter(|record| !supersedes.contains(&record.rollout.id)).cloned().collect();
     records.extend(created.superseded);
     records.push(created.record);
-    let mut told = told(&id, world, &records, pace);
+    let mut told = told(&id, world, &records, created.targets, pace);
     told.rollout = None;
     told.waiting_for = String::new();
     told.supersedes = supersedes.into_iter().collect();
@@ -110,12 +110,19 @@ pub fn foresee(
     active: &[RolloutRecord],
     pace: &Pace,
 ) -> Option<RolloutPlan> {
-    active.iter().any(|record| record.rollout.id == *id).then(|| told(id, world, active, pace))
+    let exists = active.iter().any(|record| record.rollout.id == *id);
+    exists.then(|| told(id, world, active, Targets::new(), pace))
 }
 
 /// The plan's words about the rollout `id` of `records`, after its next step.
-fn told(id: &RolloutId, world: &World<'_>, records: &[RolloutRecord], pace: &Pace) -> RolloutPlan {
-    let changed = plan(world, records, Targets::new()).rollouts;
+fn told(
+    id: &RolloutId,
+    world: &World<'_>,
+    records: &[RolloutRecord],
+    targets: Targets,
+    pace: &Pace,
+) -> RolloutPlan {
+    let changed = plan(world, records, targets).rollouts;
     let of =
         |records: &[RolloutRecord]| records.iter().find(|record| record.rollout.id == *id).cloned();
     let record = of(&changed).or_else(|| of(records)).expect("the caller put it among them");
@@ -222,6 +229,13 @@ fn planned_device(
     let size_bytes = variant.map_or(0, |variant| variant.size_bytes);
     let transfer_bytes = match report.map(|report| &report.phase) {
         _ if has || !is_open(part) => 0,
+        Some(
+            Phase::Downloaded
+            | Phase::Verified
+            | Phase::Prestaged { .. }
+            | Phase::Staged
+            | Phase::Activated,
+        ) if part.outcome == Outcome::Updating => 0,
         Some(Phase::Downloading { done_bytes, .. }) if part.outcome == Outcome::Updating => {
             size_bytes.saturating_sub(*done_bytes)
         }
