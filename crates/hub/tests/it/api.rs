@@ -413,7 +413,7 @@ async fn blueprint_reaches_the_device_and_explains_itself() {
     let (status, _) = put("/v1/blueprints/class/kiosk", "overridable = []").await;
     assert_eq!(status, StatusCode::OK);
     let class = json!({
-        "name": "kiosk", "description": "", "min_memory_bytes": 1 << 50, "quantisation": "Q4_K_M",
+        "name": "kiosk", "description": "", "min_memory_bytes": 1_u64 << 50, "quantisation": "Q4_K_M",
     });
     rig.send(Method::PUT, "/v1/classes/kiosk", class, StatusCode::OK).await;
     let moved = json!({ "labels": { "class": "kiosk" } });
