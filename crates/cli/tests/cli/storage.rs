@@ -17,7 +17,7 @@ mod s3;
 fn confirmed(devices: &[Value], above: u64) -> bool {
     devices.iter().all(|device| {
         device["report"]["generation"].as_u64().is_some_and(|generation| generation > above)
-            && device["report"]["phase"]["phase"] == "confirmed"
+            && device["report"]["phase"] == "confirmed"
     })
 }
 
