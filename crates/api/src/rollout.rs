@@ -423,6 +423,66 @@ pub struct Decision {
     pub because: Vec<String>,
 }
 
+/// How many devices of a wave are where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(default)]
+pub struct OutcomeCounts {
+    /// Not told yet.
+    pub pending: u64,
+    /// Told; on their way.
+    pub updating: u64,
+    /// Confirmed by their probes.
+    pub confirmed: u64,
+    /// Failed and went back.
+    pub failed: u64,
+    /// No variant fits.
+    pub no_fit: u64,
+    /// Failed this very manifest before.
+    pub quarantined: u64,
+    /// Not heard of for long.
+    pub away: u64,
+    /// On their way when the rollout ended, and told to keep what they had.
+    pub recalled: u64,
+}
+
+impl OutcomeCounts {
+    /// All devices.
+    pub fn devices(&self) -> u64 {
+        let Self { pending, updating, confirmed, failed, no_fit, quarantined, away, recalled } =
+            self;
+        pending + updating + confirmed + failed + no_fit + quarantined + away + recalled
+    }
+
+    /// Counts one more device.
+    pub fn count(&mut self, outcome: &Outcome) {
+        *match outcome {
+            Outcome::Pending => &mut self.pending,
+            Outcome::Updating => &mut self.updating,
+            Outcome::Confirmed => &mut self.confirmed,
+            Outcome::Failed { .. } => &mut self.failed,
+            Outcome::NoFit { .. } => &mut self.no_fit,
+            Outcome::Quarantined => &mut self.quarantined,
+            Outcome::Away => &mut self.away,
+            Outcome::Recalled => &mut self.recalled,
+        } += 1;
+    }
+}
+
+impl std::iter::Sum for OutcomeCounts {
+    fn sum<I: Iterator<Item = Self>>(counts: I) -> Self {
+        counts.fold(Self::default(), |a, b| Self {
+            pending: a.pending + b.pending,
+            updating: a.updating + b.updating,
+            confirmed: a.confirmed + b.confirmed,
+            failed: a.failed + b.failed,
+            no_fit: a.no_fit + b.no_fit,
+            quarantined: a.quarantined + b.quarantined,
+            away: a.away + b.away,
+            recalled: a.recalled + b.recalled,
+        })
+    }
+}
+
 /// A rollout as the hub shows it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Rollout {
@@ -437,8 +497,12 @@ pub struct Rollout {
     pub current_wave: u32,
     /// All waves' number.
     pub waves: u32,
-    /// Every selected device, in wave order.
+    /// The selected devices, in wave order; of a large rollout the first ones, and none in a list
+    /// of rollouts: `GET /v1/rollouts/{id}/devices` pages through all of them.
     pub devices: Vec<RolloutDevice>,
+    /// How many devices are where, for each wave.
+    #[serde(default)]
+    pub counts: Vec<OutcomeCounts>,
     /// Every decision so far, oldest first.
     pub decisions: Vec<Decision>,
     /// What it waits for, in words; empty when it is over.
@@ -457,4 +521,21 @@ pub struct Rollout {
     /// When it last changed.
     #[schema(value_type = String, format = DateTime)]
     pub updated_at: jiff::Timestamp,
+}
+
+impl Rollout {
+    /// Counts [`Rollout::devices`] anew; right where they are all there.
+    pub fn recount(&mut self) {
+        self.counts = vec![OutcomeCounts::default(); self.waves as usize];
+        for part in &self.devices {
+            if let Some(wave) = self.counts.get_mut(part.wave as usize) {
+                wave.count(&part.outcome);
+            }
+        }
+    }
+
+    /// All waves' counts together.
+    pub fn total(&self) -> OutcomeCounts {
+        self.counts.iter().copied().sum()
+    }
 }

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    audit, backup, blueprint, channel, class, completions, demo, device, doctor, evaluate, key,
-    model, optimize, quarantine, release, rollout, serve, ship, sim, token, up, webhook,
+    audit, backup, bench, blueprint, channel, class, completions, demo, device, doctor, evaluate,
+    key, model, optimize, quarantine, release, rollout, serve, ship, sim, token, up, webhook,
 };
 use crate::output::Format;
 
@@ -97,6 +97,9 @@ pub enum Command {
     Quarantine(quarantine::Quarantine),
     /// Show what a rollout policy would do to a fleet, in virtual time
     Sim(sim::Sim),
+    /// Measure how much a hub can take
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Devices of the fleet
     #[command(subcommand)]
     Device(device::Device),

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport};
 use slmops_api::model::NewRelease;
 use slmops_api::orders::{Exclusion, Orders, Pin};
+use slmops_api::rollout::Rollout;
 use slmops_api::rules::DeviceRules;
 use slmops_api::selector::Selector;
 use slmops_api::{ChannelName, ClassName, DeviceId, ModelName, RolloutId};
@@ -38,7 +39,7 @@ pub struct FleetDevice {
     pub last_seen: Timestamp,
     /// What it is told to be.
     pub desired: DesiredState,
-    /// Its latest report.
+    /// Its latest report; what it says of itself is in [`FleetDevice::facts`].
     pub report: Option<DeviceReport>,
     /// Whether it is shut out.
     pub revoked: bool,
@@ -109,6 +110,18 @@ pub struct CompletedRollout {
     pub selector: Selector,
     /// The channel that it was promoted to; none for one that was started by hand.
     pub channel: Option<ChannelName>,
+}
+
+impl From<&Rollout> for CompletedRollout {
+    fn from(rollout: &Rollout) -> Self {
+        Self {
+            id: rollout.id.clone(),
+            model: rollout.asked.model.clone(),
+            version: rollout.asked.version.clone(),
+            selector: rollout.asked.policy.selector.clone(),
+            channel: rollout.asked.promotion.as_ref().map(|promotion| promotion.channel.clone()),
+        }
+    }
 }
 
 /// Everything that decisions are made from.

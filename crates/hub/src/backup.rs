@@ -483,7 +483,7 @@ fn schemas_of(contents: &Contents) -> Result<Vec<Schema>> {
         let known = SCHEMAS.iter().find(|schema| schema.component == component);
         let known = known.ok_or_else(newer)?;
         let migrations = known.migrations.get(..*version as usize).ok_or_else(newer)?;
-        schemas.push(Schema { component: known.component, migrations });
+        schemas.push(Schema { migrations, ..*known });
     }
     Ok(schemas)
 }

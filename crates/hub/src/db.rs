@@ -17,6 +17,7 @@ mod sqlite;
 #[cfg(test)]
 pub(crate) mod tests;
 mod value;
+mod writer;
 
 pub use feed::{Feed, Note};
 pub use postgres::Postgres;
@@ -24,6 +25,7 @@ pub use sqlite::FolderLock;
 use value::RowOf;
 pub(crate) use value::params;
 pub use value::{Cell, Column, Row, ToValue, Value};
+use writer::{Waiting, Writer};
 
 /// The database's file in the hub's data folder.
 pub const DATABASE_FILE: &str = "hub.db";
@@ -49,7 +51,13 @@ pub struct Schema {
     pub component: &'static str,
     /// SQL, each entry run once in a transaction of its own.
     pub migrations: &'static [&'static str],
+    /// What SQL alone cannot do: code that is run right after the migration of that number, in its
+    /// transaction.
+    pub moves: &'static [(u32, Move)],
 }
+
+/// Moves data to new tables.
+pub type Move = fn(&Tx<'_>) -> Result<(), DbError>;
 
 /// Why the database cannot be used, or a transaction failed.
 #[derive(Debug, thiserror::Error)]
@@ -184,12 +192,23 @@ pub enum DbError {
     /// The hub is going down.
     #[error("the hub is shutting down")]
     ShuttingDown,
+    /// The transaction that a change shared with others failed; none of them was made.
+    #[error(transparent)]
+    Shared(Arc<DbError>),
     /// A transaction's own code panicked; it was rolled back.
     #[error("a database transaction panicked and was rolled back; this is a defect of the hub")]
     Panicked,
 }
 
 impl DbError {
+    /// The failure itself, whether or not others share it.
+    pub fn cause(&self) -> &Self {
+        match self {
+            Self::Shared(error) => error.cause(),
+            error => error,
+        }
+    }
+
     /// Whether a constraint of the tables (unique, foreign key, check) refused a change.
     pub fn is_constraint(&self) -> bool {
         match self {
@@ -197,6 +216,7 @@ impl DbError {
                 error.sqlite_error_code() == Some(rusqlite::ErrorCode::ConstraintViolation)
             }
             Self::Postgres(error) => postgres::is_constraint(error),
+            Self::Shared(error) => error.is_constraint(),
             _ => false,
         }
     }
@@ -210,7 +230,7 @@ pub struct Database {
 
 struct Inner {
     source: Source,
-    writer: Pool,
+    writer: Writer,
     readers: Pool,
 }
 
@@ -230,7 +250,6 @@ enum Connection {
 struct Pool {
     permits: Arc<Semaphore>,
     places: Mutex<Vec<Option<Connection>>>,
-    writes: bool,
 }
 
 impl Database {
@@ -294,16 +313,16 @@ impl Database {
     }
 
     fn over(source: Source, writer: Connection) -> Self {
-        let writer = Pool::new(vec![Some(writer)], true);
-        let readers = Pool::new((0..READERS).map(|_| None).collect(), false);
+        let (writer, readers) = (Writer::new(writer), Pool::new(READERS));
         Self { inner: Arc::new(Inner { source, writer, readers }) }
     }
 
-    /// Runs `change` in a transaction that excludes every other writer, on a thread for blocking
-    /// work. When this returns `Ok`, the change is on the disk; on `Err` nothing was changed, but
-    /// for [`DbError::Unreachable`], which leaves open whether a commit arrived.
+    /// Runs `change` as if in a transaction of its own that excludes every other writer, on a thread
+    /// for blocking work; changes that wait together are committed together. When this returns
+    /// `Ok`, the change is on the disk; on `Err` nothing was changed, but for
+    /// [`DbError::Unreachable`], which leaves open whether a commit arrived.
     ///
-    /// Not cancellation safe: once begun, a change is carried out even if the caller goes away.
+    /// Not cancellation safe: a change is carried out even if the caller goes away.
     ///
     /// # Errors
     /// What `change` returns, or [`DbError`] from the transaction itself.
@@ -315,7 +334,12 @@ impl Database {
         T: Send + 'static,
         E: From<DbError> + Send + 'static,
     {
-        self.run(|inner| &inner.writer, change).await
+        let (waiting, answered) = Waiting::new(change);
+        if self.inner.writer.push(waiting) {
+            let inner = Arc::clone(&self.inner);
+            drop(tokio::task::spawn_blocking(move || writer::work(inner)));
+        }
+        answered.await.unwrap_or_else(|_| Err(DbError::ShuttingDown.into()))
     }
 
     /// Runs `query` over one consistent snapshot, on a thread for blocking work.
@@ -330,27 +354,14 @@ impl Database {
         T: Send + 'static,
         E: From<DbError> + Send + 'static,
     {
-        self.run(|inner| &inner.readers, query).await
-    }
-
-    async fn run<T, E>(
-        &self,
-        pool: fn(&Inner) -> &Pool,
-        body: impl FnOnce(&Tx<'_>) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, E>
-    where
-        T: Send + 'static,
-        E: From<DbError> + Send + 'static,
-    {
-        let permits = Arc::clone(&pool(&self.inner).permits);
+        let permits = Arc::clone(&self.inner.readers.permits);
         let permit = permits.acquire_owned().await.map_err(|_| DbError::ShuttingDown)?;
         let inner = Arc::clone(&self.inner);
         let work = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            let pool = pool(&inner);
-            let mut lent = pool.take();
-            let mut connection = inner.source.ready(lent.connection.take(), pool.writes)?;
-            let result = transact(&mut connection, pool.writes, body);
+            let mut lent = inner.readers.take();
+            let mut connection = inner.source.ready(lent.connection.take(), false)?;
+            let result = transact(&mut connection, false, query);
             // What panicked or was lost is not put back; the next who needs one opens it again.
             let lost = matches!(&connection, Connection::Postgres(open) if open.is_closed());
             lent.connection = (!lost).then_some(connection);
@@ -636,9 +647,9 @@ impl Tx<'_> {
 }
 
 impl Pool {
-    fn new(places: Vec<Option<Connection>>, writes: bool) -> Self {
-        let permits = Arc::new(Semaphore::new(places.len()));
-        Self { permits, places: Mutex::new(places), writes }
+    fn new(places: usize) -> Self {
+        let permits = Arc::new(Semaphore::new(places));
+        Self { permits, places: Mutex::new((0..places).map(|_| None).collect()) }
     }
 
     fn take(&self) -> Lent<'_> {
@@ -692,6 +703,9 @@ fn migrate(database: &str, connection: &mut Connection, schemas: &[Schema]) -> R
                     return Ok(0);
                 }
                 tx.batch(sql)?;
+                for (_, r#move) in schema.moves.iter().filter(|(after, _)| *after == number) {
+                    r#move(tx)?;
+                }
                 tx.execute(
                     "INSERT INTO schema_version (component, version) VALUES (?1, ?2)
                      ON CONFLICT (component) DO UPDATE SET version = excluded.version",

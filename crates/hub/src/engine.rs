@@ -1,157 +1,169 @@
 //! Runs `fleet-core` on every change and persists what it decides.
 //!
-//! A decision is one transaction: snapshot, pure function, result. Handlers run the operator's
-//! commands through [`Engine::create_rollout`] and [`Engine::command`]; the task in [`Engine::run`]
-//! does the rest whenever it is told that something changed, or a deadline comes. With several hubs
-//! over one database, only that of the hub that leads ([`Lead`]) does.
+//! One task, [`Planner::run`], owns the [`Fleet`] in memory and makes every decision, one at a time:
+//! bring the fleet up to date, decide, persist. A decision is persisted only if what it was made on
+//! is unchanged in the store; else the fleet is read again. Handlers ask through [`Engine`], and tell
+//! it what changed. With several hubs over one database, only that of the hub that leads ([`Lead`])
+//! decides by itself; the others keep their fleets up to date, and carry out what they are asked.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
-use serde_json::json;
 use slmops_api::blueprint::{Layer, StoredBlueprint};
 use slmops_api::channel::{Channel, ChannelRelease, ChannelStatus, NewPromotion};
+use slmops_api::device::DeviceReport;
 use slmops_api::model::{DeviceClass, NewRelease};
 use slmops_api::orders::NewPin;
 use slmops_api::plan::RolloutPlan;
 use slmops_api::rollout::{NewRollout, Rollout, RolloutState};
 use slmops_api::{ChannelName, DeviceId, ModelName, RolloutId};
-use slmops_fleet_core::blueprint::{BlueprintError, Resolved, resolve};
-use slmops_fleet_core::rollout::{self, Command, Pace, Plan, RolloutError, RolloutRecord, Targets};
+use slmops_fleet_core::rollout::{self, Command, Pace, RolloutError, RolloutRecord};
 use slmops_fleet_core::world::{FleetDevice, World};
-use tokio::sync::Notify;
-use tokio::sync::watch;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::db::DbError;
 use crate::events::{Board, Events};
+use crate::fleet::{Changes, Contradiction, Decided, Fleet};
 use crate::listening::Listening;
 use crate::replicas::Lead;
-use crate::store::{
-    AuditDraft, By, MAX_PAGE, PageRequest, Snapshot, Store, StoreError, StoredDevice, Transition,
-};
+use crate::store::{By, MAX_PAGE, PageRequest, Store, StoreError, StoredDevice, Transition};
 
 /// How often the engine looks even if nothing happened.
 const HEARTBEAT: Duration = Duration::from_secs(30);
-/// How often "last seen" is written.
+/// How often it is looked whose "last seen" is to be written.
 const WRITE_SEEN_EVERY: Duration = Duration::from_secs(10);
+/// What is stored of when a device was last heard of is no older than this, and a little.
+const SEEN_RESOLUTION: Duration = Duration::from_secs(120);
+/// Devices whose "last seen" is written in one transaction.
+const SEEN_AT_ONCE: usize = 1000;
 /// After a failed decision the engine waits this long.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// Decisions in a row without a pause; more would mean that they do not settle.
 const MAX_ROUNDS: u32 = 16;
+/// Times that a decision is made anew because what it was made on had changed.
+const MAX_TRIES: u32 = 8;
+/// Between decisions of its own the engine rests so many times as long as the last ones took, so
+/// that a large fleet's news is decided on together.
+const REST: u32 = 3;
 /// Rollouts, the newest, from which it is read how fast devices take releases.
 const PACE_ROLLOUTS: u32 = 20;
+/// Devices that are read from the store at once.
+const LOADED_AT_ONCE: u32 = 2000;
+/// Questions that may wait.
+const MAX_ASKS: usize = 256;
 
-/// The hub's decisions. Clones share it.
+/// What is asked of the planner, with where the answer goes.
+type Ask = Box<dyn FnOnce(&mut Planner) -> BoxFuture<'_, ()> + Send>;
+
+/// The hub's decisions, as handlers see them. Clones share it.
 #[derive(Clone)]
 pub struct Engine {
+    asks: mpsc::Sender<Ask>,
+    changes: Arc<Mutex<Changes>>,
+    wake: Arc<Notify>,
+    store: Arc<dyn Store>,
+}
+
+/// The one that decides.
+pub struct Planner {
     store: Arc<dyn Store>,
     board: Board,
     events: Events,
+    asks: mpsc::Receiver<Ask>,
+    changes: Arc<Mutex<Changes>>,
     wake: Arc<Notify>,
     listening: Arc<Listening>,
     lead: watch::Receiver<Lead>,
+    /// Absent until it is needed, and after a failure.
+    fleet: Option<Box<Fleet>>,
 }
 
 impl Engine {
-    /// An engine over a store; [`Engine::run`] must run for devices to be told anything.
+    /// An engine over a store, and its planner, which must run for devices to be told anything.
     pub fn new(
         store: Arc<dyn Store>,
         board: Board,
         events: Events,
         lead: watch::Receiver<Lead>,
-    ) -> Self {
-        let listening = Arc::new(Listening::begin(Timestamp::now(), Instant::now()));
-        Self { store, board, events, wake: Arc::default(), listening, lead }
+    ) -> (Self, Planner) {
+        let (sender, asks) = mpsc::channel(MAX_ASKS);
+        let (changes, wake): (Arc<Mutex<Changes>>, Arc<Notify>) = Default::default();
+        let planner = Planner {
+            store: Arc::clone(&store),
+            board,
+            events,
+            asks,
+            changes: Arc::clone(&changes),
+            wake: Arc::clone(&wake),
+            listening: Arc::new(Listening::begin(Timestamp::now(), std::time::Instant::now())),
+            lead,
+            fleet: None,
+        };
+        (Self { asks: sender, changes, wake, store }, planner)
     }
 
-    fn moment(&self, now: Timestamp) -> Moment {
-        Moment { now, listening_since: self.listening.since(now, Instant::now()) }
-    }
-
-    /// Says that something changed. Returns at once; several calls may be one decision.
-    pub fn wake(&self) {
+    /// Says that a device is new, or that an operator changed it.
+    pub fn device_changed(&self, id: DeviceId) {
+        self.changed(|changes| {
+            changes.devices.insert(id);
+        });
         self.wake.notify_one();
     }
 
-    /// Decides until `stop` turns true.
-    pub async fn run(self, mut stop: watch::Receiver<bool>) {
-        let mut write_seen = tokio::time::interval(WRITE_SEEN_EVERY);
-        write_seen.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut next = Duration::ZERO;
-        let mut lead = self.lead.clone();
-        loop {
-            tokio::select! {
-                Ok(()) = lead.changed() => {}
-                () = self.wake.notified() => {}
-                () = tokio::time::sleep(next) => {}
-                _ = write_seen.tick() => {
-                    self.write_seen().await;
-                    continue;
-                }
-                () = stopped(&mut stop) => break,
+    /// Says that something other than a device changed.
+    pub fn frame_changed(&self) {
+        self.changed(|changes| changes.frame = true);
+        self.wake.notify_one();
+    }
+
+    /// Says that what changed is not known.
+    pub fn all_changed(&self) {
+        self.changed(|changes| changes.all = true);
+        self.wake.notify_one();
+    }
+
+    /// Says that a device counted on, at another hub. There is no hurry.
+    pub fn device_counted(&self, id: DeviceId) {
+        self.changed(|changes| {
+            changes.devices.insert(id);
+        });
+    }
+
+    /// Hands on a report that was stored. Without `news` in it there is no hurry.
+    pub fn reported(&self, id: DeviceId, report: Arc<DeviceReport>, news: bool) {
+        self.changed(|changes| {
+            let newest = changes.reports.entry(id).or_insert_with(|| Arc::clone(&report));
+            if newest.sequence < report.sequence {
+                *newest = report;
             }
-            next = match self.settle().await {
-                Ok(deadline) => until(deadline),
-                Err(error) => {
-                    tracing::error!(%error, "cannot decide; trying again");
-                    RETRY_AFTER
-                }
-            };
-        }
-        self.write_seen().await;
-    }
-
-    async fn write_seen(&self) {
-        let seen = self.board.take_seen();
-        if seen.is_empty() {
-            return;
-        }
-        if let Err(error) = self.store.record_seen(seen).await {
-            tracing::warn!(%error, "cannot write when devices were last seen");
+        });
+        if news {
+            self.wake.notify_one();
         }
     }
 
-    /// Decides until nothing changes any more, if this hub leads. Returns when to look again.
-    ///
-    /// # Errors
-    /// What the store says; nothing of the failed decision was changed.
-    pub async fn settle(&self) -> Result<Option<Timestamp>, StoreError> {
-        for _ in 0..MAX_ROUNDS {
-            let fence = match self.lead.borrow().clone() {
-                Lead::Alone => None,
-                Lead::Here(fence) => Some(fence),
-                Lead::Elsewhere => return Ok(None),
-            };
-            // Most wakes change nothing: look over a read-only snapshot first.
-            let now = Timestamp::now();
-            let moment = self.moment(now);
-            let snapshot = self.store.snapshot(vec![]).await?;
-            let board = self.board.clone();
-            let look = tick(&snapshot, &board, moment);
-            if look.is_empty() {
-                return Ok(look.deadline);
-            }
-            let board = self.board.clone();
-            let decide = move |snapshot: &Snapshot| {
-                Ok(Transition { fence: fence.clone(), ..tick(snapshot, &board, moment) })
-            };
-            let done = self.store.transition(By::hub(now), vec![], Box::new(decide)).await?;
-            self.publish(&done);
-        }
-        tracing::error!("decisions do not settle; going on later");
-        Ok(None)
+    fn changed(&self, note: impl FnOnce(&mut Changes)) {
+        note(&mut self.changes.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn publish(&self, transition: &Transition) {
-        self.board.apply(transition);
-        for record in &transition.rollouts {
-            self.events.announce("rollout", &record.rollout.id);
-        }
-        for assignment in &transition.assignments {
-            self.events.announce("device", &assignment.device);
-        }
+    async fn ask<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&mut Planner) -> BoxFuture<'_, Result<T, StoreError>> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (answer, answered) = oneshot::channel();
+        let asked: Ask = Box::new(move |planner| {
+            Box::pin(async move {
+                // Whoever went away needs no answer.
+                let _ = answer.send(ask(planner).await);
+            })
+        });
+        let gone = || StoreError::Db(DbError::ShuttingDown);
+        self.asks.send(asked).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
     }
 
     /// Makes a rollout and starts its first wave. Asking again for what is under way gives that.
@@ -164,47 +176,24 @@ impl Engine {
         id: RolloutId,
         asked: NewRollout,
     ) -> Result<(Rollout, bool), StoreError> {
-        let board = self.board.clone();
-        let (moment, actor) = (self.moment(by.at), by.actor.clone());
-        let (given, wanted) = (id.clone(), asked.clone());
-        let decide = move |snapshot: &Snapshot| {
-            if under_way(snapshot, &asked).is_some() {
-                return Ok(Transition::default());
-            }
-            let devices = fleet_devices(snapshot, &board);
-            let world = world(snapshot, &devices, moment);
-            let created =
-                rollout::create(id.clone(), asked.clone(), &actor, &world, &snapshot.rollouts)?;
-            let mut records = snapshot.rollouts.clone();
-            let mut forced = created.superseded;
-            forced.push(created.record);
-            replace(&mut records, &forced);
-            let plan = rollout::plan(&world, &records, created.targets);
-            let made = AuditDraft {
-                action: "rollout.create",
-                object: id.to_string(),
-                details: json!({
-                    "model": asked.model, "version": asked.version, "policy": asked.policy,
-                }),
-            };
-            let promoted = asked.promotion.as_ref().map(|promotion| AuditDraft {
-                action: "release.promote",
-                object: format!("{} {}", asked.model, asked.version),
-                details: json!({ "promotion": promotion, "rollout": id }),
-            });
-            Ok(transition(plan, forced, promoted.into_iter().chain([made]).collect()))
-        };
-        let done = self.store.transition(by, vec![], Box::new(decide)).await?;
-        self.publish(&done);
-        self.wake();
-        let new = !done.is_empty();
-        if !new {
-            let snapshot = self.store.snapshot(vec![]).await?;
-            if let Some(record) = under_way(&snapshot, &wanted) {
-                return Ok((record.rollout.clone(), false));
-            }
-        }
-        Ok((self.store.rollout(given).await?.rollout, new))
+        let (found, new) =
+            self.ask(move |planner| Box::pin(planner.create_rollout(by, id, asked))).await?;
+        Ok((self.store.rollout(found).await?, new))
+    }
+
+    /// Carries out an operator's command on a rollout.
+    ///
+    /// # Errors
+    /// What `fleet-core` refuses, or what the store says.
+    pub async fn command(
+        &self,
+        by: By,
+        id: RolloutId,
+        command: Command,
+    ) -> Result<Rollout, StoreError> {
+        let wanted = id.clone();
+        self.ask(move |planner| Box::pin(planner.command(by, wanted, command))).await?;
+        self.store.rollout(id).await
     }
 
     /// What a rollout would do. Nothing of it happens.
@@ -212,10 +201,12 @@ impl Engine {
     /// # Errors
     /// What `fleet-core` refuses, or what the store says.
     pub async fn forecast(&self, by: By, asked: NewRollout) -> Result<RolloutPlan, StoreError> {
-        self.look(move |world, active, pace| {
-            Ok(rollout::forecast(asked, &by.actor, world, active, pace)?)
-        })
-        .await
+        let recent = self.store.samples(PACE_ROLLOUTS).await?;
+        let plan = self.look(move |world, active| {
+            let pace = Pace::measure(world, recent.iter().map(|record| &record.rollout));
+            rollout::forecast(asked, &by.actor, world, active, &pace)
+        });
+        Ok(plan.await??)
     }
 
     /// What a rollout that is not over will do from now on.
@@ -223,14 +214,20 @@ impl Engine {
     /// # Errors
     /// That it is over, or what the store says.
     pub async fn foresee(&self, id: RolloutId) -> Result<RolloutPlan, StoreError> {
-        let state = self.store.rollout(id.clone()).await?.rollout.state;
-        self.look(move |world, active, pace| {
-            let plan = rollout::foresee(&id, world, active, pace);
-            let state = rollout::state_name(state);
-            let over = || RolloutError::State { id: id.clone(), state, wanted: "planned" };
-            Ok(plan.ok_or_else(over)?)
-        })
-        .await
+        let state = self.store.rollout(id.clone()).await?.state;
+        let recent = self.store.samples(PACE_ROLLOUTS).await?;
+        let wanted = id.clone();
+        let plan = self.look(move |world, active| {
+            rollout::foresee(
+                &wanted,
+                world,
+                active,
+                &Pace::measure(world, recent.iter().map(|record| &record.rollout)),
+            )
+        });
+        let state = rollout::state_name(state);
+        let over = || RolloutError::State { id, state, wanted: "planned" };
+        Ok(plan.await?.ok_or_else(over)?)
     }
 
     /// Whether a device can be pinned to a release.
@@ -238,12 +235,12 @@ impl Engine {
     /// # Errors
     /// Why it cannot, or what the store says.
     pub async fn check_pin(&self, id: DeviceId, pin: NewPin) -> Result<(), StoreError> {
-        self.look(move |world, _, _| {
+        let checked = self.look(move |world, _| {
             let gone = || StoreError::NotFound { kind: "device", name: id.to_string() };
             let device = world.device(&id).ok_or_else(gone)?;
             Ok(rollout::check_pin(world, device, &pin.model, &pin.version)?)
-        })
-        .await
+        });
+        checked.await?
     }
 
     /// The rollout that promotes a release to a channel.
@@ -260,10 +257,10 @@ impl Engine {
         let name = wanted.to.to_string();
         let channel = channel.ok_or(StoreError::NotFound { kind: "channel", name })?;
         let (model, version) = (release.model.clone(), release.version.clone());
-        self.look(move |world, _, _| {
+        let promoted = self.look(move |world, _| {
             Ok(rollout::promote(world, &model, &version, &channel, wanted.force)?)
-        })
-        .await
+        });
+        promoted.await?
     }
 
     /// All channels in the order in which releases pass them, with what is on each.
@@ -274,7 +271,7 @@ impl Engine {
         let channels = in_order(self.store.channels().await?);
         let newest = PageRequest { cursor: None, limit: MAX_PAGE };
         let rollouts = self.store.rollouts(newest).await?.items;
-        self.look(move |world, _, _| {
+        self.look(move |world, _| {
             let following = |name: &ChannelName| {
                 let follows = |it: &&FleetDevice| it.config.channel.as_ref() == Some(name);
                 world.devices.iter().filter(|it| !it.revoked).filter(follows).count() as u64
@@ -284,89 +281,294 @@ impl Engine {
                 releases: releases_on(&channel.name, &rollouts),
                 channel,
             };
-            Ok(channels.into_iter().map(status).collect())
+            channels.into_iter().map(status).collect()
         })
         .await
     }
 
-    /// Asks a question about the fleet as it is, off the threads that answer requests.
-    async fn look<T: Send + 'static>(
-        &self,
-        ask: impl FnOnce(&World<'_>, &[RolloutRecord], &Pace) -> Result<T, StoreError> + Send + 'static,
-    ) -> Result<T, StoreError> {
-        let snapshot = self.store.snapshot(vec![]).await?;
-        let recent = PageRequest { cursor: None, limit: PACE_ROLLOUTS };
-        let recent = self.store.rollouts(recent).await?.items;
-        let (board, moment) = (self.board.clone(), self.moment(Timestamp::now()));
-        let asked = tokio::task::spawn_blocking(move || {
-            let devices = fleet_devices(&snapshot, &board);
-            let world = world(&snapshot, &devices, moment);
-            ask(
-                &world,
-                &snapshot.rollouts,
-                &Pace::measure(&world, recent.iter().map(|record| &record.rollout)),
-            )
-        });
-        asked.await.map_err(|_| DbError::Panicked)?
-    }
-
-    /// Carries out an operator's command on a rollout.
+    /// Asks a question about the fleet as it is now, on a thread for compute work.
     ///
     /// # Errors
-    /// What `fleet-core` refuses, or what the store says.
-    pub async fn command(
+    /// What the store says where the fleet must be read from it.
+    pub async fn look<T: Send + 'static>(
         &self,
-        by: By,
-        id: RolloutId,
-        command: Command,
-    ) -> Result<Rollout, StoreError> {
-        let board = self.board.clone();
-        let (moment, actor) = (self.moment(by.at), by.actor.clone());
-        let wanted = id.clone();
-        let decide = move |snapshot: &Snapshot| {
-            let devices = fleet_devices(snapshot, &board);
-            let world = world(snapshot, &devices, moment);
-            let record = snapshot.rollouts.iter().find(|record| record.rollout.id == wanted);
-            let record = record.ok_or_else(|| StoreError::NotFound {
-                kind: "rollout",
-                name: wanted.to_string(),
-            })?;
-            let (changed, targets) = rollout::command(record, command, &actor, &world)?;
-            if changed == *record {
-                return Ok(Transition::default());
-            }
-            let mut records = snapshot.rollouts.clone();
-            let forced = vec![changed];
-            replace(&mut records, &forced);
-            let plan = rollout::plan(&world, &records, targets);
-            let audit = AuditDraft {
-                action: match command {
-                    Command::Pause => "rollout.pause",
-                    Command::Resume => "rollout.resume",
-                    Command::Abort => "rollout.abort",
-                    Command::Approve { .. } => "rollout.approve",
-                    Command::Rollback => "rollout.rollback",
-                },
-                object: wanted.to_string(),
-                details: match command {
-                    Command::Approve { wave } => json!({ "wave": wave }),
-                    _ => json!({}),
-                },
-            };
-            Ok(transition(plan, forced, vec![audit]))
-        };
-        let done = self.store.transition(by, vec![id.clone()], Box::new(decide)).await?;
-        self.publish(&done);
-        self.wake();
-        Ok(self.store.rollout(id).await?.rollout)
+        look: impl FnOnce(&World<'_>, &[RolloutRecord]) -> T + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.ask(move |planner| {
+            Box::pin(planner.with_fleet(move |fleet| fleet.look(Timestamp::now(), look)))
+        })
+        .await
+    }
+
+    /// Whether a blueprint layer would contradict others on some device; which, and why.
+    ///
+    /// # Errors
+    /// As [`Engine::look`].
+    pub async fn contradiction(
+        &self,
+        wanted: StoredBlueprint,
+    ) -> Result<Option<Contradiction>, StoreError> {
+        self.ask(move |planner| {
+            Box::pin(planner.with_fleet(move |fleet| fleet.contradiction(&wanted)))
+        })
+        .await
     }
 }
 
-/// When a decision is made, and since when the hub has heard everything.
-#[derive(Clone, Copy)]
-struct Moment {
-    now: Timestamp,
-    listening_since: Timestamp,
+impl Planner {
+    /// Reads the fleet, so that devices can be answered.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub async fn load(mut self) -> Result<Self, StoreError> {
+        self.fleet = Some(self.load_fleet().await?);
+        Ok(self)
+    }
+
+    /// Decides and answers until `stop` turns true.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        let mut write_seen = tokio::time::interval(WRITE_SEEN_EVERY);
+        write_seen.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (mut next, mut rested) = (Instant::now(), Instant::now());
+        let wake = Arc::clone(&self.wake);
+        let mut lead = self.lead.clone();
+        loop {
+            tokio::select! {
+                () = stopped(&mut stop) => break,
+                Some(ask) = self.asks.recv() => {
+                    ask(&mut self).await;
+                    next = rested.max(Instant::now());
+                }
+                Ok(()) = lead.changed() => next = Instant::now(),
+                () = wake.notified() => next = next.min(rested.max(Instant::now())),
+                () = tokio::time::sleep_until(next) => {
+                    let begun = Instant::now();
+                    let wait = match self.settle().await {
+                        Ok(deadline) => until(deadline),
+                        Err(error) => {
+                            tracing::error!(%error, "cannot decide; trying again");
+                            RETRY_AFTER
+                        }
+                    };
+                    rested = Instant::now() + begun.elapsed() * REST;
+                    next = rested.max(Instant::now() + wait);
+                }
+                _ = write_seen.tick() => self.write_seen(SEEN_RESOLUTION).await,
+            }
+        }
+        self.write_seen(Duration::ZERO).await;
+    }
+
+    async fn write_seen(&self, resolution: Duration) {
+        for seen in self.board.take_seen(resolution).chunks(SEEN_AT_ONCE) {
+            if let Err(error) = self.store.record_seen(seen.to_vec()).await {
+                tracing::warn!(%error, "cannot write when devices were last seen");
+            }
+        }
+    }
+
+    /// The fleet, up to date with everything that this hub was told of. Whoever takes it puts it
+    /// back, or it is read from the store anew.
+    async fn up_to_date(&mut self) -> Result<Box<Fleet>, StoreError> {
+        let take = |changes: &Mutex<Changes>| {
+            std::mem::take(&mut *changes.lock().unwrap_or_else(PoisonError::into_inner))
+        };
+        let mut changes = take(&self.changes);
+        let mut fleet = match self.fleet.take() {
+            Some(fleet) if !changes.all => fleet,
+            _ => return self.load_fleet().await,
+        };
+        if changes.frame {
+            let frame = self.store.frame(vec![]).await?;
+            if !fleet.reframe(frame) {
+                return self.load_fleet().await;
+            }
+        }
+        for (id, report) in std::mem::take(&mut changes.reports) {
+            if fleet.hear(&id, report) {
+                changes.devices.insert(id);
+            }
+        }
+        if !changes.devices.is_empty() {
+            let ids = changes.devices.into_iter().collect();
+            let devices = self.store.devices_of(ids).await?;
+            fleet.refresh(devices, &self.board);
+        }
+        Ok(fleet)
+    }
+
+    /// Reads the fleet piece by piece, so that it is never in memory twice. What changes meanwhile is
+    /// told apart.
+    async fn load_fleet(&self) -> Result<Box<Fleet>, StoreError> {
+        let frame = self.store.frame(vec![]).await?;
+        let mut fleet = Box::new(Fleet::new(frame, Arc::clone(&self.listening)));
+        let mut last = None;
+        loop {
+            let devices = self.store.devices_after(last, LOADED_AT_ONCE).await?;
+            let Some(newest) = devices.last().map(|device| device.id.clone()) else {
+                return Ok(fleet);
+            };
+            last = Some(newest);
+            let board = self.board.clone();
+            let adding = tokio::task::spawn_blocking(move || {
+                fleet.refresh(devices, &board);
+                fleet
+            });
+            fleet = adding.await.map_err(|_| DbError::Panicked)?;
+        }
+    }
+
+    /// Works with the fleet on a thread for compute work.
+    async fn with_fleet<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Fleet) -> T + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let fleet = self.up_to_date().await?;
+        self.at_work(fleet, work).await
+    }
+
+    async fn at_work<T: Send + 'static>(
+        &mut self,
+        mut fleet: Box<Fleet>,
+        work: impl FnOnce(&mut Fleet) -> T + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let working = tokio::task::spawn_blocking(move || {
+            let result = work(&mut fleet);
+            (fleet, result)
+        });
+        let (fleet, result) = working.await.map_err(|_| DbError::Panicked)?;
+        self.fleet = Some(fleet);
+        Ok(result)
+    }
+
+    /// Makes a decision and persists it. None if what it was made on had changed: try again.
+    async fn decide(
+        &mut self,
+        by: By,
+        decide: impl FnOnce(&mut Fleet) -> Result<Decided, StoreError> + Send + 'static,
+    ) -> Result<Option<(Arc<Transition>, Option<Timestamp>)>, StoreError> {
+        let decided = self.with_fleet(decide).await??;
+        self.persist(by, decided).await
+    }
+
+    async fn persist(
+        &mut self,
+        by: By,
+        decided: Decided,
+    ) -> Result<Option<(Arc<Transition>, Option<Timestamp>)>, StoreError> {
+        let Decided { transition, deadline } = decided;
+        let transition = Arc::new(transition);
+        if transition.is_empty() {
+            return Ok(Some((transition, deadline)));
+        }
+        // Put back only when it is persisted: else the store is right, and the fleet is not.
+        let Some(mut fleet) = self.fleet.take() else { return Ok(None) };
+        let persisting = self.store.transition(by, fleet.revision(), Arc::clone(&transition));
+        match persisting.await {
+            Ok(revision) => fleet.persisted(revision),
+            Err(StoreError::Outdated) => {
+                return self.outdated(fleet, &transition).await.map(|()| None);
+            }
+            Err(error) => return Err(error),
+        }
+        self.fleet = Some(fleet);
+        self.publish(&transition);
+        Ok(Some((transition, deadline)))
+    }
+
+    /// What a decision was made on has changed: an operator, or another hub, was faster. The fleet
+    /// becomes what it was before the decision, and what has changed.
+    async fn outdated(
+        &mut self,
+        mut fleet: Box<Fleet>,
+        decided: &Transition,
+    ) -> Result<(), StoreError> {
+        let frame = self.store.frame(vec![]).await?;
+        if !fleet.reframe(frame) {
+            return Ok(());
+        }
+        let ids = decided.assignments.iter().map(|it| it.device.clone()).collect();
+        fleet.refresh(self.store.devices_of(ids).await?, &self.board);
+        self.fleet = Some(fleet);
+        Ok(())
+    }
+
+    /// Decides until nothing changes any more, if this hub leads. Returns when to look again. What is
+    /// heard meanwhile waits for the next time: there is no end of it in a large fleet.
+    async fn settle(&mut self) -> Result<Option<Timestamp>, StoreError> {
+        self.fleet = Some(self.up_to_date().await?);
+        for _ in 0..MAX_ROUNDS {
+            let fence = match self.lead.borrow().clone() {
+                Lead::Alone => None,
+                Lead::Here(fence) => Some(fence),
+                Lead::Elsewhere => return Ok(None),
+            };
+            let fleet = match self.fleet.take() {
+                Some(fleet) => fleet,
+                None => self.up_to_date().await?,
+            };
+            let now = Timestamp::now();
+            let mut decided = self.at_work(fleet, move |fleet| fleet.decide(now)).await?;
+            decided.transition.fence = fence;
+            match self.persist(By::hub(now), decided).await? {
+                Some((transition, deadline)) if transition.is_empty() => return Ok(deadline),
+                _ => {}
+            }
+        }
+        tracing::error!("decisions do not settle; going on later");
+        Ok(None)
+    }
+
+    fn publish(&self, transition: &Transition) {
+        self.board.apply(transition);
+        for change in &transition.rollouts {
+            self.events.announce("rollout", &change.header.rollout.id);
+        }
+        for assignment in &transition.assignments {
+            self.events.announce("device", &assignment.device);
+        }
+    }
+
+    async fn create_rollout(
+        &mut self,
+        by: By,
+        id: RolloutId,
+        asked: NewRollout,
+    ) -> Result<(RolloutId, bool), StoreError> {
+        for _ in 0..MAX_TRIES {
+            let wanted = asked.clone();
+            let known = self.with_fleet(move |fleet| fleet.under_way(&wanted).cloned()).await?;
+            if let Some(known) = known {
+                return Ok((known, false));
+            }
+            let (at, actor) = (by.at, by.actor.clone());
+            let (given, wanted) = (id.clone(), asked.clone());
+            let create = move |fleet: &mut Fleet| fleet.create(at, given, wanted, &actor);
+            if self.decide(by.clone(), create).await?.is_some() {
+                return Ok((id, true));
+            }
+        }
+        Err(StoreError::Outdated)
+    }
+
+    async fn command(&mut self, by: By, id: RolloutId, command: Command) -> Result<(), StoreError> {
+        for _ in 0..MAX_TRIES {
+            let wanted = id.clone();
+            if !self.with_fleet(move |fleet| fleet.has_rollout(&wanted)).await? {
+                let frame = self.store.frame(vec![id.clone()]).await?;
+                if !self.with_fleet(move |fleet| fleet.reframe(frame)).await? {
+                    self.fleet = None;
+                    continue;
+                }
+            }
+            let (at, actor, wanted) = (by.at, by.actor.clone(), id.clone());
+            let carry_out = move |fleet: &mut Fleet| fleet.command(at, &wanted, command, &actor);
+            if self.decide(by.clone(), carry_out).await?.is_some() {
+                return Ok(());
+            }
+        }
+        Err(StoreError::Outdated)
+    }
 }
 
 /// Channels with each after the one that it comes after.
@@ -383,11 +585,9 @@ fn in_order(mut left: Vec<Channel>) -> Vec<Channel> {
 }
 
 /// The newest release of each model line that was promoted to a channel; `rollouts`, newest first.
-fn releases_on(name: &ChannelName, rollouts: &[RolloutRecord]) -> Vec<ChannelRelease> {
+fn releases_on(name: &ChannelName, rollouts: &[Rollout]) -> Vec<ChannelRelease> {
     let mut releases: BTreeMap<ModelName, ChannelRelease> = BTreeMap::new();
-    for Rollout { id, asked, state, created_by, created_at, .. } in
-        rollouts.iter().map(|record| &record.rollout)
-    {
+    for Rollout { id, asked, state, created_by, created_at, .. } in rollouts {
         let here = asked.promotion.as_ref().is_some_and(|promotion| promotion.channel == *name);
         let gone = matches!(state, RolloutState::RolledBack | RolloutState::Aborted);
         if !here || gone {
@@ -415,111 +615,6 @@ fn until(deadline: Option<Timestamp>) -> Duration {
     let left = deadline.duration_since(Timestamp::now());
     let left = Duration::try_from(left).unwrap_or(Duration::ZERO);
     left.clamp(Duration::from_millis(10), HEARTBEAT)
-}
-
-fn under_way<'s>(snapshot: &'s Snapshot, asked: &NewRollout) -> Option<&'s RolloutRecord> {
-    let active = |record: &&RolloutRecord| {
-        matches!(record.rollout.state, RolloutState::Running | RolloutState::Paused)
-    };
-    snapshot.rollouts.iter().filter(active).find(|record| record.rollout.asked == *asked)
-}
-
-/// One decision of the hub by itself.
-fn tick(snapshot: &Snapshot, board: &Board, moment: Moment) -> Transition {
-    let devices = fleet_devices(snapshot, board);
-    let world = world(snapshot, &devices, moment);
-    let plan = rollout::plan(&world, &snapshot.rollouts, Targets::new());
-    let known = |pair: &_| snapshot.quarantine.contains(pair);
-    let plan = Plan {
-        quarantined: plan.quarantined.into_iter().filter(|pair| !known(pair)).collect(),
-        ..plan
-    };
-    transition(plan, vec![], vec![])
-}
-
-fn replace(records: &mut Vec<RolloutRecord>, changed: &[RolloutRecord]) {
-    for record in changed {
-        match records.iter_mut().find(|known| known.rollout.id == record.rollout.id) {
-            Some(known) => *known = record.clone(),
-            None => records.push(record.clone()),
-        }
-    }
-}
-
-/// A plan as what to persist; `forced` are records to write even if the plan left them alone.
-fn transition(plan: Plan, mut forced: Vec<RolloutRecord>, audit: Vec<AuditDraft>) -> Transition {
-    replace(&mut forced, &plan.rollouts);
-    Transition {
-        rollouts: forced,
-        assignments: plan.assignments,
-        quarantined: plan.quarantined,
-        audit,
-        fence: None,
-        deadline: plan.deadline,
-    }
-}
-
-fn world<'a>(snapshot: &'a Snapshot, devices: &'a [FleetDevice], moment: Moment) -> World<'a> {
-    World {
-        now: moment.now,
-        listening_since: moment.listening_since,
-        devices,
-        releases: &snapshot.releases,
-        quarantine: &snapshot.quarantine,
-        completed: &snapshot.completed,
-    }
-}
-
-/// The devices as decisions see them.
-fn fleet_devices(snapshot: &Snapshot, board: &Board) -> Vec<FleetDevice> {
-    let mut resolved: BTreeMap<Vec<Layer>, Result<Arc<Resolved>, BlueprintError>> = BTreeMap::new();
-    let mut devices = Vec::with_capacity(snapshot.devices.len());
-    for device in &snapshot.devices {
-        let layers = layers_of(device, &snapshot.classes, &snapshot.blueprints);
-        let places: Vec<Layer> = layers.iter().map(|(place, _)| place.clone()).collect();
-        let config = resolved
-            .entry(places)
-            .or_insert_with(|| resolve(&layers).map(Arc::new))
-            .clone()
-            // Layers are checked when they are put; should they contradict each other all the same
-            // (a device moved to another class), the device stays as it is until they are mended.
-            .unwrap_or_else(|_| Arc::new(as_it_is(device)));
-        let class = device.classify(&snapshot.classes).class;
-        devices.push(FleetDevice {
-            id: device.id.clone(),
-            name: device.name.clone(),
-            labels: device.all_labels(&class),
-            class,
-            facts: Arc::new(device.facts.clone()),
-            budget_bytes: device.facts.memory_budget_bytes,
-            config,
-            last_seen: board
-                .last_seen(&device.id)
-                .unwrap_or(device.last_seen)
-                .max(device.last_seen),
-            desired: device.desired.clone(),
-            report: device.report.clone(),
-            revoked: device.revoked,
-            orders: device.orders.clone(),
-        });
-    }
-    // Decisions find a device by its id.
-    devices.sort_by(|a, b| a.id.cmp(&b.id));
-    devices
-}
-
-fn as_it_is(device: &StoredDevice) -> Resolved {
-    Resolved {
-        model: None,
-        channel: None,
-        runtime: device.desired.runtime.clone(),
-        context_set: true,
-        confirm_timeout_s: device.desired.confirm_timeout_s,
-        frozen: true,
-        rules: device.desired.rules.clone(),
-        values: vec![],
-        conflicts: vec![],
-    }
 }
 
 /// The blueprint layers that apply to a device.

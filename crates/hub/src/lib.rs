@@ -11,7 +11,9 @@ pub mod db;
 pub mod durable;
 pub mod engine;
 pub mod events;
+pub mod fleet;
 mod listening;
+
 pub mod registry;
 pub mod replicas;
 pub mod routes;

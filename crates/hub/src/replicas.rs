@@ -33,6 +33,8 @@ const RENEW_EVERY: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A hub that has said nothing for so long is taken for dead.
 const DEAD_AFTER: Duration = Duration::from_secs(10);
+/// Devices that are read again at once.
+const READ_AT_ONCE: usize = 500;
 /// The longest secret, in bytes.
 const MAX_SECRET_BYTES: u64 = 64 << 10;
 /// Between two looks: the notes of many changes are read together.
@@ -43,6 +45,7 @@ const NOW_MS: &str = "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGIN
 /// The tables that hubs share besides the fleet's.
 pub const SCHEMA: Schema = Schema {
     component: "replicas",
+    moves: &[],
     migrations: &["
     CREATE TABLE replicas (
         id TEXT PRIMARY KEY,
@@ -270,8 +273,10 @@ pub async fn follow(
                         ("device", Ok(id)) => {
                             changed.insert(id);
                         }
-                        ("report", _) => {}
-                        _ => engine.wake(),
+                        ("news", Ok(id)) => engine.device_changed(id),
+                        ("report", Ok(id)) => engine.device_counted(id),
+                        ("invitation" | "token" | "key" | "channel" | "webhook", _) => {}
+                        _ => engine.frame_changed(),
                     }
                     if let Some(kind) = shown(&note.kind) {
                         events.announce(kind, &note.object);
@@ -303,21 +308,20 @@ async fn read_again(
     everything: &mut bool,
 ) -> Result<(), StoreError> {
     if *everything {
-        for device in &store.snapshot(vec![]).await?.devices {
-            board.put(device);
-        }
+        // Whoever reads the fleet anew shows it on the board.
+        engine.all_changed();
         *everything = false;
         changed.clear();
-        engine.wake();
     }
-    while let Some(id) = changed.first() {
-        match store.device(id.to_string()).await {
-            Ok(device) => board.put(&device),
-            Err(StoreError::NotFound { .. }) => {}
-            Err(error) => return Err(error),
+    while !changed.is_empty() {
+        let ids: Vec<DeviceId> = changed.iter().take(READ_AT_ONCE).cloned().collect();
+        for device in store.devices_of(ids.clone()).await? {
+            board.put(&device);
         }
-        changed.pop_first();
-        engine.wake();
+        for id in ids {
+            changed.remove(&id);
+            engine.device_changed(id);
+        }
     }
     Ok(())
 }

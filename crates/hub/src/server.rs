@@ -15,6 +15,7 @@ use slmops_api::DeviceId;
 use slmops_api::audit::{Role, Token};
 use slmops_api::model::DeviceClass;
 use slmops_artifact::Digest;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -25,7 +26,7 @@ use crate::blobs::{BlobError, Blobs, S3};
 use crate::db::{Database, DbError, FolderLock, Postgres, Schema, Tx, params};
 use crate::durable;
 use crate::engine::Engine;
-use crate::events::{Board, Events};
+use crate::events::{Board, Events, Place};
 use crate::registry::{self, Registry, RegistryError};
 use crate::replicas::{self, Lead, Replica};
 use crate::routes::{self, AppState, Metrics, Shared};
@@ -46,6 +47,8 @@ pub(crate) const SECRET_FILES: [&str; 4] =
 const MAX_TOKEN_FILE_BYTES: u64 = 256;
 /// How long open requests may take to end when the hub is stopped.
 const GRACE: Duration = Duration::from_secs(3);
+/// Connections that may wait to be accepted; the kernel's own bound (`somaxconn`) holds besides.
+const MAX_PENDING_CONNECTIONS: u32 = 4096;
 /// Classes of a fleet that has none: name, least memory budget, quantisation, description.
 const DEFAULT_CLASSES: [(&str, u64, &str, &str); 3] = [
     ("large", 288 << 20, "Q8_0", "devices with room for the best variant"),
@@ -224,14 +227,15 @@ impl Hub {
         let first_start = first_start(&store, &folder).await?;
         let tls = Tls::open(&folder.join(TLS_FOLDER), &names)?;
         let secret = HubSecret::load_or_create(&folder.join(HUB_SECRET_FILE))?;
-        let snapshot = store.snapshot(vec![]).await?;
-        let board = Board::new(&snapshot.devices);
+        let board = Board::default();
         let events = Events::default();
         let lead = match &replica {
             None => watch::channel(Lead::Alone).1,
             Some((replica, _)) => replica.lead(),
         };
-        let engine = Engine::new(Arc::clone(&store), board.clone(), events.clone(), lead);
+        let (engine, planner) =
+            Engine::new(Arc::clone(&store), board.clone(), events.clone(), lead);
+        let planner = planner.load().await?;
         let principals = Known { store: Arc::clone(&store), board: board.clone() };
         let auth = Auth::new(secret, Arc::new(principals));
         let blobs = match &config.blobs {
@@ -255,7 +259,7 @@ impl Hub {
         let app = app(&state, registry);
 
         let bind = |address: SocketAddr| {
-            TcpListener::bind(address).map_err(|source| HubError::Listen { address, source })
+            bind(address).map_err(|source| HubError::Listen { address, source })
         };
         let secure = config.listen.map(bind).transpose()?;
         let plain = config.http.map(bind).transpose()?;
@@ -299,7 +303,7 @@ impl Hub {
             source: url.clone(),
         };
         let mut tasks = vec![
-            tokio::spawn(engine.clone().run(stopped.clone())),
+            tokio::spawn(planner.run(stopped.clone())),
             tokio::spawn(webhooks.run(stopped.clone())),
         ];
         let mut id = None;
@@ -346,6 +350,17 @@ pub(crate) fn open_database(
 /// The mark on a store of blobs that others could use as well.
 pub(crate) fn blob_owner(ca: Digest) -> String {
     format!("CA {ca}")
+}
+
+/// Listens, with room for the connections of a fleet that reconnects at once.
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(MAX_PENDING_CONNECTIONS)?.into_std()
 }
 
 fn app(state: &AppState, registry: Registry) -> Router {
@@ -505,17 +520,21 @@ impl Principals for Known {
         })
     }
 
-    fn device_is_active(&self, device: DeviceId) -> BoxFuture<'_, Result<bool, LookupError>> {
+    fn device(&self, device: &DeviceId) -> Option<Arc<Place>> {
+        self.board.place(device)
+    }
+
+    fn find_device(
+        &self,
+        device: DeviceId,
+    ) -> BoxFuture<'_, Result<Option<Arc<Place>>, LookupError>> {
         Box::pin(async move {
-            if !self.board.knows(&device) {
-                // It may have joined by another hub a moment ago.
-                match self.store.device(device.to_string()).await {
-                    Ok(found) => self.board.put(&found),
-                    Err(StoreError::NotFound { .. }) => return Ok(false),
-                    Err(error) => return Err(error.into()),
-                }
+            // It may have joined by another hub a moment ago.
+            match self.store.device(device.to_string()).await {
+                Ok(found) => Ok(Some(self.board.put(&found))),
+                Err(StoreError::NotFound { .. }) => Ok(None),
+                Err(error) => Err(error.into()),
             }
-            Ok(self.board.is_active(&device))
         })
     }
 }

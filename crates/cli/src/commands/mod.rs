@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod backup;
+pub mod bench;
 pub mod blueprint;
 pub mod channel;
 pub mod class;
@@ -62,6 +63,7 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Restore(restore) => restore.run(session).await,
         Command::Ship(ship) => ship.run(session).await,
         Command::Sim(sim) => sim.run(session).await,
+        Command::Bench(bench) => bench.run(session).await,
         Command::Serve(serve) => serve.run(session).await,
         Command::Doctor(doctor) => doctor.run(session).await,
         Command::Demo(demo) => demo.run(session).await,

@@ -526,14 +526,10 @@ pub fn finish(session: &Session, rollout: &RolloutFacts) -> Result<()> {
 }
 
 fn tally(rollout: &RolloutFacts) -> String {
-    let count = |wanted: fn(&Outcome) -> bool| {
-        rollout.devices.iter().filter(|device| wanted(&device.outcome)).count()
-    };
-    let confirmed = count(|outcome| *outcome == Outcome::Confirmed);
-    let failed = count(|outcome| matches!(outcome, Outcome::Failed { .. }));
-    let mut text = format!("{confirmed}/{} confirmed", rollout.devices.len());
-    if failed > 0 {
-        text.push_str(&format!(", {failed} failed"));
+    let total = rollout.total();
+    let mut text = format!("{}/{} confirmed", total.confirmed, total.devices());
+    if total.failed > 0 {
+        text.push_str(&format!(", {} failed", total.failed));
     }
     text
 }
@@ -545,6 +541,7 @@ pub fn status(rollout: &RolloutFacts) -> String {
         ("release", format!("{} {}", rollout.asked.model, rollout.asked.version)),
         ("to", rollout.asked.policy.selector.to_string()),
         ("state", super::word(&rollout.state)),
+        ("devices", tally(rollout)),
         ("wave", format!("{} of {}", rollout.current_wave + 1, rollout.waves)),
         ("waits for", or_nothing(&rollout.waiting_for)),
     ]);
@@ -559,6 +556,10 @@ pub fn status(rollout: &RolloutFacts) -> String {
         ]
     });
     text.push_str(&table(&[">wave", "device", "variant", "state", "why this variant"], rows));
+    let more = rollout.total().devices().saturating_sub(rollout.devices.len() as u64);
+    if more > 0 {
+        text.push_str(&format!("\nand {more} more devices"));
+    }
     text
 }
 

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 use slmops_hub::backup::Place;
 use slmops_hub::blobs::S3;
@@ -123,6 +124,7 @@ struct Ready {
 
 impl Up {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
+        raise_open_files();
         let place = self.storage.place(session)?;
         let data = place.data_dir.clone();
         let config = HubConfig {
@@ -216,6 +218,15 @@ impl Up {
             home.create_key(DEFAULT_KEY)?
         };
         key::register(&client, key::record(DEFAULT_KEY, &signer)?).await.map(|_| ())
+    }
+}
+
+/// Each waiting device is an open file: lets this process have as many as the system allows.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, wanted) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }
 

@@ -2,6 +2,7 @@
 //! with the tiny model of `testdata/`; and what ARCHITECTURE.md says of the workspace's crates.
 
 mod architecture;
+mod bench;
 mod disks_and_clocks;
 mod fleet;
 mod kills;

@@ -124,6 +124,7 @@ pub fn create(
         current_wave: 0,
         waves,
         devices: going.into_iter().chain(staying).collect(),
+        counts: vec![],
         decisions: vec![],
         waiting_for: "the first wave to start".to_owned(),
         gate: None,

@@ -220,7 +220,7 @@ pub fn plan(world: &World<'_>, records: &[RolloutRecord], targets: Targets) -> P
     }
 }
 
-/// What [`replan`] decided; the rollouts themselves were changed where they are.
+/// What [`replan`] or [`plan_in_place`] decided; the rollouts themselves were changed where they are.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Moved {
     /// Indexes of the rollouts that changed.
@@ -231,6 +231,11 @@ pub struct Moved {
     pub quarantined: Vec<(Digest, ClassName)>,
     /// When to look again even if nothing is heard before.
     pub deadline: Option<Timestamp>,
+}
+
+/// [`plan`] that changes `records` where they are instead of copying them.
+pub fn plan_in_place(world: &World<'_>, records: &mut [RolloutRecord], targets: Targets) -> Moved {
+    advance(world, records, targets, Look::Everything)
 }
 
 /// [`plan`] for a large fleet of which little has changed: it looks at the devices in `changed`

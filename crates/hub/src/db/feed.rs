@@ -24,6 +24,7 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// The table of notes, in every PostgreSQL database.
 pub(super) const SCHEMA: Schema = Schema {
     component: "changes",
+    moves: &[],
     migrations: &["
     CREATE TABLE changes (
         sequence INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -25,8 +25,8 @@ async fn open_postgres(server: Postgres, schemas: &'static [Schema]) -> Result<D
 
 const FIRST: &str = "CREATE TABLE thing (name TEXT PRIMARY KEY, n INTEGER NOT NULL) STRICT";
 const SECOND: &str = "ALTER TABLE thing ADD COLUMN note TEXT";
-const ONE: &[Schema] = &[Schema { component: "test", migrations: &[FIRST] }];
-const TWO: &[Schema] = &[Schema { component: "test", migrations: &[FIRST, SECOND] }];
+const ONE: &[Schema] = &[Schema { component: "test", migrations: &[FIRST], moves: &[] }];
+const TWO: &[Schema] = &[Schema { component: "test", migrations: &[FIRST, SECOND], moves: &[] }];
 
 fn open(folder: &Path, schemas: &[Schema]) -> Database {
     Database::open(folder, schemas).expect("the database opens")
@@ -83,6 +83,7 @@ async fn a_failing_migration_leaves_the_version_before() {
     let broken = [Schema {
         component: "test",
         migrations: &[FIRST, "INSERT INTO thing VALUES ('half', 1); CREATE TABLE thing (x)"],
+        moves: &[],
     }];
     let error = Database::open(folder.path(), &broken).err().expect("refused");
     assert!(matches!(&error, DbError::Migration { number: 2, .. }), "{error}");
@@ -110,6 +111,61 @@ async fn an_error_or_a_panic_rolls_back() {
     assert_eq!(count(&db).await, 0);
     insert(&db, "c").await.expect("the writer is usable after a panic");
     assert_eq!(count(&db).await, 1);
+}
+
+#[tokio::test]
+async fn changes_that_wait_together_share_a_transaction_and_fail_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let db = open(folder.path(), ONE);
+    // The writer is busy until all others wait: they are one batch.
+    let (begun, begins) = std::sync::mpsc::channel();
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let first = tokio::spawn({
+        let db = db.clone();
+        async move {
+            db.write(move |tx| {
+                begun.send(()).unwrap();
+                released.recv().unwrap();
+                tx.execute("INSERT INTO thing (name, n) VALUES ('first', 1)", params![])
+            })
+            .await
+        }
+    });
+    tokio::task::spawn_blocking(move || begins.recv().unwrap()).await.unwrap();
+    let mut others: Vec<_> = (0..20)
+        .map(|number| {
+            Box::pin(db.write(move |tx| {
+                let name = format!("n{number}");
+                tx.execute("INSERT INTO thing (name, n) VALUES (?1, 1)", params![name])?;
+                // What the others of the batch have done is there, this very change included.
+                let seen =
+                    tx.first("SELECT count(*) FROM thing", params![], |row| row.get::<i64>(0))?;
+                match number {
+                    5 => Err(DbError::ReadOnly),
+                    6 => panic!("on purpose"),
+                    7 => tx.execute("INSERT INTO thing (name) VALUES ('n1')", params![]).map(|_| 0),
+                    _ => Ok(seen.unwrap_or(0)),
+                }
+            }))
+        })
+        .collect();
+    for other in &mut others {
+        assert!(futures_util::FutureExt::now_or_never(other).is_none());
+    }
+    assert_eq!(count(&db).await, 0, "nothing is committed yet");
+    release.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    let outcomes = futures_util::future::join_all(others).await;
+    for (number, outcome) in outcomes.iter().enumerate() {
+        match (number, outcome) {
+            (5, Err(DbError::ReadOnly)) | (6, Err(DbError::Panicked)) => {}
+            (7, Err(error)) if error.is_constraint() => {}
+            (0..5, Ok(seen)) => assert_eq!(*seen, number as i64 + 2),
+            (8.., Ok(seen)) => assert_eq!(*seen, number as i64 - 1),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(count(&db).await, 18);
 }
 
 #[tokio::test]
@@ -347,7 +403,7 @@ async fn postgres_keeps_the_same_promises() {
 const SLOW: &str = "INSERT INTO thing (name, n) WITH RECURSIVE filler(i) AS
      (SELECT 1 UNION ALL SELECT i + 1 FROM filler WHERE i < 100000000)
      SELECT 'filler ' || i, i FROM filler";
-const ENDLESS: &[Schema] = &[Schema { component: "test", migrations: &[FIRST, SLOW] }];
+const ENDLESS: &[Schema] = &[Schema { component: "test", migrations: &[FIRST, SLOW], moves: &[] }];
 /// Names the database to the test that is really the process that is killed.
 const KILLED_VARIABLE: &str = "SLMOPS_TEST_MIGRATE";
 

@@ -159,15 +159,17 @@ impl RegistryError {
             Self::Blob(BlobError::Interrupted { .. }) => {
                 (StatusCode::BAD_REQUEST, "BLOB_UPLOAD_INVALID")
             }
-            Self::Blob(BlobError::DiskFull) | Self::Db(DbError::DiskFull) => {
-                (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN")
-            }
+            Self::Blob(BlobError::DiskFull) => (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN"),
             Self::Blob(BlobError::Denied { .. } | BlobError::Unreachable { .. }) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN")
             }
             Self::Blob(_) => (StatusCode::INTERNAL_SERVER_ERROR, "UNKNOWN"),
-            Self::Db(DbError::ZeroByte) => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
-            Self::Db(_) | Self::Observer(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),
+            Self::Db(error) => match error.cause() {
+                DbError::DiskFull => (StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN"),
+                DbError::ZeroByte => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
+                _ => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),
+            },
+            Self::Observer(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNKNOWN"),
         }
     }
 }

@@ -67,6 +67,7 @@ pub const SCHEMA: Schema = Schema {
         started_at_s INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID;
     "],
+    moves: &[],
 };
 
 type Result<T, E = RegistryError> = std::result::Result<T, E>;

@@ -26,7 +26,8 @@ pub const MAX_WAIT_S: u64 = 60;
 
 /// Join the fleet with an invitation. The same key with the same invitation gives the same device.
 #[utoipa::path(post, path = "/v1/enrol", tag = "device", security(()), request_body = EnrolRequest,
-    responses((status = 200, body = EnrolResponse), (status = 403, body = Problem)))]
+    responses((status = 200, body = EnrolResponse), (status = 403, body = Problem),
+        (status = 429, body = Problem)))]
 pub async fn enrol(
     State(state): State<AppState>,
     peer: Peer,
@@ -57,7 +58,7 @@ pub async fn enrol(
     if enrolled.new {
         state.events.announce("device", &enrolled.device.id);
         state.events.announce("invitation", "");
-        state.engine.wake();
+        state.engine.device_changed(enrolled.device.id.clone());
     }
     let publisher_keys = state.store.keys().await?;
     Ok(Json(EnrolResponse { device: enrolled.device.id, publisher_keys }))
@@ -65,7 +66,8 @@ pub async fn enrol(
 
 /// Ask for a challenge to sign.
 #[utoipa::path(post, path = "/v1/device/challenge", tag = "device", security(()),
-    request_body = ChallengeRequest, responses((status = 200, body = Challenge)))]
+    request_body = ChallengeRequest,
+    responses((status = 200, body = Challenge), (status = 429, body = Problem)))]
 pub async fn challenge(
     State(state): State<AppState>,
     Body(request): Body<ChallengeRequest>,
@@ -76,22 +78,26 @@ pub async fn challenge(
 /// Trade a signed challenge for a short-lived bearer token.
 #[utoipa::path(post, path = "/v1/device/token", tag = "device", security(()),
     request_body = DeviceTokenRequest,
-    responses((status = 200, body = DeviceToken), (status = 401, body = Problem)))]
+    responses((status = 200, body = DeviceToken), (status = 401, body = Problem),
+        (status = 429, body = Problem)))]
 pub async fn token(
     State(state): State<AppState>,
     peer: Peer,
     Body(request): Body<DeviceTokenRequest>,
 ) -> Result<Json<DeviceToken>, ApiError> {
     state.auth.check_rate(peer)?;
-    let device = match state.store.device(request.device.to_string()).await {
-        Ok(device) if !device.revoked && device.id == request.device => device,
-        Ok(_) | Err(StoreError::NotFound { .. }) => {
-            state.auth.record_failure(peer);
-            return Err(AuthError::Invalid.into());
-        }
-        Err(error) => return Err(error.into()),
+    let mut place = state.board.place(&request.device);
+    if place.is_none() {
+        // It may have joined by another hub a moment ago.
+        let found = state.store.devices_of(vec![request.device.clone()]).await?;
+        place = found.first().map(|device| state.board.put(device));
+    }
+    let place = place.filter(|place| place.is_active());
+    let Some(public_key) = place.as_ref().and_then(|place| place.public_key()) else {
+        state.auth.record_failure(peer);
+        return Err(AuthError::Invalid.into());
     };
-    let key = DeviceKey::from_pem(&device.public_key)?;
+    let key = DeviceKey::from_pem(public_key)?;
     Ok(Json(state.auth.device_token(peer, &request, &key)?))
 }
 
@@ -107,27 +113,25 @@ pub struct WaitQuery {
         ("If-None-Match" = Option<String>, Header, description = "The ETag of the state at hand")),
     responses((status = 200, body = DesiredState), (status = 304, description = "No change")))]
 pub async fn desired(
-    State(state): State<AppState>,
     device: DeviceIdentity,
     Query(query): Query<WaitQuery>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    state.board.seen(&device.id, Timestamp::now());
-    let gone = || ApiError::Auth(AuthError::Invalid);
-    let mut watch = state.board.watch(&device.id).ok_or_else(gone)?;
+    let DeviceIdentity { place, .. } = device;
+    place.seen(Timestamp::now());
     let held = headers.get(header::IF_NONE_MATCH).and_then(|value| value.to_str().ok());
     let changed = |desired: &Arc<DesiredState>| held != Some(etag(desired).as_str());
     let wait = Duration::from_secs(query.wait_s.unwrap_or(0).min(MAX_WAIT_S));
-    let found = tokio::time::timeout(wait, watch.wait_for(changed)).await;
-    // Cloned at once: a watch's guard must not be held over an await.
-    let current = match found {
-        Ok(Ok(desired)) => Some(Arc::clone(&desired)),
-        Ok(Err(_)) => return Err(gone()),
-        Err(_) => None,
-    };
-    state.board.seen(&device.id, Timestamp::now());
-    if !state.board.is_active(&device.id) {
-        return Err(gone());
+    let mut current = Some(place.desired()).filter(changed);
+    if current.is_none() && !wait.is_zero() {
+        let mut watch = place.watch();
+        let found = tokio::time::timeout(wait, watch.wait_for(changed)).await;
+        // Cloned at once: a watch's guard must not be held over an await.
+        current = found.ok().and_then(Result::ok).map(|desired| Arc::clone(&desired));
+        place.seen(Timestamp::now());
+    }
+    if !place.is_active() {
+        return Err(ApiError::Auth(AuthError::Invalid));
     }
     Ok(match current {
         Some(desired) => {
@@ -147,7 +151,7 @@ fn etag(desired: &DesiredState) -> String {
 /// Take in a device's report. One that is older than the newest known is ignored.
 #[utoipa::path(post, path = "/v1/device/report", tag = "device", request_body = DeviceReport,
     responses((status = 204, description = "Taken in, or older than what is known"),
-        (status = 400, body = Problem)))]
+        (status = 400, body = Problem), (status = 429, body = Problem)))]
 pub async fn report(
     State(state): State<AppState>,
     device: DeviceIdentity,
@@ -155,13 +159,12 @@ pub async fn report(
 ) -> Result<StatusCode, ApiError> {
     check_report(&report)?;
     let now = Timestamp::now();
-    state.board.seen(&device.id, now);
-    let outcome = state.store.record_report(now, device.id.clone(), report).await?;
+    device.place.seen(now);
+    let report = Arc::new(report);
+    let outcome = state.store.record_report(now, device.id.clone(), Arc::clone(&report)).await?;
     if outcome != ReportOutcome::Stale {
         state.events.announce("device", &device.id);
-    }
-    if outcome == ReportOutcome::News {
-        state.engine.wake();
+        state.engine.reported(device.id, report, outcome == ReportOutcome::News);
     }
     Ok(StatusCode::NO_CONTENT)
 }

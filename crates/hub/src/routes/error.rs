@@ -1,8 +1,11 @@
 //! Every error as RFC 9457 problem details with a hint.
 
+use std::ops::RangeInclusive;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use rand::Rng as _;
 use slmops_api::problem::{PROBLEM_MEDIA_TYPE, Problem};
 use slmops_fleet_core::rollout::RolloutError;
 
@@ -17,7 +20,13 @@ pub enum ApiError {
     Problem(Box<Problem>),
     /// The caller is not let in.
     Auth(AuthError),
+    /// More devices call at this moment than the hub takes on.
+    Busy,
 }
+
+/// Seconds after which a device that was turned away calls again. Each gets another number, or all
+/// of them would come back at once.
+const RETRY_AFTER_S: RangeInclusive<u64> = 2..=30;
 
 impl ApiError {
     /// A problem of this kind (`urn:slmops:KIND`).
@@ -59,6 +68,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let problem = match self {
             Self::Auth(error) => return error.into_response(),
+            Self::Busy => return busy(),
             Self::Problem(problem) => problem,
         };
         let status =
@@ -68,6 +78,20 @@ impl IntoResponse for ApiError {
         response.headers_mut().insert(header::CONTENT_TYPE, media_type);
         response
     }
+}
+
+fn busy() -> Response {
+    let retry_after_s = rand::rng().random_range(RETRY_AFTER_S);
+    let problem = ApiError::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        "busy",
+        "The hub is busy",
+        "more devices call at this moment than the hub takes on",
+        Some(format!("call again in {retry_after_s} s; an agent does so by itself")),
+    );
+    let mut response = problem.into_response();
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(retry_after_s));
+    response
 }
 
 impl From<AuthError> for ApiError {
@@ -99,6 +123,11 @@ impl From<StoreError> for ApiError {
                 let title = "The request is at odds with what there is";
                 Self::new(StatusCode::CONFLICT, "conflict", title, detail, Some(hint))
             }
+            StoreError::Outdated => {
+                let title = "Others change the fleet faster than this could be done";
+                let (detail, hint) = (error.to_string(), Some("try again".to_owned()));
+                Self::new(StatusCode::CONFLICT, "conflict", title, detail, hint)
+            }
             StoreError::Forbidden { detail, hint } => {
                 Self::new(StatusCode::FORBIDDEN, "forbidden", "Not allowed", detail, Some(hint))
             }
@@ -120,7 +149,7 @@ impl From<StoreError> for ApiError {
             }
             StoreError::Db(error) => {
                 tracing::error!(%error, "database");
-                let (status, kind) = match error {
+                let (status, kind) = match error.cause() {
                     DbError::DiskFull => (StatusCode::INSUFFICIENT_STORAGE, "disk-full"),
                     DbError::ZeroByte => (StatusCode::BAD_REQUEST, "bad-request"),
                     DbError::Busy

@@ -1,6 +1,6 @@
 //! Invitations, devices, classes, blueprints and change notices.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -161,7 +161,7 @@ pub async fn change_device(
     let id = device.id;
     let device = state.store.change_device(by(&operator), id, change).await?;
     state.events.announce("device", &device.id);
-    state.engine.wake();
+    state.engine.device_changed(device.id.clone());
     Ok(Json(shown(&state, &device, &state.store.classes().await?)))
 }
 
@@ -177,7 +177,7 @@ pub async fn revoke_device(
     let device = state.store.revoke_device(by(&operator), id).await?;
     state.board.put(&device);
     state.events.announce("device", &device.id);
-    state.engine.wake();
+    state.engine.device_changed(device.id);
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -191,15 +191,15 @@ pub async fn explain(
     Path(id): Path<String>,
 ) -> Result<Json<Explanation>, ApiError> {
     let device = state.store.device(id).await?;
-    let snapshot = state.store.snapshot(vec![]).await?;
-    let class = device.classify(&snapshot.classes);
-    let layers = layers_of(&device, &snapshot.classes, &snapshot.blueprints);
+    let classes = state.store.classes().await?;
+    let releases = state.store.catalog().await?;
+    let class = device.classify(&classes);
+    let layers = layers_of(&device, &classes, &state.store.blueprints().await?);
     let resolved = blueprint::resolve(&layers).map_err(crate::store::StoreError::from)?;
     let mut lines = vec![format!("class {}: {}", class.class, class.why)];
     let model =
         resolved.model.as_ref().or_else(|| device.desired.model.as_ref().map(|model| &model.model));
-    let newest = snapshot
-        .releases
+    let newest = releases
         .iter()
         .filter(|((name, _), _)| model.is_none_or(|model| model == name))
         .max_by(|(a, _), (b, _)| a.1.cmp(&b.1));
@@ -272,7 +272,7 @@ pub async fn put_class(
     }
     state.store.put_class(by(&operator), class.clone()).await?;
     state.events.announce("class", &name);
-    state.engine.wake();
+    state.engine.frame_changed();
     Ok(Json(class))
 }
 
@@ -286,7 +286,7 @@ pub async fn delete_class(
 ) -> Result<StatusCode, ApiError> {
     state.store.delete_class(by(&operator), name.clone()).await?;
     state.events.announce("class", &name);
-    state.engine.wake();
+    state.engine.frame_changed();
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -330,30 +330,14 @@ pub async fn put_blueprint(
 ) -> Result<Json<StoredBlueprint>, ApiError> {
     let place = place(&state, &layer, &name).await?;
     blueprint::parse(&place, &toml).map_err(crate::store::StoreError::from)?;
-    let stored = StoredBlueprint { place: place.clone(), toml };
-    let snapshot = state.store.snapshot(vec![]).await?;
-    let mut layers: BTreeMap<Layer, StoredBlueprint> =
-        snapshot.blueprints.iter().map(|b| (b.place.clone(), b.clone())).collect();
-    layers.insert(place, stored.clone());
-    let all: Vec<StoredBlueprint> = layers.into_values().collect();
-    for device in snapshot.devices.iter().filter(|device| !device.revoked) {
-        let layers = layers_of(device, &snapshot.classes, &all);
-        let resolved = blueprint::resolve(&layers).map_err(|error| {
-            let detail = format!("for device {}: {error}", device.name);
-            ApiError::unacceptable("blueprint", detail, error.hint())
-        })?;
-        // What was in conflict before (a device changed its class) does not stand in the way.
-        let before = layers_of(device, &snapshot.classes, &snapshot.blueprints);
-        let before = blueprint::resolve(&before).map(|it| it.conflicts).unwrap_or_default();
-        if let Some(new) = resolved.conflicts.iter().find(|conflict| !before.contains(conflict)) {
-            let detail = format!("for device {}: {new}", device.name);
-            let hint = "take the key out of that layer, or add it to `overridable`";
-            return Err(ApiError::unacceptable("blueprint", detail, hint));
-        }
+    let stored = StoredBlueprint { place, toml };
+    if let Some(found) = state.engine.contradiction(stored.clone()).await? {
+        let detail = format!("for device {}: {}", found.device, found.what);
+        return Err(ApiError::unacceptable("blueprint", detail, found.hint));
     }
     state.store.put_blueprint(by(&operator), stored.clone()).await?;
     state.events.announce("blueprint", format!("{layer}/{name}"));
-    state.engine.wake();
+    state.engine.frame_changed();
     Ok(Json(stored))
 }
 
@@ -369,7 +353,7 @@ pub async fn delete_blueprint(
     let place = place(&state, &layer, &name).await?;
     state.store.delete_blueprint(by(&operator), place).await?;
     state.events.announce("blueprint", format!("{layer}/{name}"));
-    state.engine.wake();
+    state.engine.frame_changed();
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -22,13 +22,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, FromRef};
+use axum::extract::{DefaultBodyLimit, FromRef, Request, State};
 use axum::http::StatusCode;
-use axum::middleware;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, patch, post, put};
 use jiff::Timestamp;
 use rand::RngCore as _;
 use slmops_artifact::Digest;
+use tokio::sync::Semaphore;
 use tower_http::timeout::TimeoutLayer;
 
 use crate::auth::{Auth, Operator};
@@ -45,6 +47,8 @@ pub use packages::Packages;
 const MAX_BODY_BYTES: usize = 1 << 20;
 /// The longest release, in bytes: it carries every variant's report.
 const MAX_RELEASE_BYTES: usize = 32 << 20;
+/// Calls of devices answered at the same time, long polls and downloads apart; more are turned away.
+const MAX_DEVICE_CALLS: usize = 1024;
 /// How long a call may take, long polls and the registry's transfers apart.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -108,6 +112,15 @@ fn new_id<T: std::str::FromStr>(prefix: &str) -> T {
     id.parse().ok().expect("a prefix and hex digits are an id")
 }
 
+/// Takes a device's call on, unless as many are under way already. Turning one away at once costs
+/// little; letting it wait for its turn until it times out costs a connection and an answer.
+async fn admit(State(calls): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
+    match calls.try_acquire() {
+        Ok(_permit) => next.run(request).await,
+        Err(_) => ApiError::Busy.into_response(),
+    }
+}
+
 /// Every route but the registry's and the dashboard's.
 pub fn router(state: AppState) -> Router {
     let slow = Router::new()
@@ -117,11 +130,16 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/releases", get(releases::list).post(releases::create))
         .layer(DefaultBodyLimit::max(MAX_RELEASE_BYTES))
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT));
-    let quick = Router::new()
+    let calls = Arc::new(Semaphore::new(MAX_DEVICE_CALLS));
+    let devices = Router::new()
         .route("/v1/enrol", post(devices::enrol))
         .route("/v1/device/challenge", post(devices::challenge))
         .route("/v1/device/token", post(devices::token))
         .route("/v1/device/report", post(devices::report))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT))
+        .layer(middleware::from_fn_with_state(calls, admit));
+    let quick = Router::new()
         .route("/v1/invitations", get(fleet::invitations).post(fleet::invite))
         .route("/v1/invitations/{id}", delete(fleet::withdraw_invitation))
         .route("/v1/devices", get(fleet::devices))
@@ -148,6 +166,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/rollouts/plan", post(rollouts::forecast))
         .route("/v1/rollouts/{id}", get(rollouts::get))
         .route("/v1/rollouts/{id}/plan", get(rollouts::foresee))
+        .route("/v1/rollouts/{id}/devices", get(rollouts::devices))
         .route("/v1/rollouts/{id}/pause", post(rollouts::pause))
         .route("/v1/rollouts/{id}/resume", post(rollouts::resume))
         .route("/v1/rollouts/{id}/approve", post(rollouts::approve))
@@ -173,6 +192,7 @@ pub fn router(state: AppState) -> Router {
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT));
     slow.merge(releases)
+        .merge(devices)
         .merge(quick)
         .route("/v1/{*rest}", axum::routing::any(error::no_such_path))
         .layer(middleware::from_fn_with_state(state.clone(), metrics::count))

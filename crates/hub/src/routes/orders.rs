@@ -34,7 +34,7 @@ async fn order(
 ) -> Result<Json<Device>, ApiError> {
     let device = state.store.order_device(by(operator), id, change).await?;
     state.events.announce("device", &device.id);
-    state.engine.wake();
+    state.engine.device_changed(device.id.clone());
     Ok(Json(shown(state, &device, &state.store.classes().await?)))
 }
 
@@ -97,6 +97,9 @@ pub async fn include(
     order(&state, &operator, id, OrdersChange::Include).await
 }
 
+/// Devices named with a quarantined manifest, at most.
+const MAX_REJECTED_BY: usize = 100;
+
 /// What failed in a class and is not offered to it any more, newest first.
 #[utoipa::path(get, path = "/v1/quarantine", tag = "rollouts",
     responses((status = 200, body = Page<Quarantined>)))]
@@ -105,32 +108,34 @@ pub async fn quarantine(
     AsViewer(_): AsViewer,
 ) -> Result<Json<Page<Quarantined>>, ApiError> {
     let rows = state.store.quarantine().await?;
-    let snapshot = state.store.snapshot(vec![]).await?;
-    let items = rows.into_iter().map(|row| {
-        let releases = snapshot.releases.values();
-        let packages = releases.flat_map(|release| {
-            let same = release.variants.iter().filter(|variant| variant.manifest == row.manifest);
-            same.map(|variant| QuarantinedPackage {
-                model: release.model.clone(),
-                version: release.version.clone(),
-                variant: variant.name.clone(),
-            })
+    let items = state.engine.look(move |world, _| {
+        let explained = rows.into_iter().map(|row| {
+            let releases = world.releases.values();
+            let packages = releases.flat_map(|release| {
+                let same = release.variants.iter().filter(|it| it.manifest == row.manifest);
+                same.map(|variant| QuarantinedPackage {
+                    model: release.model.clone(),
+                    version: release.version.clone(),
+                    variant: variant.name.clone(),
+                })
+            });
+            let of_class = world.devices.iter().filter(|device| device.class == row.class);
+            let rejected = of_class.filter(|device| device.rejected(&row.manifest));
+            Quarantined {
+                packages: packages.collect(),
+                rejected_by: rejected
+                    .take(MAX_REJECTED_BY)
+                    .map(|device| device.name.clone())
+                    .collect(),
+                manifest: row.manifest,
+                class: row.class,
+                since: row.since,
+                rollout: row.rollout,
+            }
         });
-        let rejected = snapshot.devices.iter().filter(|device| {
-            let rejected = device.report.iter().flat_map(|report| &report.rejected);
-            rejected.into_iter().any(|rejection| rejection.manifest == row.manifest)
-        });
-        let of_class = rejected.filter(|it| it.classify(&snapshot.classes).class == row.class);
-        Quarantined {
-            packages: packages.collect(),
-            rejected_by: of_class.map(|device| device.name.clone()).collect(),
-            manifest: row.manifest,
-            class: row.class,
-            since: row.since,
-            rollout: row.rollout,
-        }
+        explained.collect::<Vec<_>>()
     });
-    Ok(Json(Page { items: items.collect(), cursor: None }))
+    Ok(Json(Page { items: items.await?, cursor: None }))
 }
 
 /// Let a failed package be offered to a class again. Devices on which it failed refuse it all the
@@ -146,6 +151,6 @@ pub async fn lift(
     let manifest = wanted.manifest;
     state.store.lift(by(&operator), wanted).await?;
     state.events.announce("quarantine", manifest);
-    state.engine.wake();
+    state.engine.frame_changed();
     Ok(StatusCode::NO_CONTENT)
 }

@@ -51,6 +51,7 @@ pub async fn create(
         Registered::Same(release) => (StatusCode::OK, release),
     };
     state.events.announce("release", title);
+    state.engine.frame_changed();
     Ok((status, Json((*registered).clone())))
 }
 

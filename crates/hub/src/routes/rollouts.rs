@@ -5,7 +5,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use slmops_api::plan::RolloutPlan;
 use slmops_api::problem::Problem;
-use slmops_api::rollout::{NewApproval, NewRollout, Rollout};
+use slmops_api::rollout::{NewApproval, NewRollout, Rollout, RolloutDevice};
 use slmops_api::{Page, RolloutId};
 use slmops_fleet_core::rollout::Command;
 
@@ -62,7 +62,7 @@ pub async fn foresee(
     Ok(Json(state.engine.foresee(id).await?))
 }
 
-/// Rollouts, newest first.
+/// Rollouts without their devices, newest first.
 #[utoipa::path(get, path = "/v1/rollouts", tag = "rollouts",
     params(("cursor" = Option<String>, Query), ("limit" = Option<u32>, Query)),
     responses((status = 200, body = Page<Rollout>)))]
@@ -71,12 +71,24 @@ pub async fn list(
     AsViewer(_): AsViewer,
     Query(query): Query<PageQuery>,
 ) -> Result<Json<Page<Rollout>>, ApiError> {
-    let page = state.store.rollouts(query.into()).await?;
-    let items = page.items.into_iter().map(|record| record.rollout).collect();
-    Ok(Json(Page { items, cursor: page.cursor }))
+    Ok(Json(state.store.rollouts(query.into()).await?))
 }
 
-/// One rollout.
+/// Every device of a rollout, in wave order.
+#[utoipa::path(get, path = "/v1/rollouts/{id}/devices", tag = "rollouts",
+    params(("id" = String, Path), ("cursor" = Option<String>, Query),
+        ("limit" = Option<u32>, Query)),
+    responses((status = 200, body = Page<RolloutDevice>), (status = 404, body = Problem)))]
+pub async fn devices(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Path(id): Path<RolloutId>,
+    Query(query): Query<PageQuery>,
+) -> Result<Json<Page<RolloutDevice>>, ApiError> {
+    Ok(Json(state.store.rollout_devices(id, query.into()).await?))
+}
+
+/// One rollout, with the first 500 of its devices.
 #[utoipa::path(get, path = "/v1/rollouts/{id}", tag = "rollouts", params(("id" = String, Path)),
     responses((status = 200, body = Rollout), (status = 404, body = Problem)))]
 pub async fn get(
@@ -84,7 +96,7 @@ pub async fn get(
     AsViewer(_): AsViewer,
     Path(id): Path<RolloutId>,
 ) -> Result<Json<Rollout>, ApiError> {
-    Ok(Json(state.store.rollout(id).await?.rollout))
+    Ok(Json(state.store.rollout(id).await?))
 }
 
 /// Why a rollout is where it is: every decision with its evidence, as text.
@@ -96,7 +108,7 @@ pub async fn why(
     AsViewer(_): AsViewer,
     Path(id): Path<RolloutId>,
 ) -> Result<String, ApiError> {
-    Ok(slmops_fleet_core::rollout::why(&state.store.rollout(id).await?.rollout))
+    Ok(slmops_fleet_core::rollout::why(&state.store.rollout(id).await?))
 }
 
 async fn command(

@@ -5,12 +5,12 @@ use slmops_api::device::{DesiredModel, Failure, Phase, Rejection, Telemetry};
 use slmops_api::model::ModelShape;
 use slmops_api::orders::{Lift, NewPin, Orders};
 use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere};
-use slmops_api::rollout::{NewRollout, RolloutPolicy, RolloutState};
+use slmops_api::rollout::{NewRollout, Outcome, RolloutPolicy, RolloutState};
 use slmops_fleet_core::rollout;
 use slmops_fleet_core::world::World;
 
 use super::*;
-use crate::db::{Database, params};
+use crate::db::{Database, Schema, params};
 
 macro_rules! every_check {
     ($then:ident) => {
@@ -29,6 +29,8 @@ macro_rules! every_check {
             channels_are_kept,
             webhooks_are_told_of_each_entry_once,
             webhooks_that_do_not_listen_hold_their_cursor,
+            outdated_decisions_are_refused,
+            rollouts_change_device_by_device,
             audit_names_every_change,
             snapshot_knows_the_newest_completed_first,
             damaged_audit_is_found,
@@ -36,10 +38,10 @@ macro_rules! every_check {
     };
 }
 
-mod sqlite {
+pub(crate) mod sqlite {
     use super::*;
 
-    async fn fresh(folder: &std::path::Path) -> SqlStore {
+    pub(crate) async fn fresh(folder: &std::path::Path) -> SqlStore {
         let folder = folder.to_owned();
         let db = tokio::task::spawn_blocking(move || Database::open(&folder, &[SCHEMA]));
         SqlStore::new(db.await.unwrap().unwrap())
@@ -58,6 +60,33 @@ mod sqlite {
     }
 
     every_check!(one_test_each);
+
+    /// What version 4 kept in one document, version 5 keeps in rows, and nothing is lost.
+    #[tokio::test]
+    async fn rollouts_in_one_document_are_split() {
+        const FIRST: Schema = Schema { migrations: SCHEMA.migrations.split_at(4).0, ..SCHEMA };
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().to_owned();
+        let old = tokio::task::spawn_blocking(move || Database::open(&path, &[FIRST]));
+        let old = old.await.unwrap().unwrap();
+        let mut record = rollout_record("r1", "1.0.0", RolloutState::Running);
+        record.rollout.devices =
+            ["d2", "d1"].map(|device| part(device, 0, Outcome::Updating)).to_vec();
+        record.before = BTreeMap::from([("d1".parse().unwrap(), None)]);
+        let text = serde_json::to_string(&record).unwrap();
+        let insert =
+            "INSERT INTO rollouts (id, state, final, rollout) VALUES ('r1', 'running', 0, ?1)";
+        old.write(move |tx| tx.execute(insert, params![text])).await.unwrap();
+        drop(old);
+        let store = fresh(folder.path()).await;
+        record.rollout.recount();
+        assert_eq!(store.frame(vec![]).await.unwrap().rollouts, [record.clone()]);
+        // Decisions that were audited before are not audited again.
+        let change = RolloutChange::whole(&record);
+        let again = Transition { rollouts: vec![change], ..Transition::default() };
+        transition(&store, again).await.unwrap();
+        assert_eq!(store.verify_audit().await.unwrap().entries, 0);
+    }
 }
 
 mod postgres {
@@ -87,11 +116,11 @@ mod postgres {
     every_check!(in_turn);
 }
 
-pub(super) fn at(second: i64) -> Timestamp {
+pub(crate) fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + second).unwrap()
 }
 
-pub(super) fn by() -> By {
+pub(crate) fn by() -> By {
     By { actor: "token test".to_owned(), at: at(0) }
 }
 
@@ -124,7 +153,7 @@ fn facts() -> DeviceFacts {
     }
 }
 
-pub(super) fn report(sequence: u64, phase: Phase) -> DeviceReport {
+pub(crate) fn report(sequence: u64, phase: Phase) -> DeviceReport {
     DeviceReport {
         sequence,
         generation: 1,
@@ -166,14 +195,14 @@ fn enrolment(invitation: &str, secret: SecretHash, key: &str, device: &str) -> E
     }
 }
 
-pub(super) async fn join(store: &impl Store, device: &str) -> StoredDevice {
+pub(crate) async fn join(store: &impl Store, device: &str) -> StoredDevice {
     let invitation = format!("i-{device}");
     let secret = invite(store, &invitation, at(1000)).await;
     let wanted = enrolment(&invitation, secret, &format!("key of {device}"), device);
     store.enrol(wanted).await.unwrap().device
 }
 
-pub(super) fn release(version: &str, seed: &str) -> NewRelease {
+pub(crate) fn release(version: &str, seed: &str) -> NewRelease {
     let weights = Digest::of(format!("weights {version} {seed}").as_bytes());
     let estimate = Estimate { mean: 0.1, low: 0.05, high: 0.2, samples: 9 };
     let report = EvaluationReport {
@@ -264,7 +293,7 @@ pub(super) fn rollout_record(id: &str, version: &str, state: RolloutState) -> Ro
     record
 }
 
-pub(super) fn assignment(device: &str, generation: u64) -> Assignment {
+pub(crate) fn assignment(device: &str, generation: u64) -> Assignment {
     let release = release("1.0.0", "");
     let variant = &release.variants[0];
     Assignment {
@@ -288,11 +317,12 @@ pub(super) fn assignment(device: &str, generation: u64) -> Assignment {
     }
 }
 
-pub(super) async fn transition(
+pub(crate) async fn transition(
     store: &impl Store,
     transition: Transition,
-) -> Result<Transition, StoreError> {
-    store.transition(by(), vec![], Box::new(move |_| Ok(transition.clone()))).await
+) -> Result<i64, StoreError> {
+    let revision = store.frame(vec![]).await?.revision;
+    store.transition(by(), revision, Arc::new(transition)).await
 }
 
 async fn invitation_makes_one_device(store: &impl Store) {
@@ -352,7 +382,9 @@ async fn names_are_unique(store: &impl Store) {
 
 async fn older_reports_are_ignored(store: &impl Store) {
     let id = join(store, "d1").await.id;
-    let record = |sequence, phase| store.record_report(at(30), id.clone(), report(sequence, phase));
+    let record = |sequence, phase| {
+        store.record_report(at(30), id.clone(), Arc::new(report(sequence, phase)))
+    };
     assert_eq!(record(5, Phase::Staged).await.unwrap(), ReportOutcome::News);
     assert_eq!(record(5, Phase::Confirmed).await.unwrap(), ReportOutcome::Stale);
     assert_eq!(record(4, Phase::Confirmed).await.unwrap(), ReportOutcome::Stale);
@@ -361,7 +393,8 @@ async fn older_reports_are_ignored(store: &impl Store) {
     let stored = store.device("d1".to_owned()).await.unwrap();
     assert_eq!(stored.report, Some(report(7, Phase::Confirmed)));
     assert_eq!(stored.last_seen, at(30));
-    let unknown = store.record_report(at(1), "d7".parse().unwrap(), report(1, Phase::Idle)).await;
+    let unknown =
+        store.record_report(at(1), "d7".parse().unwrap(), Arc::new(report(1, Phase::Idle))).await;
     assert!(matches!(unknown, Err(StoreError::NotFound { .. })));
 }
 
@@ -379,7 +412,7 @@ async fn history_is_bounded_and_told_once(store: &impl Store) {
             let manifest = Digest::of(b"bad");
             report.rejected = vec![Rejection { manifest, generation: 1, failure: failure.clone() }];
         }
-        store.record_report(at(sequence as i64), id.clone(), report).await.unwrap();
+        store.record_report(at(sequence as i64), id.clone(), Arc::new(report)).await.unwrap();
     }
     let history = store.history(id.clone(), PageRequest::default()).await.unwrap().items;
     let told: Vec<&str> = history.iter().rev().map(|event| event.what.as_str()).collect();
@@ -458,7 +491,7 @@ async fn transition_is_all_or_nothing(store: &impl Store) {
     store.add_release(by(), release("1.0.0", "")).await.unwrap();
     let audited = store.verify_audit().await.unwrap().entries;
     let bad = Transition {
-        rollouts: vec![rollout_record("r1", "1.0.0", RolloutState::Running)],
+        rollouts: vec![RolloutChange::whole(&rollout_record("r1", "1.0.0", RolloutState::Running))],
         assignments: vec![assignment("d1", 2), assignment("d1", 2)],
         ..Transition::default()
     };
@@ -468,19 +501,113 @@ async fn transition_is_all_or_nothing(store: &impl Store) {
     assert_eq!(store.verify_audit().await.unwrap().entries, audited);
 
     let good = Transition {
-        rollouts: vec![rollout_record("r1", "1.0.0", RolloutState::Running)],
+        rollouts: vec![RolloutChange::whole(&rollout_record("r1", "1.0.0", RolloutState::Running))],
         assignments: vec![assignment("d1", 2)],
         quarantined: vec![(Digest::of(b"x"), "small".parse().unwrap())],
         ..Transition::default()
     };
     transition(store, good).await.unwrap();
-    let snapshot = store.snapshot(vec![]).await.unwrap();
-    assert_eq!(snapshot.rollouts.len(), 1);
-    assert_eq!(snapshot.devices[0].desired.generation, 2);
-    assert_eq!(snapshot.quarantine.len(), 1);
+    let frame = store.frame(vec![]).await.unwrap();
+    assert_eq!(frame.rollouts.len(), 1);
+    let devices = store.devices_after(None, 9).await.unwrap();
+    assert_eq!((devices.len(), devices[0].desired.generation), (1, 2));
+    assert!(store.devices_after(Some(devices[0].id.clone()), 9).await.unwrap().is_empty());
+    assert_eq!(frame.quarantine.len(), 1);
     let verdict = store.verify_audit().await.unwrap();
     // The decision, the assignment, the quarantine.
     assert_eq!((verdict.entries, verdict.broken), (audited + 3, None));
+}
+
+async fn outdated_decisions_are_refused(store: &impl Store) {
+    join(store, "d1").await;
+    let assign = |generation| Transition {
+        assignments: vec![assignment("d1", generation)],
+        ..Transition::default()
+    };
+    let seen = store.frame(vec![]).await.unwrap().revision;
+    let decide =
+        |revision, generation| store.transition(by(), revision, Arc::new(assign(generation)));
+    let next = decide(seen, 2).await.unwrap();
+    assert!(next > seen);
+    assert!(matches!(decide(seen, 3).await, Err(StoreError::Outdated)));
+    // What operators change counts as well; what devices say does not.
+    store
+        .record_report(at(40), "d1".parse().unwrap(), Arc::new(report(9, Phase::Idle)))
+        .await
+        .unwrap();
+    store.put_class(by(), class("small")).await.unwrap();
+    assert!(matches!(decide(next, 3).await, Err(StoreError::Outdated)));
+    assert_eq!(store.device("d1".to_owned()).await.unwrap().desired.generation, 2);
+    decide(store.frame(vec![]).await.unwrap().revision, 3).await.unwrap();
+}
+
+pub(crate) fn part(device: &str, wave: u32, outcome: Outcome) -> RolloutDevice {
+    RolloutDevice {
+        device: device.parse().unwrap(),
+        name: format!("name of {device}"),
+        wave,
+        variant: None,
+        manifest: None,
+        generation: None,
+        started_at: None,
+        held: None,
+        due_at: None,
+        finished_at: None,
+        outcome,
+        fit: "fits".to_owned(),
+        unready: false,
+    }
+}
+
+async fn rollouts_change_device_by_device(store: &impl Store) {
+    let id: RolloutId = "r1".parse().unwrap();
+    let mut record = rollout_record("r1", "1.0.0", RolloutState::Running);
+    record.rollout.waves = 2;
+    let devices = [("d5", 0), ("d4", 0), ("d3", 1), ("d2", 1), ("d1", 1)];
+    record.rollout.devices =
+        devices.iter().map(|(device, wave)| part(device, *wave, Outcome::Pending)).collect();
+    record.before = BTreeMap::from([("d4".parse().unwrap(), None)]);
+    let put = |change| Transition { rollouts: vec![change], ..Transition::default() };
+    transition(store, put(RolloutChange::whole(&record))).await.unwrap();
+    let stored = store.frame(vec![]).await.unwrap().rollouts;
+    record.rollout.recount();
+    assert_eq!(stored, [record.clone()]);
+    assert_eq!(store.rollout(id.clone()).await.unwrap(), record.rollout);
+
+    // One confirms, one joins, one is left out; only those are written.
+    let change = RolloutChange {
+        parts: vec![
+            RolloutPart { position: 1, part: part("d4", 0, Outcome::Confirmed), before: None },
+            RolloutPart { position: 9, part: part("d6", 1, Outcome::Away), before: Some(None) },
+        ],
+        gone: vec!["d3".parse().unwrap()],
+        ..RolloutChange::whole(&record)
+    };
+    transition(store, put(change)).await.unwrap();
+    let stored = store.frame(vec![]).await.unwrap().rollouts.remove(0);
+    let order: Vec<&str> = stored.rollout.devices.iter().map(|d| d.device.as_str()).collect();
+    assert_eq!(order, ["d5", "d4", "d2", "d1", "d6"]);
+    assert_eq!(stored.rollout.devices[1].outcome, Outcome::Confirmed);
+    assert_eq!(stored.before.keys().map(|d| d.as_str()).collect::<Vec<_>>(), ["d6"]);
+
+    // Lists carry counts but no devices; those come page by page.
+    let listed = store.rollouts(PageRequest::default()).await.unwrap().items.remove(0);
+    assert_eq!((listed.devices.len(), listed.total().devices()), (0, 5));
+    let mut request = PageRequest { cursor: None, limit: 2 };
+    let mut seen = Vec::new();
+    loop {
+        let page = store.rollout_devices(id.clone(), request.clone()).await.unwrap();
+        seen.extend(page.items.into_iter().map(|device| device.device.to_string()));
+        request.cursor = page.cursor;
+        if request.cursor.is_none() {
+            break;
+        }
+    }
+    assert_eq!(seen, order);
+    request.cursor = Some("nonsense".to_owned());
+    assert!(store.rollout_devices(id, request).await.is_err());
+    let unknown = store.rollout_devices("r9".parse().unwrap(), PageRequest::default()).await;
+    assert!(matches!(unknown, Err(StoreError::NotFound { .. })));
 }
 
 async fn generations_never_fall(store: &impl Store) {
@@ -539,7 +666,7 @@ async fn quarantine_is_lifted_once(store: &impl Store) {
     assert_eq!((rows.len(), rows[0].since, &rows[0].rollout), (1, Some(by().at), &None));
     let lift = Lift { manifest, class, reason: "tried again".to_owned() };
     store.lift(by(), lift.clone()).await.unwrap();
-    assert!(store.snapshot(vec![]).await.unwrap().quarantine.is_empty());
+    assert!(store.frame(vec![]).await.unwrap().quarantine.is_empty());
     assert!(matches!(store.lift(by(), lift).await, Err(StoreError::NotFound { .. })));
     let entries = store.audit(PageRequest::default()).await.unwrap().items;
     assert_eq!((entries[0].action.as_str(), entries.len()), ("manifest.lift", 2));
@@ -734,7 +861,10 @@ async fn snapshot_knows_the_newest_completed_first(store: &impl Store) {
     for version in ["1.0.0", "1.1.0"] {
         store.add_release(by(), release(version, "")).await.unwrap();
     }
-    let put = |record| Transition { rollouts: vec![record], ..Transition::default() };
+    let put = |record: RolloutRecord| Transition {
+        rollouts: vec![RolloutChange::whole(&record)],
+        ..Transition::default()
+    };
     for (id, version) in [("r1", "1.0.0"), ("r2", "1.1.0")] {
         transition(store, put(rollout_record(id, version, RolloutState::Running))).await.unwrap();
     }
@@ -743,14 +873,14 @@ async fn snapshot_knows_the_newest_completed_first(store: &impl Store) {
         let record = rollout_record(id, version, RolloutState::Completed);
         transition(store, put(record)).await.unwrap();
     }
-    let snapshot = store.snapshot(vec![]).await.unwrap();
+    let snapshot = store.frame(vec![]).await.unwrap();
     let completed: Vec<&str> = snapshot.completed.iter().map(|c| c.id.as_str()).collect();
     assert_eq!(completed, ["r1", "r2"]);
     assert!(snapshot.rollouts.is_empty());
-    let also = store.snapshot(vec!["r2".parse().unwrap()]).await.unwrap();
+    let also = store.frame(vec!["r2".parse().unwrap()]).await.unwrap();
     assert_eq!(also.rollouts.len(), 1);
     transition(store, put(rollout_record("r1", "1.0.0", RolloutState::RolledBack))).await.unwrap();
-    assert_eq!(store.snapshot(vec![]).await.unwrap().completed.len(), 1);
+    assert_eq!(store.frame(vec![]).await.unwrap().completed.len(), 1);
 }
 
 async fn damaged_audit_is_found(store: &SqlStore) {

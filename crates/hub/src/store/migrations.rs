@@ -81,7 +81,7 @@ async fn fill(db: &Database) {
     invite(&store, "i-open", at(1000)).await;
     let mut told = report(3, slmops_api::device::Phase::Confirmed);
     told.generation = 2;
-    store.record_report(at(30), "d1".parse().unwrap(), told).await.unwrap();
+    store.record_report(at(30), "d1".parse().unwrap(), Arc::new(told)).await.unwrap();
     store.revoke_device(by(), "d2".parse().unwrap()).await.unwrap();
     let away = OrdersChange::Exclude("it's away".to_owned());
     store.order_device(by(), "d1".parse().unwrap(), away).await.unwrap();
@@ -104,14 +104,18 @@ async fn fill(db: &Database) {
         store.add_release(by(), release(version, "")).await.unwrap();
     }
     let first = Transition {
-        rollouts: vec![rollout_record("r1", "1.0.0", RolloutState::Completed)],
+        rollouts: vec![RolloutChange::whole(&rollout_record(
+            "r1",
+            "1.0.0",
+            RolloutState::Completed,
+        ))],
         assignments: vec![assignment("d1", 2)],
         quarantined: vec![(Digest::of(b"bad"), "small".parse().unwrap())],
         ..Transition::default()
     };
     transition(&store, first).await.unwrap();
     let second = Transition {
-        rollouts: vec![rollout_record("r2", "1.1.0", RolloutState::Running)],
+        rollouts: vec![RolloutChange::whole(&rollout_record("r2", "1.1.0", RolloutState::Running))],
         ..Transition::default()
     };
     transition(&store, second).await.unwrap();
@@ -186,13 +190,13 @@ async fn check(version: &str, db: &Database) {
         let stored = store.release("m".parse().unwrap(), name.parse().unwrap()).await.unwrap();
         assert_eq!(stored.release, release(name, ""), "{version}");
     }
-    let rollout = store.rollout("r2".parse().unwrap()).await.unwrap().rollout;
+    let rollout = store.rollout("r2".parse().unwrap()).await.unwrap();
     assert_eq!(
         (rollout.state, rollout.asked.version.to_string()),
         (RolloutState::Running, "1.1.0".into())
     );
     assert!(!rollout.decisions.is_empty(), "{version}");
-    let snapshot = store.snapshot(vec![]).await.unwrap();
+    let snapshot = store.frame(vec![]).await.unwrap();
     assert_eq!(snapshot.completed[0].id.as_str(), "r1", "{version}");
     assert_eq!(snapshot.rollouts.len(), 1, "{version}");
     assert!(snapshot.quarantine.contains(&(Digest::of(b"bad"), "small".parse().unwrap())));
@@ -217,16 +221,20 @@ async fn check(version: &str, db: &Database) {
 
     // And it goes on from there.
     let news = report(4, slmops_api::device::Phase::Staged);
-    let outcome = store.record_report(at(40), device.id.clone(), news).await.unwrap();
+    let outcome = store.record_report(at(40), device.id.clone(), Arc::new(news)).await.unwrap();
     assert_eq!(outcome, ReportOutcome::News, "{version}");
     let next = |generation| Transition {
-        rollouts: vec![rollout_record("r2", "1.1.0", RolloutState::Completed)],
+        rollouts: vec![RolloutChange::whole(&rollout_record(
+            "r2",
+            "1.1.0",
+            RolloutState::Completed,
+        ))],
         assignments: vec![assignment("d1", generation)],
         ..Transition::default()
     };
     assert!(transition(&store, next(2)).await.is_err(), "{version}: generations never fall");
     transition(&store, next(3)).await.unwrap();
-    let completed = store.snapshot(vec![]).await.unwrap().completed;
+    let completed = store.frame(vec![]).await.unwrap().completed;
     assert_eq!(completed[0].id.as_str(), "r2", "{version}: the newest is first");
     join(&store, "d3").await;
     store.add_release(by(), release("1.2.0", "")).await.unwrap();
@@ -243,11 +251,8 @@ impl Principals for Nobody {
         Box::pin(async { Ok(None) })
     }
 
-    fn device_is_active(
-        &self,
-        _: DeviceId,
-    ) -> futures_util::future::BoxFuture<'_, Result<bool, LookupError>> {
-        Box::pin(async { Ok(false) })
+    fn device(&self, _: &DeviceId) -> Option<Arc<crate::events::Place>> {
+        None
     }
 }
 

@@ -1,8 +1,8 @@
 //! What the hub remembers: whole transactions, behind a trait.
 //!
 //! Each method is one transaction; when it returns `Ok`, its change and the audit entries that
-//! record it are durable together. The store never decides: [`Store::transition`] hands a
-//! consistent [`Snapshot`] to the caller's decision and persists what comes back.
+//! record it are durable together. The store never decides: decisions are made over devices and a
+//! [`Frame`] kept in memory, and [`Store::transition`] persists them if nothing else has changed.
 //! Start reading at [`Store`], then `sql.rs`; `conformance.rs` says what every store must do.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,10 +14,12 @@ use slmops_api::audit::{AuditEntry, AuditVerdict, Token};
 use slmops_api::blueprint::StoredBlueprint;
 use slmops_api::channel::Channel;
 use slmops_api::device::{
-    DesiredState, Device, DeviceEvent, DeviceFacts, DeviceReport, InvitationInfo, PublisherKey,
+    DesiredModel, DesiredState, Device, DeviceEvent, DeviceFacts, DeviceReport, InvitationInfo,
+    PublisherKey,
 };
 use slmops_api::model::{DeviceClass, NewRelease, Release};
 use slmops_api::orders::{Lift, NewPin, Orders};
+use slmops_api::rollout::{Rollout, RolloutDevice};
 use slmops_api::webhook::{Delivery, DeliveryState, NewWebhook, Webhook};
 use slmops_api::{
     ChannelName, ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, SiteName, TokenId,
@@ -34,12 +36,14 @@ use crate::db::DbError;
 use crate::replicas::Fence;
 
 #[cfg(test)]
-mod conformance;
+pub(crate) mod conformance;
 #[cfg(test)]
 mod migrations;
+mod rollouts;
 mod sql;
 mod webhooks;
 
+pub use rollouts::SHOWN_DEVICES;
 pub use sql::{SCHEMA, SqlStore, record_registry, record_restore};
 pub use webhooks::{Attempted, Leased, WebhookRow, message_id};
 
@@ -70,6 +74,9 @@ pub enum StoreError {
     /// Another hub over the same database decides by now.
     #[error("another hub decides by now")]
     Superseded,
+    /// What a decision was made on has changed meanwhile.
+    #[error("the decision was made on what is no longer so")]
+    Outdated,
     /// The caller may not.
     #[error("{detail}")]
     Forbidden {
@@ -285,11 +292,11 @@ pub enum Registered {
     Same(Arc<Release>),
 }
 
-/// A consistent view of everything that decisions depend on.
+/// What decisions depend on besides the devices.
 #[derive(Clone, Debug, Default)]
-pub struct Snapshot {
-    /// All devices.
-    pub devices: Vec<StoredDevice>,
+pub struct Frame {
+    /// Grows with every change of what decisions depend on, but for what devices say themselves.
+    pub revision: i64,
     /// All classes.
     pub classes: Vec<DeviceClass>,
     /// All blueprint layers.
@@ -304,11 +311,49 @@ pub struct Snapshot {
     pub quarantine: BTreeSet<(Digest, ClassName)>,
 }
 
+/// A rollout, and what of it is new or changed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RolloutChange {
+    /// The rollout without its devices and what they ran before.
+    pub header: RolloutRecord,
+    /// Devices that are new or changed.
+    pub parts: Vec<RolloutPart>,
+    /// Devices that are no part of it any more.
+    pub gone: Vec<DeviceId>,
+}
+
+/// One device of a rollout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RolloutPart {
+    /// Its place among the devices of its wave when it became part of the rollout.
+    pub position: u32,
+    /// Its part.
+    pub part: RolloutDevice,
+    /// What it ran before, if it was told.
+    pub before: Option<Option<DesiredModel>>,
+}
+
+impl RolloutChange {
+    /// All of a rollout.
+    pub fn whole(record: &RolloutRecord) -> Self {
+        let mut header = record.clone();
+        header.rollout.recount();
+        let devices = std::mem::take(&mut header.rollout.devices);
+        let mut before = std::mem::take(&mut header.before);
+        let part = |(position, part): (u32, RolloutDevice)| RolloutPart {
+            position,
+            before: before.remove(&part.device),
+            part,
+        };
+        Self { header, parts: (0..).zip(devices).map(part).collect(), gone: vec![] }
+    }
+}
+
 /// What a decision changes, all at once.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Transition {
     /// Rollouts, new or changed.
-    pub rollouts: Vec<RolloutRecord>,
+    pub rollouts: Vec<RolloutChange>,
     /// Desired states.
     pub assignments: Vec<Assignment>,
     /// Quarantined manifests.
@@ -317,8 +362,6 @@ pub struct Transition {
     pub audit: Vec<AuditDraft>,
     /// The right by which the hub decided by itself, where there may be several.
     pub fence: Option<Fence>,
-    /// When to decide again even if nothing is heard before. Not stored.
-    pub deadline: Option<Timestamp>,
 }
 
 impl Transition {
@@ -330,9 +373,6 @@ impl Transition {
             && self.audit.is_empty()
     }
 }
-
-/// A decision over a snapshot. May be run again if the transaction must be repeated.
-pub type Decide = Box<dyn FnMut(&Snapshot) -> Result<Transition, StoreError> + Send>;
 
 /// A page of a listing: where it starts and how long it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -367,6 +407,8 @@ pub trait Store: Send + Sync + 'static {
     fn device(&self, id_or_name: String) -> StoreFuture<'_, StoredDevice>;
     /// Devices by name.
     fn devices(&self, page: PageRequest) -> StoreFuture<'_, Page<StoredDevice>>;
+    /// Those of these devices that there are.
+    fn devices_of(&self, ids: Vec<DeviceId>) -> StoreFuture<'_, Vec<StoredDevice>>;
     /// Changes labels or site.
     fn change_device(
         &self,
@@ -388,7 +430,7 @@ pub trait Store: Send + Sync + 'static {
         &self,
         at: Timestamp,
         id: DeviceId,
-        report: DeviceReport,
+        report: Arc<DeviceReport>,
     ) -> StoreFuture<'_, ReportOutcome>;
     /// Writes when devices were last heard of.
     fn record_seen(&self, seen: Vec<(DeviceId, Timestamp)>) -> StoreFuture<'_, ()>;
@@ -424,19 +466,34 @@ pub trait Store: Send + Sync + 'static {
     /// Releases, newest first.
     fn releases(&self, page: PageRequest) -> StoreFuture<'_, Page<Arc<Release>>>;
 
-    /// One rollout.
-    fn rollout(&self, id: RolloutId) -> StoreFuture<'_, RolloutRecord>;
-    /// Rollouts, newest first.
-    fn rollouts(&self, page: PageRequest) -> StoreFuture<'_, Page<RolloutRecord>>;
-    /// Everything that decisions depend on. `also` names rollouts wanted even if they are final.
-    fn snapshot(&self, also: Vec<RolloutId>) -> StoreFuture<'_, Snapshot>;
-    /// Decides over a snapshot and persists the result, in one transaction.
+    /// All releases, for decisions.
+    fn catalog(&self) -> StoreFuture<'_, Releases>;
+
+    /// One rollout with the first [`SHOWN_DEVICES`] of its devices.
+    fn rollout(&self, id: RolloutId) -> StoreFuture<'_, Rollout>;
+    /// Rollouts without their devices, newest first.
+    fn rollouts(&self, page: PageRequest) -> StoreFuture<'_, Page<Rollout>>;
+    /// Devices of a rollout, in wave order.
+    fn rollout_devices(
+        &self,
+        id: RolloutId,
+        page: PageRequest,
+    ) -> StoreFuture<'_, Page<RolloutDevice>>;
+    /// The newest rollouts, each with the first [`SHOWN_DEVICES`] of its devices.
+    fn samples(&self, limit: u32) -> StoreFuture<'_, Vec<RolloutRecord>>;
+    /// So many devices by id, after this one.
+    fn devices_after(&self, id: Option<DeviceId>, limit: u32)
+    -> StoreFuture<'_, Vec<StoredDevice>>;
+    /// What decisions depend on besides the devices. `also` names rollouts wanted even if they are final.
+    fn frame(&self, also: Vec<RolloutId>) -> StoreFuture<'_, Frame>;
+    /// Persists a decision that was made at revision `decided_at`; gives the new revision.
+    /// [`StoreError::Outdated`] if the revision is another one by now.
     fn transition(
         &self,
         by: By,
-        also: Vec<RolloutId>,
-        decide: Decide,
-    ) -> StoreFuture<'_, Transition>;
+        decided_at: i64,
+        transition: Arc<Transition>,
+    ) -> StoreFuture<'_, i64>;
 
     /// Everything that is quarantined, newest first.
     fn quarantine(&self) -> StoreFuture<'_, Vec<QuarantineRow>>;

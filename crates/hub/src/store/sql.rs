@@ -16,7 +16,7 @@ use slmops_api::device::{
 };
 use slmops_api::model::{DeviceClass, NewRelease, Release};
 use slmops_api::orders::{Exclusion, Lift, NewPin, Orders, Pin};
-use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState};
+use slmops_api::rollout::{Outcome, Rollout, RolloutDevice, RolloutState};
 use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_api::webhook::{Delivery, DeliveryState, NewWebhook, Webhook};
@@ -25,16 +25,16 @@ use slmops_api::{
 };
 use slmops_artifact::Digest;
 use slmops_fleet_core::blueprint::DEFAULT_CONFIRM_TIMEOUT_S;
-use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words, state_name};
+use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words};
 use slmops_fleet_core::words;
-use slmops_fleet_core::world::CompletedRollout;
+use slmops_fleet_core::world::{CompletedRollout, Releases};
 
 use super::webhooks;
 use super::{
-    Attempted, AuditDraft, By, Decide, DeviceChange, Enrolled, Enrolment, Leased,
+    Attempted, AuditDraft, By, DeviceChange, Enrolled, Enrolment, Frame, Leased,
     MAX_EVENTS_PER_DEVICE, MAX_PAGE, NewInvitationRow, OrdersChange, PageRequest, QuarantineRow,
-    Registered, ReportOutcome, Snapshot, Store, StoreError, StoreFuture, StoredDevice, Transition,
-    WebhookRow,
+    Registered, ReportOutcome, Store, StoreError, StoreFuture, StoredDevice, Transition,
+    WebhookRow, rollouts,
 };
 use crate::auth::{Secret, SecretHash};
 use crate::db::{Database, Row, Schema, Tx, Value, params};
@@ -123,7 +123,9 @@ pub const SCHEMA: Schema = Schema {
     ",
         "CREATE TABLE channels (name TEXT PRIMARY KEY, channel TEXT NOT NULL) STRICT;",
         webhooks::MIGRATION,
+        rollouts::TABLES,
     ],
+    moves: &[(5, rollouts::split_documents)],
 };
 
 /// Device names tried when a host name is taken: `pi`, `pi-2`, … `pi-1000`.
@@ -232,13 +234,15 @@ pub(super) fn limit_of(request: &PageRequest) -> u32 {
 pub(super) fn below(request: &PageRequest) -> Result<i64, StoreError> {
     match &request.cursor {
         None => Ok(i64::MAX),
-        Some(cursor) => cursor.parse().map_err(|_| {
-            conflict(
-                format!("`{}` is no cursor", cursor.chars().take(40).collect::<String>()),
-                "use the `cursor` of the page before, unchanged",
-            )
-        }),
+        Some(cursor) => cursor.parse().map_err(|_| no_cursor(cursor)),
     }
+}
+
+pub(super) fn no_cursor(given: &str) -> StoreError {
+    conflict(
+        format!("`{}` is no cursor", given.chars().take(40).collect::<String>()),
+        "use the `cursor` of the page before, unchanged",
+    )
 }
 
 const DEVICE_COLUMNS: &str = "id, name, public_key, site, labels, facts, desired, report, \
@@ -298,44 +302,67 @@ fn add_event(
 
 /// Adds an entry to the audit chain, inside the transaction that it records.
 pub(super) fn append_audit(tx: &Tx<'_>, by: &By, draft: AuditDraft) -> Result<(), StoreError> {
-    let last = first(
-        tx,
-        "SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1",
-        params![],
-        |row| Ok((row.get::<i64>(0)?, row.get::<String>(1)?)),
-    )?;
-    let (sequence, previous) = match last {
-        Some((sequence, hash)) => (sequence as u64 + 1, column("audit", &hash)?),
-        None => (1, Digest::from([0; 32])),
-    };
-    let mut entry = AuditEntry {
-        sequence,
-        at: by.at,
-        actor: by.actor.clone(),
-        action: draft.action.to_owned(),
-        object: draft.object,
-        details: draft.details,
-        previous,
-        hash: previous,
-    };
-    entry.hash = entry.computed_hash();
-    tx.execute(
-        "INSERT INTO audit (sequence, at, actor, action, object, details, previous, hash)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-        params![
-            entry.sequence as i64,
-            entry.at.to_string(),
-            entry.actor,
-            entry.action,
-            entry.object,
-            entry.details.to_string(),
-            entry.previous.to_string(),
-            entry.hash.to_string(),
-        ],
-    )?;
-    // `device.assign` is a change of a device.
-    let kind = entry.action.split('.').next().unwrap_or_default();
-    Ok(tx.announce(kind, &entry.object)?)
+    Chain::read(tx)?.append(tx, by, draft)
+}
+
+/// The end of the audit chain within one transaction.
+pub(super) struct Chain {
+    sequence: u64,
+    head: Digest,
+}
+
+impl Chain {
+    pub(super) fn read(tx: &Tx<'_>) -> Result<Self, StoreError> {
+        let last = first(
+            tx,
+            "SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1",
+            params![],
+            |row| Ok((row.get::<i64>(0)?, row.get::<String>(1)?)),
+        )?;
+        Ok(match last {
+            Some((sequence, hash)) => {
+                Self { sequence: sequence as u64, head: column("audit", &hash)? }
+            }
+            None => Self { sequence: 0, head: Digest::from([0; 32]) },
+        })
+    }
+
+    pub(super) fn append(
+        &mut self,
+        tx: &Tx<'_>,
+        by: &By,
+        draft: AuditDraft,
+    ) -> Result<(), StoreError> {
+        let mut entry = AuditEntry {
+            sequence: self.sequence + 1,
+            at: by.at,
+            actor: by.actor.clone(),
+            action: draft.action.to_owned(),
+            object: draft.object,
+            details: draft.details,
+            previous: self.head,
+            hash: self.head,
+        };
+        entry.hash = entry.computed_hash();
+        tx.execute(
+            "INSERT INTO audit (sequence, at, actor, action, object, details, previous, hash)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            params![
+                entry.sequence as i64,
+                entry.at.to_string(),
+                entry.actor,
+                entry.action,
+                entry.object,
+                entry.details.to_string(),
+                entry.previous.to_string(),
+                entry.hash.to_string(),
+            ],
+        )?;
+        (self.sequence, self.head) = (entry.sequence, entry.hash);
+        // `device.assign` is a change of a device.
+        let kind = entry.action.split('.').next().unwrap_or_default();
+        Ok(tx.announce(kind, &entry.object)?)
+    }
 }
 
 /// Adds an entry for a change of the registry, inside the transaction that makes the change.
@@ -366,6 +393,7 @@ pub fn record_restore(tx: &Tx<'_>, at: Timestamp, made_at: Timestamp) -> Result<
         tx.execute(sql, params![id, to_json(&desired)])?;
     }
     let details = json!({ "backup_made_at": made_at, "generations_from": floor });
+    bump(tx)?;
     append_audit(tx, &By::hub(at), draft("hub.restore", "hub", details))
 }
 
@@ -425,53 +453,7 @@ fn load_blueprints(tx: &Tx<'_>) -> Result<Vec<StoredBlueprint>, StoreError> {
     })
 }
 
-fn rollout_of(row: &Row<'_>) -> Result<RolloutRecord, StoreError> {
-    from_json("rollouts", &row.get::<String>(0)?)
-}
-
-fn find_rollout(tx: &Tx<'_>, id: &RolloutId) -> Result<RolloutRecord, StoreError> {
-    let sql = "SELECT rollout FROM rollouts WHERE id = ?1";
-    let found = first(tx, sql, params![id.as_str()], rollout_of)?;
-    found.ok_or_else(|| not_found("rollout", id))
-}
-
-fn load_snapshot(
-    tx: &Tx<'_>,
-    cache: &Mutex<ReleaseCache>,
-    also: &[RolloutId],
-) -> Result<Snapshot, StoreError> {
-    let devices = collect(
-        tx,
-        &format!("SELECT {DEVICE_COLUMNS} FROM devices ORDER BY name"),
-        params![],
-        device_of,
-    )?;
-    let mut rollouts = collect(
-        tx,
-        "SELECT rollout FROM rollouts WHERE final = 0 ORDER BY sequence",
-        params![],
-        rollout_of,
-    )?;
-    for id in also {
-        if !rollouts.iter().any(|record| record.rollout.id == *id) {
-            rollouts.push(find_rollout(tx, id)?);
-        }
-    }
-    let completed = collect(
-        tx,
-        "SELECT rollout FROM rollouts WHERE state = 'completed' ORDER BY completed_sequence DESC",
-        params![],
-        |row| {
-            let rollout = rollout_of(row)?.rollout;
-            Ok(CompletedRollout {
-                id: rollout.id,
-                model: rollout.asked.model,
-                version: rollout.asked.version,
-                selector: rollout.asked.policy.selector,
-                channel: rollout.asked.promotion.map(|promotion| promotion.channel),
-            })
-        },
-    )?;
+fn load_releases(tx: &Tx<'_>, cache: &Mutex<ReleaseCache>) -> Result<Releases, StoreError> {
     let keys: Vec<(ModelName, semver::Version)> =
         collect(tx, "SELECT model, version FROM releases", params![], |row| {
             let model = column("releases", &row.get::<String>(0)?)?;
@@ -482,19 +464,51 @@ fn load_snapshot(
         let (_, release) = load_release(tx, cache, &model, &version)?;
         releases.insert((model, version), release);
     }
+    Ok(releases)
+}
+
+fn load_frame(
+    tx: &Tx<'_>,
+    cache: &Mutex<ReleaseCache>,
+    also: &[RolloutId],
+) -> Result<Frame, StoreError> {
+    let completed = collect(
+        tx,
+        "SELECT rollout FROM rollouts WHERE state = 'completed' ORDER BY completed_sequence DESC",
+        params![],
+        |row| {
+            let record: RolloutRecord = from_json("rollouts", &row.get::<String>(0)?)?;
+            Ok(CompletedRollout::from(&record.rollout))
+        },
+    )?;
     let quarantine = collect(tx, "SELECT manifest, class FROM quarantine", params![], |row| {
         let manifest = column("quarantine", &row.get::<String>(0)?)?;
         Ok((manifest, column("quarantine", &row.get::<String>(1)?)?))
     })?;
-    Ok(Snapshot {
-        devices,
+    Ok(Frame {
+        revision: revision(tx)?,
         classes: load_classes(tx)?,
         blueprints: load_blueprints(tx)?,
-        rollouts,
+        rollouts: rollouts::active(tx, also)?,
         completed,
-        releases,
+        releases: load_releases(tx, cache)?,
         quarantine: quarantine.into_iter().collect(),
     })
+}
+
+fn revision(tx: &Tx<'_>) -> Result<i64, StoreError> {
+    let sql = "SELECT revision FROM planning WHERE id = 1";
+    Ok(first(tx, sql, params![], |row| Ok(row.get(0)?))?.unwrap_or(0))
+}
+
+/// Notes that something changed that decisions depend on, other than what devices say themselves.
+fn bump(tx: &Tx<'_>) -> Result<(), StoreError> {
+    tx.execute(
+        "INSERT INTO planning (id, revision) VALUES (1, 1)
+         ON CONFLICT (id) DO UPDATE SET revision = planning.revision + 1",
+        params![],
+    )?;
+    Ok(())
 }
 
 fn load_release(
@@ -603,41 +617,13 @@ fn persist_transition(tx: &Tx<'_>, by: &By, transition: &Transition) -> Result<(
     if let Some(fence) = &transition.fence {
         fence.pass(tx)?;
     }
+    let mut chain = Chain::read(tx)?;
     for entry in &transition.audit {
-        append_audit(tx, by, entry.clone())?;
+        chain.append(tx, by, entry.clone())?;
     }
     let hub = By::hub(by.at);
-    for record in &transition.rollouts {
-        let rollout = &record.rollout;
-        let known = match find_rollout(tx, &rollout.id) {
-            Ok(before) => before.rollout.decisions.len(),
-            Err(StoreError::NotFound { .. }) => 0,
-            Err(error) => return Err(error),
-        };
-        for decision in rollout.decisions.iter().skip(known) {
-            let details = json!({
-                "what": decision.what, "because": decision.because,
-                "state": state_name(rollout.state),
-            });
-            append_audit(tx, &hub, draft("rollout.decide", &rollout.id, details))?;
-        }
-        let completed = rollout.state == RolloutState::Completed;
-        tx.execute(
-            "INSERT INTO rollouts (id, state, final, completed_sequence, rollout)
-             VALUES (?1, ?2, ?3, CASE WHEN ?4 THEN
-                 (SELECT COALESCE(MAX(completed_sequence), 0) + 1 FROM rollouts) END, ?5)
-             ON CONFLICT (id) DO UPDATE SET state = excluded.state, final = excluded.final,
-                 completed_sequence =
-                     COALESCE(rollouts.completed_sequence, excluded.completed_sequence),
-                 rollout = excluded.rollout",
-            params![
-                rollout.id.as_str(),
-                state_name(rollout.state),
-                rollout.state.is_final(),
-                completed,
-                to_json(record),
-            ],
-        )?;
+    for change in &transition.rollouts {
+        rollouts::persist(tx, &mut chain, by.at, change)?;
     }
     let generation = tx.json_integer("desired", "generation");
     let assign = format!("UPDATE devices SET desired = ?2 WHERE id = ?1 AND {generation} < ?3");
@@ -669,16 +655,17 @@ fn persist_transition(tx: &Tx<'_>, by: &By, transition: &Transition) -> Result<(
             "manifest": desired.model.as_ref().map(|m| m.manifest.to_string()),
             "reason": desired.reason,
         });
-        append_audit(tx, &hub, draft("device.assign", &assignment.device, details))?;
+        chain.append(tx, &hub, draft("device.assign", &assignment.device, details))?;
     }
     for (manifest, class) in &transition.quarantined {
-        let failed_in = transition.rollouts.iter().map(|record| &record.rollout).find(|rollout| {
+        let failed_in = transition.rollouts.iter().find(|change| {
             let failed = |part: &RolloutDevice| {
                 part.manifest == Some(*manifest) && matches!(part.outcome, Outcome::Failed { .. })
             };
-            rollout.state == RolloutState::Halted && rollout.devices.iter().any(failed)
+            let halted = change.header.rollout.state == RolloutState::Halted;
+            halted && change.parts.iter().any(|part| failed(&part.part))
         });
-        let rollout = failed_in.map(|rollout| &rollout.id);
+        let rollout = failed_in.map(|change| &change.header.rollout.id);
         tx.execute(
             "INSERT INTO quarantine (manifest, class, since, rollout) VALUES (?1, ?2, ?3, ?4)
              ON CONFLICT DO NOTHING",
@@ -690,7 +677,7 @@ fn persist_transition(tx: &Tx<'_>, by: &By, transition: &Transition) -> Result<(
             ],
         )?;
         let details = json!({ "class": class, "rollout": rollout });
-        append_audit(tx, &hub, draft("manifest.quarantine", manifest, details))?;
+        chain.append(tx, &hub, draft("manifest.quarantine", manifest, details))?;
     }
     Ok(())
 }
@@ -924,6 +911,14 @@ impl Store for SqlStore {
         })
     }
 
+    fn devices_of(&self, ids: Vec<DeviceId>) -> StoreFuture<'_, Vec<StoredDevice>> {
+        self.read(move |tx| {
+            let sql = format!("SELECT {DEVICE_COLUMNS} FROM devices WHERE id = ?1");
+            let found = ids.iter().map(|id| first(tx, &sql, params![id.as_str()], device_of));
+            found.filter_map(Result::transpose).collect()
+        })
+    }
+
     fn change_device(
         &self,
         by: By,
@@ -998,7 +993,7 @@ impl Store for SqlStore {
         &self,
         at: Timestamp,
         id: DeviceId,
-        report: DeviceReport,
+        report: Arc<DeviceReport>,
     ) -> StoreFuture<'_, ReportOutcome> {
         self.write(move |tx| {
             let found: Option<(i64, Option<String>)> = first(
@@ -1023,7 +1018,7 @@ impl Store for SqlStore {
                  WHERE id = ?1",
                 params![
                     id.as_str(),
-                    to_json(&report),
+                    to_json(&*report),
                     report.sequence as i64,
                     to_json(&report.facts),
                     at.to_string()
@@ -1080,6 +1075,7 @@ impl Store for SqlStore {
             let details = json!({
                 "min_memory_bytes": class.min_memory_bytes, "quantisation": class.quantisation,
             });
+            bump(tx)?;
             append_audit(tx, &by, draft("class.put", &class.name, details))
         })
     }
@@ -1089,6 +1085,7 @@ impl Store for SqlStore {
             if tx.execute("DELETE FROM classes WHERE name = ?1", params![name.as_str()])? == 0 {
                 return Err(not_found("class", &name));
             }
+            bump(tx)?;
             append_audit(tx, &by, draft("class.delete", &name, json!({})))
         })
     }
@@ -1106,6 +1103,7 @@ impl Store for SqlStore {
                 params![layer, name, &blueprint.toml],
             )?;
             let details = json!({ "toml": blueprint.toml });
+            bump(tx)?;
             append_audit(tx, &by, draft("blueprint.put", format!("{layer}/{name}"), details))
         })
     }
@@ -1120,6 +1118,7 @@ impl Store for SqlStore {
             if gone == 0 {
                 return Err(not_found("blueprint", format!("{layer}/{name}")));
             }
+            bump(tx)?;
             append_audit(tx, &by, draft("blueprint.delete", format!("{layer}/{name}"), json!({})))
         })
     }
@@ -1186,6 +1185,7 @@ impl Store for SqlStore {
                     &to_json(&stored),
                 ],
             )?;
+            bump(tx)?;
             append_audit(tx, &by, draft("release.create", title, details))?;
             Ok(Registered::New(Arc::new(stored)))
         })
@@ -1216,41 +1216,66 @@ impl Store for SqlStore {
         })
     }
 
-    fn rollout(&self, id: RolloutId) -> StoreFuture<'_, RolloutRecord> {
-        self.read(move |tx| find_rollout(tx, &id))
+    fn rollout(&self, id: RolloutId) -> StoreFuture<'_, Rollout> {
+        self.read(move |tx| rollouts::shown(tx, &id))
     }
 
-    fn rollouts(&self, request: PageRequest) -> StoreFuture<'_, Page<RolloutRecord>> {
+    fn rollouts(&self, request: PageRequest) -> StoreFuture<'_, Page<Rollout>> {
+        self.read(move |tx| rollouts::list(tx, below(&request)?, &request))
+    }
+
+    fn rollout_devices(
+        &self,
+        id: RolloutId,
+        request: PageRequest,
+    ) -> StoreFuture<'_, Page<RolloutDevice>> {
         self.read(move |tx| {
-            let limit = limit_of(&request);
-            let found = collect(
-                tx,
-                "SELECT rollout, sequence FROM rollouts WHERE sequence < ?1
-                 ORDER BY sequence DESC LIMIT ?2",
-                params![below(&request)?, limit + 1],
-                |row| Ok((row.get::<i64>(1)?.to_string(), rollout_of(row)?)),
-            )?;
-            Ok(page(found, limit))
+            rollouts::exists(tx, &id)?;
+            rollouts::devices(tx, &id, &request)
         })
     }
 
-    fn snapshot(&self, also: Vec<RolloutId>) -> StoreFuture<'_, Snapshot> {
+    fn samples(&self, limit: u32) -> StoreFuture<'_, Vec<RolloutRecord>> {
+        self.read(move |tx| rollouts::samples(tx, limit))
+    }
+
+    fn catalog(&self) -> StoreFuture<'_, Releases> {
         let cache = Arc::clone(&self.releases);
-        self.read(move |tx| load_snapshot(tx, &cache, &also))
+        self.read(move |tx| load_releases(tx, &cache))
+    }
+
+    fn frame(&self, also: Vec<RolloutId>) -> StoreFuture<'_, Frame> {
+        let cache = Arc::clone(&self.releases);
+        self.read(move |tx| load_frame(tx, &cache, &also))
+    }
+
+    fn devices_after(
+        &self,
+        id: Option<DeviceId>,
+        limit: u32,
+    ) -> StoreFuture<'_, Vec<StoredDevice>> {
+        self.read(move |tx| {
+            let after = id.as_ref().map_or("", |id| id.as_str());
+            let sql =
+                format!("SELECT {DEVICE_COLUMNS} FROM devices WHERE id > ?1 ORDER BY id LIMIT ?2");
+            collect(tx, &sql, params![after, limit], device_of)
+        })
     }
 
     fn transition(
         &self,
         by: By,
-        also: Vec<RolloutId>,
-        mut decide: Decide,
-    ) -> StoreFuture<'_, Transition> {
-        let cache = Arc::clone(&self.releases);
+        decided_at: i64,
+        transition: Arc<Transition>,
+    ) -> StoreFuture<'_, i64> {
         self.write(move |tx| {
-            let snapshot = load_snapshot(tx, &cache, &also)?;
-            let transition = decide(&snapshot)?;
+            let revision = revision(tx)?;
+            if revision != decided_at {
+                return Err(StoreError::Outdated);
+            }
             persist_transition(tx, &by, &transition)?;
-            Ok(transition)
+            bump(tx)?;
+            Ok(revision + 1)
         })
     }
 
@@ -1283,6 +1308,7 @@ impl Store for SqlStore {
                 return Err(not_found("quarantine", name));
             }
             let details = json!({ "class": class, "reason": reason });
+            bump(tx)?;
             append_audit(tx, &by, draft("manifest.lift", manifest, details))
         })
     }

@@ -214,9 +214,14 @@ export function waves(rollout) {
   return found;
 }
 
-/** How many of a rollout's devices are in each outcome. */
-export function outcomes(devices) {
-  const found = {};
-  for (const { outcome } of devices) found[outcome] = (found[outcome] ?? 0) + 1;
-  return found;
+/** How many of all devices of a rollout are in each outcome. */
+export function rolloutCounts(rollout) {
+  const total = {};
+  for (const wave of rollout.counts)
+    for (const [outcome, devices] of Object.entries(wave))
+      total[outcome] = (total[outcome] ?? 0) + devices;
+  return total;
 }
+
+/** All devices of counts by outcome. */
+export const sumOf = (counts) => Object.values(counts).reduce((sum, devices) => sum + devices, 0);

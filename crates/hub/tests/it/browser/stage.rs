@@ -173,7 +173,9 @@ fn api() -> Router<Shared> {
         .route("/v1/releases/{model}/{version}", get(release))
         .route(
             "/v1/rollouts",
-            get(|State(it): State<Shared>| async move { listing(&it, |f| f.rollouts.clone()) }),
+            get(|State(it): State<Shared>| async move {
+                listing(&it, |f| f.rollouts.iter().map(counted).collect())
+            }),
         )
         .route("/v1/rollouts/{id}", get(rollout))
         .route("/v1/rollouts/{id}/{action}", post(act))
@@ -239,9 +241,17 @@ async fn release(
     one(fleet.releases.iter().find(same), "there is no such release")
 }
 
+/// As the hub shows it.
+fn counted(rollout: &Rollout) -> Rollout {
+    let mut rollout = rollout.clone();
+    rollout.recount();
+    rollout
+}
+
 async fn rollout(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
     let fleet = shared.fleet.lock().unwrap();
-    one(fleet.rollouts.iter().find(|it| it.id.as_str() == id), "there is no such rollout")
+    let found = fleet.rollouts.iter().find(|it| it.id.as_str() == id).map(counted);
+    one(found.as_ref(), "there is no such rollout")
 }
 
 async fn act(State(shared): State<Shared>, Path((id, action)): Path<(String, String)>) -> Response {

@@ -3,7 +3,7 @@
 import { get, identity, post } from "../api.js";
 import { h } from "../dom.js";
 import { bytes, count, duration, number, plural, seconds } from "../format.js";
-import { STATES, failureWords, outcomes, releaseName, releasePath, waves } from "../model.js";
+import { STATES, failureWords, releaseName, releasePath, sumOf, waves } from "../model.js";
 import {
   announce,
   chip,
@@ -163,12 +163,12 @@ function standing(rollout) {
         "p.faint",
         null,
         `wave ${Math.min(rollout.current_wave + 1, rollout.waves)} of ${rollout.waves}, `,
-        progressWords(rollout.devices),
+        progressWords(rollout),
         ", changed ",
         when(rollout.updated_at),
       ),
     ),
-    progressBar(rollout.devices),
+    progressBar(rollout),
   );
 }
 
@@ -271,8 +271,9 @@ function waveBoard(rollout) {
       "ol.waves",
       null,
       waves(rollout).map((devices, wave) => {
-        const found = outcomes(devices);
-        const state = waveState(rollout, wave, found, devices.length);
+        const found = rollout.counts[wave] ?? {};
+        const total = sumOf(found);
+        const state = waveState(rollout, wave, found, total);
         return h(
           "li.wave",
           {
@@ -284,12 +285,11 @@ function waveBoard(rollout) {
             "div.wave-head",
             null,
             h("h3", null, `Wave ${wave + 1}`),
-            h("span.faint", null, plural(devices.length, "device")),
+            h("span.faint", null, plural(total, "device")),
             chip(state),
           ),
           h("ul.wave-devices", null, devices.slice(0, WAVE_DEVICES).map(member)),
-          devices.length > WAVE_DEVICES &&
-            h("p.hint", null, `and ${count(devices.length - WAVE_DEVICES)} more`),
+          total > WAVE_DEVICES && h("p.hint", null, `and ${count(total - WAVE_DEVICES)} more`),
         );
       }),
     ),

@@ -3,7 +3,7 @@
 import { page } from "../api.js";
 import { h } from "../dom.js";
 import { plural, seconds } from "../format.js";
-import { outcomes, releaseName } from "../model.js";
+import { releaseName, rolloutCounts, sumOf } from "../model.js";
 import { bar, chip, empty, pageHead, section, table, when } from "../ui.js";
 
 const SHOWN_ROLLOUTS = 100;
@@ -70,8 +70,8 @@ export default {
               h(
                 "div.meter-cell",
                 null,
-                progressWords(rollout.devices),
-                progressBar(rollout.devices),
+                progressWords(rollout),
+                progressBar(rollout),
               ),
               `${Math.min(rollout.current_wave + 1, rollout.waves)} of ${rollout.waves}`,
               h("code", null, rollout.policy.selector),
@@ -98,26 +98,26 @@ const PARTS = [
 ];
 
 /** The devices' outcomes as one bar. */
-export function progressBar(devices) {
-  const found = outcomes(devices);
+export function progressBar(rollout) {
+  const found = rolloutCounts(rollout);
   const parts = PARTS.map(([name, tone]) => ({
     tone,
     value: found[name] ?? 0,
     label: name.replace("_", " "),
   }));
-  return bar(parts, devices.length, "progress");
+  return bar(parts, sumOf(found), "progress");
 }
 
 /** The devices' outcomes as words: `2 of 3 confirmed, 1 failed`. */
-export function progressWords(devices) {
-  const found = outcomes(devices);
+export function progressWords(rollout) {
+  const found = rolloutCounts(rollout);
   const others = PARTS.slice(1)
     .filter(([name]) => found[name])
     .map(([name]) => `, ${found[name]} ${name.replace("_", " ")}`);
   return h(
     "span",
     null,
-    `${found.confirmed ?? 0} of ${plural(devices.length, "device")} confirmed`,
+    `${found.confirmed ?? 0} of ${plural(sumOf(found), "device")} confirmed`,
     others,
   );
 }
