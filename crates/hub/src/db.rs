@@ -334,7 +334,7 @@ impl Database {
         T: Send + 'static,
         E: From<DbError> + Send + 'static,
     {
-        let (waiting, answered) = Waiting::new(change);
+        let (waiting, answered) = Waiting::of(change);
         if self.inner.writer.push(waiting) {
             let inner = Arc::clone(&self.inner);
             drop(tokio::task::spawn_blocking(move || writer::work(inner)));

@@ -48,7 +48,7 @@ where
     E: From<DbError> + Send + 'static,
 {
     /// A change, and where its result will be.
-    pub(super) fn new(change: F) -> (Box<dyn Change>, oneshot::Receiver<Result<T, E>>) {
+    pub(super) fn of(change: F) -> (Box<dyn Change>, oneshot::Receiver<Result<T, E>>) {
         let (answer, answered) = oneshot::channel();
         (Box::new(Self { change: Some(change), result: None, answer }), answered)
     }

@@ -25,8 +25,11 @@ const MAX_ROLLOUTS: u32 = 500;
 /// Requests by method, route and status. Routes are templates, so that their number is bounded.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    routes: RwLock<HashMap<String, BTreeMap<(&'static str, u16), Arc<Count>>>>,
+    routes: RwLock<HashMap<String, Counts>>,
 }
+
+/// By method and status.
+type Counts = BTreeMap<(&'static str, u16), Arc<Count>>;
 
 #[derive(Debug, Default)]
 struct Count {
