@@ -84,7 +84,7 @@ async fn join(store: Arc<SqlStore>, number: u32, now: Timestamp) -> Result<Devic
 
 fn facts(number: u32) -> DeviceFacts {
     // Half of them take the smaller variant.
-    let budget_mib = if number % 2 == 0 { 260 } else { 600 };
+    let budget_mib = if number.is_multiple_of(2) { 260 } else { 600 };
     DeviceFacts {
         hostname: format!("kiosk-{number:07}"),
         arch: "aarch64".to_owned(),

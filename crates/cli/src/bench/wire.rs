@@ -118,7 +118,7 @@ impl Wire {
 
     async fn exchange(&mut self, call: Call<'_>) -> Result<Answer> {
         let what = || format!("{} {}", call.method, call.path);
-        if !self.sender.as_ref().is_some_and(|sender| !sender.is_closed()) {
+        if self.sender.as_ref().is_none_or(SendRequest::is_closed) {
             self.connect().await?;
         }
         let mut request = Request::builder()
