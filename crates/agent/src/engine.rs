@@ -129,13 +129,18 @@ impl Engine {
                 results = probe::run(&worker, &probes).await;
             }
         }
-        if let Some(ending) = worker.ending() {
-            return Err(ProbeError::Died(death(&ending.how)));
-        }
         if live && let Some(endpoint) = self.endpoint.get() {
             let prompt = probes.probes.first().map_or("", |probe| &probe.prompt);
+            let answer = ask(endpoint, prompt).await;
+            if !answer.passed {
+                // A worker that died under the question is soon known to have.
+                tokio::time::sleep(Duration::from_millis(LIVE_PAUSE_MS)).await;
+            }
             results.truncate(MAX_PROBES - 1);
-            results.push(ask(endpoint, prompt).await);
+            results.push(answer);
+        }
+        if let Some(ending) = worker.ending() {
+            return Err(ProbeError::Died(death(&ending.how)));
         }
         Ok(Probed { results, memory_bytes: worker.memory().resident_bytes })
     }
