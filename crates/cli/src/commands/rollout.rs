@@ -346,7 +346,7 @@ impl Rollout {
                         hub.call(Method::POST, "/v1/rollouts/plan", &body, &what).await?
                     }
                     (id, ..) => {
-                        let id = find(&hub, id).await?.id;
+                        let id = named(&hub, id).await?;
                         let what = format!("show what the rollout {id} will do");
                         hub.get(&format!("/v1/rollouts/{id}/plan"), &what).await?
                     }
@@ -371,7 +371,7 @@ impl Rollout {
                 })
             }
             Self::Status { id, watch } => {
-                let id = find(&hub, id).await?.id;
+                let id = named(&hub, id).await?;
                 if watch {
                     return finish(session, &follow(session, &hub, &id).await?);
                 }
@@ -385,7 +385,7 @@ impl Rollout {
             Self::Pause { id } => act(session, &hub, id, "pause").await,
             Self::Resume { id } => act(session, &hub, id, "resume").await,
             Self::Approve { id, wave } => {
-                let id = find(&hub, id).await?.id;
+                let id = named(&hub, id).await?;
                 let path = format!("/v1/rollouts/{id}/approve");
                 let what = format!("approve wave {wave} of the rollout {id}");
                 let body = NewApproval { wave };
@@ -420,10 +420,16 @@ async fn get(hub: &Hub, id: &RolloutId) -> Result<RolloutFacts> {
 
 /// The rollout that is meant: the newest, unless one is named.
 pub async fn find(hub: &Hub, id: Option<RolloutId>) -> Result<RolloutFacts> {
+    get(hub, &named(hub, id).await?).await
+}
+
+/// The rollout that is meant: the one given, else the newest.
+async fn named(hub: &Hub, id: Option<RolloutId>) -> Result<RolloutId> {
     match id {
-        Some(id) => get(hub, &id).await,
+        Some(id) => Ok(id),
         None => {
-            all(hub).await?.into_iter().max_by_key(|rollout| rollout.created_at).ok_or_else(|| {
+            let newest = all(hub).await?.into_iter().max_by_key(|rollout| rollout.created_at);
+            newest.map(|rollout| rollout.id).ok_or_else(|| {
                 Failure::user("there is no rollout yet").hint("slm ship model.gguf --to all")
             })
         }
@@ -431,7 +437,7 @@ pub async fn find(hub: &Hub, id: Option<RolloutId>) -> Result<RolloutFacts> {
 }
 
 async fn act(session: &Session, hub: &Hub, id: Option<RolloutId>, verb: &str) -> Result<()> {
-    let id = find(hub, id).await?.id;
+    let id = named(hub, id).await?;
     hub.act(
         Method::POST,
         &format!("/v1/rollouts/{id}/{verb}"),
