@@ -148,24 +148,34 @@ impl Fleet {
     }
 
     fn start_hub(&mut self, listen: &str) {
-        let mut command = self.hub_place.command(Path::new(env!("CARGO_BIN_EXE_slm")), &self.data);
+        let (hub, ready) = self.another_hub(&self.data, listen);
+        (self.hub, self.ready) = (Some(hub), ready);
+    }
+
+    /// A hub with its data in that folder, and what it said when it was ready.
+    pub fn another_hub(&self, data: &Path, listen: &str) -> (Process, Value) {
+        let mut command = self.hub_place.command(Path::new(env!("CARGO_BIN_EXE_slm")), data);
         self.as_operator(&mut command);
         command.args(["up", "--output", "json", "--http", "127.0.0.1:0"]);
-        command.arg("--data").arg(&self.data).args(["--listen", listen]);
+        command.arg("--data").arg(data).args(["--listen", listen]);
         let mut child =
             command.stdout(Stdio::piped()).stderr(self.log("hub")).spawn().expect("slm up starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("its stdout is piped");
         BufReader::new(stdout).read_line(&mut line).expect("slm up prints a line");
-        self.hub = Some(Process(child));
-        self.ready = serde_json::from_str(&line).expect("the line is JSON");
+        (Process(child), serde_json::from_str(&line).expect("the line is JSON"))
+    }
+
+    /// Kills the hub.
+    pub fn end_hub(&mut self) {
+        if let Some(mut hub) = self.hub.take() {
+            hub.kill();
+        }
     }
 
     /// Kills the hub and starts it again where it was.
     pub fn kill_hub(&mut self) {
-        if let Some(mut hub) = self.hub.take() {
-            hub.kill();
-        }
+        self.end_hub();
         let address = self.address().to_string();
         self.start_hub(&address);
     }
@@ -184,8 +194,7 @@ impl Fleet {
 
     /// Where HTTPS answers.
     pub fn address(&self) -> SocketAddr {
-        let url = self.ready["url"].as_str().expect("an address");
-        url.trim_start_matches("https://").parse().expect("an address and a port")
+        address(&self.ready)
     }
 
     /// A path in its folder.
@@ -390,6 +399,12 @@ pub fn answers(device: &Value, context: &str) {
             }
         }
     });
+}
+
+/// Where a hub that said this when it was ready answers HTTPS.
+pub fn address(ready: &Value) -> SocketAddr {
+    let url = ready["url"].as_str().expect("an address");
+    url.trim_start_matches("https://").parse().expect("an address and a port")
 }
 
 /// An invitation that names another way to the same hub.

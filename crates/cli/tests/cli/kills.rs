@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
-use serde_json::Value;
 
 use crate::fleet::{Fleet, answers, confirmed};
 
@@ -78,9 +77,7 @@ fn the_fleet_converges_after_every_kill() {
 
     let verdict = fleet.json(&["audit", "verify"]);
     assert!(verdict.get("broken").is_none(), "{verdict}");
-    let entries = audit_entries(&fleet);
-    let created = entries.iter().filter(|entry| entry["action"] == "rollout.create").count();
-    assert_eq!(created, acknowledged, "an acknowledged rollout is not in the audit log");
+    assert_eq!(created(&fleet), acknowledged, "an acknowledged rollout is not in the audit log");
 }
 
 /// Whether somebody was killed: a worker may be gone already when its agent has just started.
@@ -98,7 +95,9 @@ fn kill(fleet: &mut Fleet, victim: Victim) -> bool {
     true
 }
 
-fn audit_entries(fleet: &Fleet) -> Vec<Value> {
+/// Rollouts that were created, after the audit log.
+pub fn created(fleet: &Fleet) -> usize {
     let entries = fleet.json(&["audit", "list"]);
-    entries.as_array().expect("a list").clone()
+    let entries = entries.as_array().expect("a list");
+    entries.iter().filter(|entry| entry["action"] == "rollout.create").count()
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use rand::seq::SliceRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -63,6 +64,13 @@ pub struct Link {
 impl Link {
     /// A good link to the hub at `hub`.
     pub fn to(hub: SocketAddr, seed: u64) -> Self {
+        Self::to_any(vec![hub], seed)
+    }
+
+    /// A good link to the first of these hubs that lives, in an order of the link's own.
+    pub fn to_any(mut hubs: Vec<SocketAddr>, seed: u64) -> Self {
+        hubs.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        let hubs: Arc<[SocketAddr]> = hubs.into();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -81,7 +89,7 @@ impl Link {
                     carried: Arc::clone(&counted),
                     random: ChaCha8Rng::seed_from_u64(random.random()),
                 };
-                tokio::spawn(wire.connect(device, hub));
+                tokio::spawn(wire.connect(device, Arc::clone(&hubs)));
             }
         });
         Self { address, toxics, carried, _runtime: runtime }
@@ -106,11 +114,12 @@ struct Wire {
 }
 
 impl Wire {
-    async fn connect(mut self, device: TcpStream, hub: SocketAddr) {
+    async fn connect(mut self, device: TcpStream, hubs: Arc<[SocketAddr]>) {
         if self.is_heard().await.is_err() {
             return;
         }
-        let Ok(hub) = TcpStream::connect(hub).await else { return };
+        // A list is tried one by one.
+        let Ok(hub) = TcpStream::connect(&hubs[..]).await else { return };
         let breaks_after = self.toxics.borrow().breaks_after_bytes;
         let breaks_after = breaks_after.map(|bytes| self.random.random_range(bytes..=2 * bytes));
         let (from_device, to_device) = device.into_split();

@@ -9,6 +9,14 @@ mod fleet;
 mod kills;
 mod link;
 mod networks;
+mod replicas;
 mod snapshots;
 mod storage;
 mod whole;
+
+#[allow(dead_code, reason = "the hub's tests use more of it")]
+#[path = "../../../hub/tests/support/postgres.rs"]
+mod postgres;
+#[allow(dead_code, reason = "the hub's tests use more of it")]
+#[path = "../../../hub/tests/support/s3.rs"]
+mod s3;

@@ -6,13 +6,7 @@ use std::time::Instant;
 use serde_json::Value;
 
 use crate::fleet::{Fleet, TIMEOUT, model};
-
-#[allow(dead_code, reason = "other tests use more of it")]
-#[path = "../../../hub/tests/support/postgres.rs"]
-mod postgres;
-#[allow(dead_code, reason = "other tests use more of it")]
-#[path = "../../../hub/tests/support/s3.rs"]
-mod s3;
+use crate::{postgres, s3};
 
 fn confirmed(devices: &[Value], above: u64) -> bool {
     devices.iter().all(|device| {
