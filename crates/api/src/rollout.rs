@@ -137,7 +137,7 @@ pub struct RolloutPolicy {
     pub limits: Limits,
     /// Who must agree, before which wave.
     pub approvals: Vec<ApprovalStep>,
-    /// What becomes of devices that are not heard of.
+    /// What becomes of devices that are not heard of, or that rules hold up for long.
     pub stragglers: Stragglers,
     /// What must be shown of a wave before the next one starts, besides its confirmation; nothing
     /// if absent.
@@ -265,7 +265,7 @@ pub struct NewApproval {
     pub wave: u32,
 }
 
-/// What becomes of devices that are not heard of.
+/// What becomes of devices that are not heard of, or that rules hold up for long.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Stragglers {
@@ -274,11 +274,20 @@ pub struct Stragglers {
     pub away_after_s: u32,
     /// What becomes of a device that was told and did not ask within `confirm_timeout_s`.
     pub unheard: Unheard,
+    /// A device that a rule of its own or of the rollout (hours, a metered link) still holds up so
+    /// many seconds after it was told is away. 0: its wave waits for as long as the rule holds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub held_after_s: u32,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 impl Default for Stragglers {
     fn default() -> Self {
-        Self { away_after_s: 7 * 24 * 3600, unheard: Unheard::Fail }
+        Self { away_after_s: 7 * 24 * 3600, unheard: Unheard::Fail, held_after_s: 0 }
     }
 }
 

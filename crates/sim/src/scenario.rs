@@ -204,6 +204,7 @@ fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
                     false => 0,
                 },
                 unheard: if rng.random_bool(0.5) { Unheard::Fail } else { Unheard::Leave },
+                ..Stragglers::default()
             },
             gate: rng.random_bool(0.4).then(|| GatePolicy {
                 patience_s: Some(rng.random_range(60..7_200)),

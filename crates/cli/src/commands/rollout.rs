@@ -195,6 +195,10 @@ pub struct PolicyArgs {
     /// leave [default: fail]
     #[arg(long, value_parser = parse_unheard, value_name = "WHAT")]
     pub unheard: Option<Unheard>,
+    /// A device that a rule (hours, a metered link) still holds up so long after it was told holds
+    /// no wave up any more, and switches when the rule lets it [default: waits for as long as it takes]
+    #[arg(long, value_parser = parse_seconds, value_name = "TIME")]
+    pub held_after: Option<u32>,
     /// Let the next wave start only when a wave is shown to be no worse in use
     #[arg(long)]
     pub wave_gate: bool,
@@ -322,6 +326,7 @@ impl PolicyArgs {
         }
         set(&mut policy.stragglers.away_after_s, self.away_after.as_ref());
         set(&mut policy.stragglers.unheard, self.unheard.as_ref());
+        set(&mut policy.stragglers.held_after_s, self.held_after.as_ref());
         Ok(policy)
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::{SignedDuration, Timestamp};
 use slmops_api::device::{DesiredModel, Failure, Phase, WaitCause};
 use slmops_api::model::NewRelease;
-use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState, Unheard};
+use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState, Stragglers, Unheard};
 use slmops_api::rules::DeviceRules;
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
@@ -128,14 +128,21 @@ pub(super) fn after(at: Timestamp, seconds: u32) -> Option<Timestamp> {
     at.checked_add(SignedDuration::from_secs(i64::from(seconds))).ok()
 }
 
-/// When the first of these devices has had its time to confirm.
+/// When the first of these devices has had its time to confirm, or is waited for no longer.
 fn first_straggles_at<'p>(
     record: &RolloutRecord,
     world: &World<'_>,
     parts: impl Iterator<Item = &'p RolloutDevice>,
 ) -> Option<Timestamp> {
-    let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
-    parts.filter_map(|part| due_at(part, world, timeout_s)).min()
+    let policy = &record.rollout.asked.policy;
+    let due_at = |part| due_at(part, world, policy.confirm_timeout_s);
+    parts.filter_map(|part| earlier(due_at(part), left_at(part, &policy.stragglers))).min()
+}
+
+/// When a device that a rule holds up is waited for no longer.
+fn left_at(part: &RolloutDevice, stragglers: &Stragglers) -> Option<Timestamp> {
+    let held_after_s = Some(stragglers.held_after_s).filter(|seconds| *seconds > 0)?;
+    part.held.and(part.started_at).and_then(|at| after(at, held_after_s))
 }
 
 /// Notes whether a rule holds the device up, as it says of what it is told now: its time to confirm
@@ -251,7 +258,7 @@ fn observe(
     let now = world.now;
     let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
     let runs = record.rollout.state == RolloutState::Running;
-    let unheard = record.rollout.asked.policy.stragglers.unheard;
+    let stragglers = record.rollout.asked.policy.stragglers.clone();
     let mut failed = Vec::new();
     for (index, part) in record.rollout.devices.iter_mut().enumerate() {
         let updating = part.outcome == Outcome::Updating;
@@ -263,7 +270,11 @@ fn observe(
             runs && part.outcome == Outcome::Updating
                 && due_at(part, world, timeout_s).is_some_and(|due| due <= now)
         };
-        if !look.is_at(&part.device) && !is_late(part) {
+        let is_left = |part: &RolloutDevice| {
+            runs && part.outcome == Outcome::Updating
+                && left_at(part, &stragglers).is_some_and(|at| at <= now)
+        };
+        if !look.is_at(&part.device) && !is_late(part) && !is_left(part) {
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
@@ -272,6 +283,9 @@ fn observe(
             outcome.changed |= follow_rules(part, device, now, timeout_s, runs);
         }
         let late = is_late(part);
+        let leaves_unheard = |part: &RolloutDevice, device| {
+            stragglers.unheard == Unheard::Leave && !has_asked(part, device)
+        };
         let failure = match verdict(part, device) {
             Evidence::Failed(failure) => failure,
             Evidence::Confirmed => {
@@ -282,15 +296,13 @@ fn observe(
                 }
                 continue;
             }
-            Evidence::None if late => {
-                if unheard == Unheard::Leave && !has_asked(part, device) {
-                    part.outcome = Outcome::Away;
-                    part.finished_at = Some(now);
-                    outcome.changed = true;
-                    continue;
-                }
-                Failure::Timeout
+            Evidence::None if is_left(part) || late && leaves_unheard(part, device) => {
+                part.outcome = Outcome::Away;
+                part.finished_at = Some(now);
+                outcome.changed = true;
+                continue;
             }
+            Evidence::None if late => Failure::Timeout,
             Evidence::None => continue,
         };
         part.outcome = Outcome::Failed { failure };

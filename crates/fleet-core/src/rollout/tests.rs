@@ -618,6 +618,34 @@ fn rules_of_policy_and_blueprint_reach_devices_and_their_time_does_not_run_meanw
 }
 
 #[test]
+fn a_device_that_a_rule_holds_up_is_not_waited_for_for_ever() {
+    let mut fleet = Fleet::new(&[600, 600, 600]);
+    fleet.settle_on_1_0_0();
+    let policy = RolloutPolicy {
+        waves: vec![WaveSize::Count(2), WaveSize::Rest],
+        stragglers: Stragglers { held_after_s: 5_000, ..Stragglers::default() },
+        ..RolloutPolicy::default()
+    };
+    let id = fleet.start("1.1.0", policy).unwrap();
+    fleet.confirm(0);
+    fleet.report(1, waiting(WaitCause::Metered, None));
+    fleet.pass_s(4_999);
+    assert_eq!(fleet.on("1.1.0"), [0, 1], "its wave waits for it");
+    fleet.pass_s(1);
+    assert_eq!(fleet.rollout(&id).devices[1].outcome, Outcome::Away);
+    assert_eq!(fleet.on("1.1.0"), [0, 1, 2], "and then no longer");
+    let why = why(fleet.rollout(&id));
+    assert!(why.contains("waited for no longer, waits: its link is metered"), "{why}");
+    // It is still told to, and counts when it does.
+    fleet.confirm(1);
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).devices[1].outcome, Outcome::Confirmed);
+    fleet.confirm(2);
+    fleet.tick();
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Completed);
+}
+
+#[test]
 fn a_sites_devices_fetch_in_turn_and_with_their_share() {
     let mut fleet = Fleet::new(&[600; 5]);
     for device in 0..4 {
@@ -1326,7 +1354,7 @@ proptest! {
             bake_s,
             confirm_timeout_s: 300,
             limits: Limits { updating, ..Limits::default() },
-            stragglers: Stragglers { away_after_s, unheard },
+            stragglers: Stragglers { away_after_s, unheard, ..Stragglers::default() },
             ..RolloutPolicy::default()
         };
         let mut fleet = Fleet::new(&budgets);

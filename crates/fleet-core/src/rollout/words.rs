@@ -131,7 +131,10 @@ fn outcome_words(part: &RolloutDevice) -> String {
             crate::fit::no_fit(*smallest_bytes, *budget_bytes)
         }
         Outcome::Quarantined => format!("quarantined: {}", part.fit),
-        Outcome::Away => "away: takes it when it comes back".to_owned(),
+        Outcome::Away => match part.held {
+            Some(cause) => format!("waited for no longer, {}", wait_words(cause)),
+            None => "away: takes it when it comes back".to_owned(),
+        },
         Outcome::Recalled => "told to keep what it had: aborted before it confirmed".to_owned(),
     }
 }

@@ -316,8 +316,7 @@ function member(device) {
     failed: took && `after ${took}`,
     no_fit: `needs ${bytes(device.smallest_bytes)}, offers ${bytes(device.budget_bytes)}`,
     quarantined: "failed here before",
-    recalled: "told to keep what it had",
-    away: "takes it when it is back",
+    away: "takes it when it can",
     recalled: "told to keep what it had",
   }[device.outcome];
   return h(
