@@ -33,14 +33,14 @@ pub enum Effect {
         /// Answered by [`Event::PackageFetched`].
         id: EffectId,
         /// Whose.
-        model: DesiredModel,
+        model: Box<DesiredModel>,
     },
     /// Get the package's files, continuing what an earlier attempt left.
     Download {
         /// Answered by [`Event::Downloaded`], with [`Event::Progress`] before.
         id: EffectId,
         /// Whose.
-        model: DesiredModel,
+        model: Box<DesiredModel>,
         /// Which files.
         package: Package,
         /// Bytes a second, at most.
@@ -58,7 +58,7 @@ pub enum Effect {
         /// Answered by [`Event::Staged`].
         id: EffectId,
         /// What and how.
-        deployment: Deployment,
+        deployment: Box<Deployment>,
     },
     /// Run the golden probes: on a staged worker, or through the live endpoint.
     Probe {

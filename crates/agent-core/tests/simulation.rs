@@ -394,7 +394,7 @@ impl World {
             Effect::Stage { id, deployment } => {
                 let result = self.load(&deployment);
                 if result.is_ok() {
-                    self.workers.insert(id, deployment);
+                    self.workers.insert(id, *deployment);
                 }
                 Event::Staged { id, result }
             }

@@ -410,7 +410,13 @@ impl Device {
                 let result = self.stage(now, &deployment, catalog, sabotage);
                 if result.is_ok() {
                     let genuine = self.is_whole(&deployment.package);
-                    self.workers.push(Worker { id, deployment, genuine, probed: false, up: true });
+                    self.workers.push(Worker {
+                        id,
+                        deployment: *deployment,
+                        genuine,
+                        probed: false,
+                        up: true,
+                    });
                 }
                 Event::Staged { id, result }
             }

@@ -25,6 +25,7 @@ mod hub;
 mod link;
 mod network;
 mod operation;
+mod queue;
 mod report;
 mod run;
 mod scenario;

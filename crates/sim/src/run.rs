@@ -1,7 +1,6 @@
-//! The run: one schedule of (time, sequence), devices and hub, until the hours are over.
+//! The run: one queue of (time, sequence), devices and hub, until the hours are over.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap};
+use std::collections::BTreeSet;
 
 use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
@@ -15,6 +14,7 @@ use crate::device::{Device, Durable, Pending, Work};
 use crate::hub::{Done, Hub};
 use crate::link::{Link, Pipe};
 use crate::operation::Operation;
+use crate::queue::{EventQueue, Who};
 use crate::report::{Collected, Report};
 use crate::scenario::Scenario;
 use crate::spec::{Ailment, SpecError};
@@ -63,14 +63,6 @@ pub struct Manner {
     pub sabotage: Option<Sabotage>,
 }
 
-/// Who is looked at next.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Who {
-    Agenda,
-    Hub,
-    Device(u32),
-}
-
 /// What comes at a given time by itself.
 #[derive(Clone, Copy)]
 enum Item {
@@ -94,8 +86,7 @@ pub(crate) struct Simulation<'a> {
     pub watch: Watch,
     pub collected: Collected,
     pub rng: ChaCha8Rng,
-    schedule: BinaryHeap<Reverse<(Time, u64, Who)>>,
-    sequence: u64,
+    queue: EventQueue,
     hub_entry: (Time, u64),
     agenda: Vec<(Time, Item)>,
     agenda_next: usize,
@@ -144,8 +135,7 @@ impl<'a> Simulation<'a> {
             watch: Watch::new(count, spec.rollouts.len()),
             collected: Collected::new(spec.rollouts.len(), spec.groups.len()),
             rng: ChaCha8Rng::seed_from_u64(mix(spec.seed)),
-            schedule: BinaryHeap::new(),
-            sequence: 0,
+            queue: EventQueue::new(),
             hub_entry: (Time(u64::MAX), 0),
             agenda: Vec::new(),
             agenda_next: 0,
@@ -226,9 +216,7 @@ impl<'a> Simulation<'a> {
     // --- the schedule
 
     fn push(&mut self, at: Time, who: Who) -> (Time, u64) {
-        self.sequence += 1;
-        self.schedule.push(Reverse((at, self.sequence, who)));
-        (at, self.sequence)
+        (at, self.queue.push(at, who))
     }
 
     fn schedule_agenda(&mut self) {
@@ -259,11 +247,9 @@ impl<'a> Simulation<'a> {
     }
 
     fn until(&mut self, end: Time) {
-        while let Some(Reverse((at, sequence, who))) = self.schedule.peek().copied() {
-            if at > end || self.is_over() {
-                break;
-            }
-            self.schedule.pop();
+        while !self.is_over()
+            && let Some((at, sequence, who)) = self.queue.pop(end)
+        {
             self.now = at;
             match who {
                 Who::Agenda => {

@@ -333,9 +333,10 @@ impl Watch {
         }
         let durable = &device.durable;
         let kept = |manifest| [durable.current, durable.previous].contains(&Some(manifest));
-        // What it was told counts, durable or not.
-        let wanted = [durable.wanted.as_ref(), self.seen[number as usize].wanted.as_ref()];
+        let seen = &self.seen[number as usize];
         let breaks = |manifest: Digest, broken: fn(&DeviceRules, Timestamp) -> bool| {
+            // What it was told counts, durable or not.
+            let wanted = [durable.wanted.as_ref(), seen.wanted.as_ref()];
             let mut rules = wanted.into_iter().flatten().filter(|(what, _)| *what == manifest);
             !kept(manifest) && rules.any(|(_, rules)| broken(rules, now.timestamp()))
         };

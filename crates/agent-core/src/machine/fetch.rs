@@ -11,7 +11,7 @@ use crate::{Effect, EffectId, FetchError, Millis, Obstacle, Package, VerifyError
 impl<R: Rng> Core<R> {
     pub(super) fn fetch(&mut self, now: Millis, target: Target, effects: &mut Vec<Effect>) {
         let id = self.id();
-        effects.push(Effect::FetchPackage { id, model: target.model.clone() });
+        effects.push(Effect::FetchPackage { id, model: Box::new(target.model.clone()) });
         let until = now + self.config.answer_timeout_ms;
         self.step = Step::Fetch { target, id, until };
     }
@@ -76,7 +76,7 @@ impl<R: Rng> Core<R> {
         let id = self.id();
         let rules = self.ledger.desired.as_ref().map(|desired| &desired.rules);
         let max_rate_bytes_per_s = rules.and_then(|rules| rules.max_rate_bytes_per_s);
-        let model = target.model.clone();
+        let model = Box::new(target.model.clone());
         effects.push(Effect::Download { id, model, package, max_rate_bytes_per_s });
         let until = now + self.config.stall_timeout_ms;
         let total_bytes = package.total_bytes();

@@ -33,11 +33,11 @@ pub struct Core<R> {
     rng: R,
     next_id: u64,
     /// What should be durable.
-    ledger: Ledger,
+    ledger: Box<Ledger>,
     /// Counts the changes of `ledger`.
     revision: u64,
     /// What is durable, and which revision that is.
-    saved: Ledger,
+    saved: Box<Ledger>,
     saved_revision: u64,
     /// What the device is surrounded by, and since when that is known.
     around: (Millis, Around),
@@ -96,7 +96,6 @@ struct Sent {
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Rest {
     revision: u64,
-    desired: Option<u64>,
     worker: Option<EffectId>,
     up: bool,
     damaged: bool,
@@ -146,6 +145,7 @@ impl<R: Rng> Core<R> {
         // An older agent went on with this ledger and left the words of an older generation in it.
         let generation = ledger.generation;
         ledger.desired.take_if(|desired| desired.generation != generation);
+        let ledger = Box::new(ledger);
         Self {
             config,
             rng,
@@ -221,7 +221,10 @@ impl<R: Rng> Core<R> {
             report,
             self.restore_at.filter(|_| waits),
         ];
-        timers.into_iter().flatten().min()
+        let never = Millis(u64::MAX);
+        let first =
+            timers.into_iter().fold(never, |first, timer| first.min(timer.unwrap_or(never)));
+        (first < never).then_some(first)
     }
 
     /// The ledger as it is durable.
@@ -284,7 +287,7 @@ impl<R: Rng> Core<R> {
             return;
         }
         let id = self.id();
-        let ledger = Box::new(self.ledger.clone());
+        let ledger = self.ledger.clone();
         effects.push(Effect::SaveLedger { id, ledger: ledger.clone() });
         let what = Save { ledger, revision: self.revision };
         self.save.flying = Some(Flying { id, until: now + self.config.save_timeout_ms, what });
@@ -294,7 +297,7 @@ impl<R: Rng> Core<R> {
         let Some(save) = self.save.take(id) else { return };
         match result {
             Ok(()) => {
-                self.saved = *save.ledger;
+                self.saved = save.ledger;
                 self.saved_revision = save.revision;
                 self.save.succeed();
                 self.save.not_before = now;
@@ -416,7 +419,6 @@ impl<R: Rng> Core<R> {
             && self.restore_at.is_none();
         (settled && unhindered).then(|| Rest {
             revision: self.revision,
-            desired: self.ledger.desired.as_ref().map(|desired| desired.generation),
             worker: self.serving.as_ref().map(|serving| serving.worker),
             up: self.serving.as_ref().is_some_and(|serving| serving.up),
             damaged: self.damaged,

@@ -63,7 +63,7 @@ impl<R: Rng> Core<R> {
             return self.restored(now, &deployment, problem);
         }
         let id = self.id();
-        effects.push(Effect::Stage { id, deployment: deployment.clone() });
+        effects.push(Effect::Stage { id, deployment: Box::new(deployment.clone()) });
         let until = now + self.config.restore_timeout_ms;
         let action = Action::Stage { id };
         self.step = Step::Restore(Restore { deployment, queue, problem, action, until });

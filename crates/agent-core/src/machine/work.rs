@@ -49,7 +49,7 @@ impl<R: Rng> Core<R> {
             Step::Held { target, resume, .. } => self.look_at_held(now, target, resume, effects),
             Step::Mark { target } if !self.dirty() => {
                 let id = self.id();
-                effects.push(Effect::Stage { id, deployment: target.deployment() });
+                effects.push(Effect::Stage { id, deployment: Box::new(target.deployment()) });
                 let until = now + target.confirm_ms;
                 self.step = Step::Stage { target, id, until };
                 true
