@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{
-    Around, Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded,
-    Millis, Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
+    Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded, Millis,
+    Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
 };
 use slmops_api::device::WaitCause;
 use slmops_api::evidence::Evidence;
@@ -44,6 +45,8 @@ pub(crate) struct Pending {
 pub(crate) struct Piece {
     pub package: Package,
     pub bytes: u64,
+    /// Bytes a second that the agent asked for at most.
+    pub max_rate_bytes_per_s: Option<u64>,
 }
 
 pub(crate) enum Work {
@@ -259,14 +262,13 @@ impl Device {
         self.clock = Clock { real: now.0, local, ppm: i64::from(ppm), wrong: true };
     }
 
-    /// What the agent finds around itself: the hub's word for the time if it just spoke, else a
-    /// clock of its own, which one device in four does not have.
-    pub(crate) fn around(&mut self, now: Time, hub_spoke: bool) -> Around {
+    /// The time of day as the agent finds it: the hub's word if it just spoke, else a clock of its
+    /// own, which one device in four does not have.
+    pub(crate) fn time_of_day(&mut self, now: Time, hub_spoke: bool) -> Option<Timestamp> {
         let knows = hub_spoke || self.number % 4 != 3;
         self.clock.wrong &= !hub_spoke || self.clock.ppm != 0;
-        let time = knows.then(|| now.timestamp());
         self.knows_time = knows;
-        Around { time, time_zone: None, metered: false }
+        knows.then(|| now.timestamp())
     }
 
     /// Whether an answer of the hub tells it the time anew.

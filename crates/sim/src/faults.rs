@@ -45,6 +45,13 @@ impl Simulation<'_> {
                     *cut = until(lasts);
                 }
             }
+            Action::MeterGroup { group, lasts } => {
+                if let Some(link) = self.links.get_mut(group as usize) {
+                    link.meter(until(lasts));
+                    self.meter_changes(group as usize);
+                    self.unmeter_later(group as usize, until(lasts));
+                }
+            }
             Action::TearLedger { device: it } => {
                 self.devices[device(it)].armed.push(Armed::TearLedger);
             }
@@ -109,6 +116,9 @@ impl Simulation<'_> {
             device.broken_until = now;
             device.power_at = device.power_at.min(now);
             self.reschedule(number);
+        }
+        for group in 0..self.links.len() {
+            self.meter_changes(group);
         }
     }
 }

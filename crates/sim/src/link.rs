@@ -16,6 +16,9 @@ pub(crate) struct Link {
     /// Parts of the day in milliseconds, from and to, none across midnight.
     offline: Vec<(u64, u64)>,
     pub site: Option<Pipe>,
+    metered: bool,
+    /// Until when every byte costs although it usually does not.
+    metered_until: Time,
 }
 
 /// What several devices share. Its bytes go one piece after the other, in the order in which they
@@ -59,6 +62,8 @@ impl Link {
             bits_per_s: spec.bits_per_s,
             offline: spec.offline.iter().flat_map(part).collect(),
             site: spec.site_bits_per_s.map(Pipe::new),
+            metered: spec.metered,
+            metered_until: Time(0),
         }
     }
 
@@ -68,10 +73,21 @@ impl Link {
         !self.offline.iter().any(|(from, to)| (*from..*to).contains(&of_day))
     }
 
-    /// Without offline hours and losses from now on.
+    /// Whether every byte over it costs.
+    pub(crate) fn is_metered(&self, now: Time) -> bool {
+        self.metered || now < self.metered_until
+    }
+
+    /// Lets every byte cost for a while.
+    pub(crate) fn meter(&mut self, until: Time) {
+        self.metered_until = self.metered_until.max(until);
+    }
+
+    /// Without offline hours, losses and costs from now on.
     pub(crate) fn heal(&mut self) {
         self.offline.clear();
         self.loss = 0.0;
+        (self.metered, self.metered_until) = (false, Time(0));
     }
 
     /// The size of the next piece of a download, and when it is there.

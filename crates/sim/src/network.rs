@@ -14,6 +14,7 @@ use crate::operation::{EffectKind, Moment};
 use crate::run::Simulation;
 use crate::spec::Ailment;
 use crate::time::{MINUTE, SECOND, Time};
+use crate::watch::Place;
 
 /// A device without power gets it back after this time.
 const POWER_BACK_MS: u64 = 20 * SECOND;
@@ -121,7 +122,9 @@ impl Simulation<'_> {
         match effect {
             Effect::Poll { id, known, wait_s } => self.poll(number, id, known, wait_s),
             Effect::FetchPackage { id, model } => self.fetch(number, id, &model),
-            Effect::Download { id, package, .. } => self.download(number, id, package),
+            Effect::Download { id, package, max_rate_bytes_per_s, .. } => {
+                self.download(number, id, package, max_rate_bytes_per_s);
+            }
             Effect::Report { id, snapshot } => self.send_report(number, id, snapshot),
             Effect::Collect { keep } => {
                 self.devices[number].files.retain(|file| keep.contains(&file.digest));
@@ -298,7 +301,13 @@ impl Simulation<'_> {
         self.hear_at(number, at, id, Event::PackageFetched { id, result });
     }
 
-    fn download(&mut self, number: usize, id: EffectId, package: Package) {
+    fn download(
+        &mut self,
+        number: usize,
+        id: EffectId,
+        package: Package,
+        max_rate_bytes_per_s: Option<u64>,
+    ) {
         let latency_ms = self.latency_ms(number);
         match self.request(number) {
             Fate::Lost | Fate::Arrives { reply: false } => {}
@@ -310,7 +319,7 @@ impl Simulation<'_> {
                 let group = self.devices[number].group;
                 let pipes = self.links[group].site.as_mut().into_iter().chain(&mut self.hub_pipe);
                 pipes.for_each(|pipe| pipe.active += 1);
-                self.next_piece(number, id, package, 2 * latency_ms);
+                self.next_piece(number, id, package, max_rate_bytes_per_s, 2 * latency_ms);
             }
         }
     }
@@ -326,29 +335,25 @@ impl Simulation<'_> {
         pipes.for_each(|pipe| pipe.active -= count as u64);
     }
 
-    fn next_piece(&mut self, number: usize, id: EffectId, package: Package, delay_ms: u64) {
-        let left = self.devices[number].missing_bytes(&package);
-        let group = self.devices[number].group;
-        let rules = self.devices[number].durable.wanted.as_ref().map(|(_, rules)| rules);
-        let rate = rules.and_then(|rules| rules.max_rate_bytes_per_s);
-        let left = rate.map_or(left, |rate| left.min(rate * CAPPED_PIECE_S));
-        let (bytes, at) = self.links[group].piece(self.hub_pipe.as_mut(), self.now, left);
-        let at = rate.map_or(at, |rate| at.max(Time(self.now.0 + bytes * SECOND / rate.max(1))));
-        self.later(
-            number,
-            Time(at.0 + delay_ms),
-            id,
-            Work::Piece(Box::new(Piece { package, bytes })),
-        );
-    }
-
-    pub(crate) fn piece_arrives(
+    fn next_piece(
         &mut self,
         number: usize,
         id: EffectId,
         package: Package,
-        bytes: u64,
+        rate: Option<u64>,
+        delay_ms: u64,
     ) {
+        let left = self.devices[number].missing_bytes(&package);
+        let group = self.devices[number].group;
+        let left = rate.map_or(left, |rate| left.min(rate * CAPPED_PIECE_S));
+        let (bytes, at) = self.links[group].piece(self.hub_pipe.as_mut(), self.now, left);
+        let at = rate.map_or(at, |rate| at.max(Time(self.now.0 + bytes * SECOND / rate.max(1))));
+        let piece = Piece { package, bytes, max_rate_bytes_per_s: rate };
+        self.later(number, Time(at.0 + delay_ms), id, Work::Piece(Box::new(piece)));
+    }
+
+    pub(crate) fn piece_arrives(&mut self, number: usize, id: EffectId, piece: Piece) {
+        let Piece { package, bytes, max_rate_bytes_per_s } = piece;
         if !self.is_connected(number) {
             // Silence: the core gives up by itself.
             return self.downloads_end(number, 1);
@@ -364,6 +369,9 @@ impl Simulation<'_> {
             let result = Err(FetchError::Obstacle(Obstacle::new(cause)));
             return self.hear(number, Event::Downloaded { id, result });
         }
+        let device = &self.devices[number];
+        let place = Place::of(device, self.scenario, &self.links);
+        self.watch.piece(self.now, device, place, &package);
         self.devices[number].receive(&package, bytes);
         self.moved(number, &package, bytes);
         let left = self.devices[number].missing_bytes(&package);
@@ -380,7 +388,7 @@ impl Simulation<'_> {
             };
             return self.hear(number, Event::Downloaded { id, result });
         }
-        self.next_piece(number, id, package, 0);
+        self.next_piece(number, id, package, max_rate_bytes_per_s, 0);
         let total_bytes = package.total_bytes();
         let done_bytes = total_bytes - left;
         self.hear(number, Event::Progress { id, done_bytes, total_bytes });
@@ -400,7 +408,8 @@ impl Simulation<'_> {
             return self.cut_power(number);
         }
         if let Effect::Activate { .. } = &effect {
-            self.watch.effect(self.now, device, &effect);
+            let place = Place::of(device, self.scenario, &self.links);
+            self.watch.effect(self.now, device, place, &effect);
         }
         let saves = kind == Some(EffectKind::SaveLedger);
         let activates = kind == Some(EffectKind::Activate);

@@ -64,6 +64,8 @@ pub enum Action {
     Cut { device: u32, lasts: Time },
     /// No connection for a whole group.
     CutGroup { group: u32, lasts: Time },
+    /// Every byte over a group's link costs.
+    MeterGroup { group: u32, lasts: Time },
     /// The power goes while the next ledger is written.
     TearLedger { device: u32 },
     /// Nothing can be written.
@@ -182,6 +184,9 @@ impl fmt::Display for Action {
             Self::LoseReply { device } => write!(f, "lose reply to device {device}"),
             Self::Cut { device, lasts } => write!(f, "cut link of device {device} for {lasts}"),
             Self::CutGroup { group, lasts } => write!(f, "cut link of group {group} for {lasts}"),
+            Self::MeterGroup { group, lasts } => {
+                write!(f, "meter link of group {group} for {lasts}")
+            }
             Self::TearLedger { device } => write!(f, "tear ledger of device {device}"),
             Self::FillDisk { device, lasts } => {
                 write!(f, "fill disk of device {device} for {lasts}")
@@ -239,6 +244,9 @@ fn parse(line: &str) -> Option<Operation> {
         }
         ["cut", "link", "of", "group", group, "for", lasts] => {
             Action::CutGroup { group: number(group)?, lasts: time(lasts)? }
+        }
+        ["meter", "link", "of", "group", group, "for", lasts] => {
+            Action::MeterGroup { group: number(group)?, lasts: time(lasts)? }
         }
         ["tear", "ledger", "of", "device", device] => {
             Action::TearLedger { device: number(device)? }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use slmops_agent_core::{Blob, Deployment, Effect, Event, Ledger, Outcome, Polled};
+use slmops_agent_core::{Around, Blob, Deployment, Effect, Event, Ledger, Outcome, Polled};
 use slmops_api::device::InstalledModel;
 use slmops_api::rollout::{Limits, NewRollout, Rollout, RolloutState, Schedule};
 
@@ -20,7 +20,7 @@ use crate::scenario::Scenario;
 use crate::spec::{Ailment, SpecError};
 use crate::time::{DAY, MINUTE, SECOND, Time};
 use crate::traffic::Traffic;
-use crate::watch::{Watch, unsettled};
+use crate::watch::{Place, Watch, unsettled};
 
 /// All devices start within this time.
 const STARTS_WITHIN_MS: u64 = MINUTE;
@@ -49,6 +49,10 @@ pub enum Sabotage {
     TellsEveryone,
     /// The hub gives a new desired state the old generation.
     RepeatsGenerations,
+    /// The device believes that no link costs anything.
+    CallsEveryLinkFree,
+    /// The device believes that it is in UTC.
+    ForgetsItsTimeZone,
 }
 
 /// How to run, beside what.
@@ -70,6 +74,8 @@ enum Item {
     Create(usize),
     /// An operator agrees to a wave, from 1, of a rollout.
     Approve(usize, u32),
+    /// Bytes over a group's link may cost no more.
+    Unmeter(usize),
     Operation(Operation),
 }
 
@@ -282,6 +288,7 @@ impl<'a> Simulation<'a> {
             Item::Sample => self.collected.sample(self.now),
             Item::Create(rollout) => self.create(rollout),
             Item::Approve(rollout, wave) => self.approve(rollout, wave),
+            Item::Unmeter(group) => self.meter_changes(group),
             Item::Operation(operation) => self.apply(operation.action),
         }
     }
@@ -372,8 +379,7 @@ impl<'a> Simulation<'a> {
             if device.power_at <= now {
                 device.boot(now);
                 self.watch.booted(device);
-                let around = device.around(now, false);
-                self.hear(number, Event::Around(around));
+                self.look_around(number, false);
                 self.events += 1;
                 self.hear(number, Event::Tick);
             }
@@ -387,6 +393,32 @@ impl<'a> Simulation<'a> {
         self.reschedule(number);
     }
 
+    /// A device's agent looks at what surrounds it, when it starts and when that changes.
+    fn look_around(&mut self, number: usize, hub_spoke: bool) {
+        let device = &mut self.devices[number];
+        let time = device.time_of_day(self.now, hub_spoke);
+        let sabotage = self.manner.sabotage;
+        let time_zone = self.scenario.spec.groups[device.group].time_zone.clone();
+        let time_zone = time_zone.filter(|_| sabotage != Some(Sabotage::ForgetsItsTimeZone));
+        let metered = self.links[device.group].is_metered(self.now)
+            && sabotage != Some(Sabotage::CallsEveryLinkFree);
+        self.hear(number, Event::Around(Around { time, time_zone, metered }));
+    }
+
+    /// The bytes over a group's link cost now, or no more, which its devices notice.
+    pub(crate) fn meter_changes(&mut self, group: usize) {
+        for number in 0..self.devices.len() {
+            if self.devices[number].group == group && self.devices[number].core.is_some() {
+                self.look_around(number, false);
+                self.reschedule(number);
+            }
+        }
+    }
+
+    pub(crate) fn unmeter_later(&mut self, group: usize, at: Time) {
+        self.add_to_agenda(at, Item::Unmeter(group));
+    }
+
     /// A device's core takes an event, and what it asks for is begun.
     pub(crate) fn hear(&mut self, number: usize, event: Event) {
         if let Event::Polled { result: Ok(polled), .. } = &event
@@ -397,8 +429,7 @@ impl<'a> Simulation<'a> {
             }
             // The hub's answers bring its time.
             if self.devices[number].needs_time() {
-                let around = self.devices[number].around(self.now, true);
-                self.hear(number, Event::Around(around));
+                self.look_around(number, true);
             }
         }
         let device = &mut self.devices[number];
@@ -411,7 +442,9 @@ impl<'a> Simulation<'a> {
                 // The power went at the effect before.
                 continue;
             }
-            self.watch.effect(self.now, &self.devices[number], &effect);
+            let device = &self.devices[number];
+            let place = Place::of(device, self.scenario, &self.links);
+            self.watch.effect(self.now, device, place, &effect);
             self.begin(number, effect);
         }
         self.effects = effects;
@@ -441,7 +474,7 @@ impl<'a> Simulation<'a> {
                     self.hear(number, Event::Reported { id, result: Ok(()) });
                 }
             }
-            Work::Piece(piece) => self.piece_arrives(number, id, piece.package, piece.bytes),
+            Work::Piece(piece) => self.piece_arrives(number, id, *piece),
         }
     }
 

@@ -10,6 +10,7 @@ use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::rollout::{
     ApprovalStep, Freeze, Limits, RolloutPolicy, Schedule, Stragglers, Unheard, WavePer, WaveSize,
 };
+use slmops_api::rules::Metered;
 use slmops_api::window::Windows;
 
 use crate::catalog::mix;
@@ -138,6 +139,13 @@ impl Scenario {
                 .operations
                 .push(Operation { at, action: Action::CutGroup { group: 0, lasts } });
         }
+        if rng.random_bool(0.4) {
+            let lasts = Time(rng.random_range(1..=180) * MINUTE);
+            let at = Time(rng.random_range(0..spec.end().0));
+            scenario
+                .operations
+                .push(Operation { at, action: Action::MeterGroup { group: 0, lasts } });
+        }
         scenario.operations.sort_by_key(|operation| operation.at);
         scenario
     }
@@ -162,7 +170,9 @@ fn random_group(rng: &mut ChaCha8Rng, index: usize) -> GroupSpec {
             latency_ms: rng.random_range(1..500),
             loss: if rng.random_bool(0.2) { 0.05 } else { 0.0 },
             offline,
+            metered: rng.random_bool(0.2),
         },
+        time_zone: random_time_zone(rng),
         ..base.groups[index].clone()
     }
 }
@@ -195,7 +205,11 @@ fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
             limits: Limits {
                 updating: rng.random_bool(0.2).then(|| rng.random_range(1..5)),
                 updating_per_site: rng.random_bool(0.2).then(|| rng.random_range(1..3)),
-                ..Limits::default()
+                metered: random_metered(rng),
+                device_bytes_per_s: rng
+                    .random_bool(0.2)
+                    .then(|| rng.random_range(200_000..5_000_000)),
+                ..random_share_of_sites(rng)
             },
             approvals: random_approvals(rng),
             stragglers: Stragglers {
@@ -237,6 +251,7 @@ fn random_schedule(rng: &mut ChaCha8Rng, hours: u32) -> Schedule {
         false => Windows::default(),
     };
     let (activate_in, download_in) = (windows(), windows());
+    let time_zone = random_time_zone(rng);
     Schedule {
         start_at,
         activate_at: rng
@@ -244,11 +259,37 @@ fn random_schedule(rng: &mut ChaCha8Rng, hours: u32) -> Schedule {
             .then_some(start_at.unwrap_or(activate_at).max(activate_at)),
         activate_in,
         download_in,
-        time_zone: None,
+        time_zone,
         freezes: match rng.random_bool(0.2) {
             true => vec![Freeze { from, until, reason: String::new() }],
             false => vec![],
         },
+    }
+}
+
+/// Few of whole hours, and as far from UTC as there are.
+fn random_time_zone(rng: &mut ChaCha8Rng) -> Option<String> {
+    let zones = ["America/St_Johns", "Asia/Kathmandu", "Europe/Berlin", "Pacific/Kiritimati"];
+    rng.random_bool(0.4).then(|| zones[rng.random_range(0..zones.len())].to_owned())
+}
+
+fn random_metered(rng: &mut ChaCha8Rng) -> Metered {
+    match rng.random_range(0..6) {
+        0 => Metered::Defer,
+        // More than the one variant and less than the other.
+        1 => Metered::SmallOnly { max_bytes: 120_000_000 },
+        _ => Metered::Allow,
+    }
+}
+
+fn random_share_of_sites(rng: &mut ChaCha8Rng) -> Limits {
+    match rng.random_bool(0.15) {
+        true => Limits {
+            site_bytes_per_s: Some(rng.random_range(500_000..5_000_000)),
+            site_downloads: rng.random_bool(0.5).then(|| rng.random_range(1..3)),
+            ..Limits::default()
+        },
+        false => Limits::default(),
     }
 }
 

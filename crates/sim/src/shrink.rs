@@ -1,6 +1,8 @@
 //! A failing run made small: the fewest operations, rollouts and devices that still fail.
 
 use slmops_api::rollout::{Limits, RolloutPolicy, Schedule, Stragglers, WavePer};
+use slmops_api::rules::Metered;
+use slmops_api::window::Windows;
 
 use crate::operation::Action;
 use crate::report::Violation;
@@ -101,10 +103,14 @@ fn simpler(scenario: &Scenario) -> Vec<Simpler> {
         );
     }
     for index in 0..scenario.spec.rollouts.len() {
-        let rules: [fn(&mut RolloutPolicy); 7] = [
+        let rules: [fn(&mut RolloutPolicy); 11] = [
             |policy| policy.gate = None,
             |policy| policy.schedule = Schedule::default(),
+            |policy| policy.schedule.time_zone = None,
+            |policy| policy.schedule.activate_in = Windows::default(),
+            |policy| policy.schedule.download_in = Windows::default(),
             |policy| policy.limits = Limits::default(),
+            |policy| policy.limits.metered = Metered::Allow,
             |policy| policy.approvals.clear(),
             |policy| policy.stragglers = Stragglers::default(),
             |policy| policy.per = WavePer::Fleet,
@@ -131,6 +137,8 @@ fn simpler(scenario: &Scenario) -> Vec<Simpler> {
     for index in 0..scenario.spec.groups.len() {
         way(|it, index| it.spec.groups[index].link.loss = 0.0, index);
         way(|it, index| it.spec.groups[index].link.offline.clear(), index);
+        way(|it, index| it.spec.groups[index].link.metered = false, index);
+        way(|it, index| it.spec.groups[index].time_zone = None, index);
         way(|it, index| it.spec.groups[index].link = LinkSpec::default(), index);
     }
     // Devices at the end that nothing happens to; their numbers are nobody else's.
@@ -167,6 +175,7 @@ fn device_of(operation: &crate::operation::Operation) -> Option<u32> {
         | Action::JumpClock { device, .. }
         | Action::DriftClock { device, .. } => Some(device),
         Action::CutGroup { .. }
+        | Action::MeterGroup { .. }
         | Action::CrashHub { .. }
         | Action::CrashHubAt { .. }
         | Action::Operate(_) => None,

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use slmops_api::gate::Metric;
 use slmops_api::model::ModelShape;
 use slmops_api::rollout::{RolloutPolicy, WaveSize};
+use slmops_api::window;
 use slmops_api::{ClassName, ModelName, SiteName, VariantName};
 
 use crate::time::{HOUR, MINUTE, Time};
@@ -85,6 +86,9 @@ pub struct GroupSpec {
     pub site: Option<SiteName>,
     /// Memory that models may use on each, in bytes.
     pub memory_budget_bytes: u64,
+    /// The IANA name of their time zone; UTC if absent. The simulation begins at midnight UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
     /// Their way to the hub.
     #[serde(default)]
     pub link: LinkSpec,
@@ -106,6 +110,9 @@ pub struct LinkSpec {
     /// Daily hours in which there is no connection; the simulation begins at midnight.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub offline: Vec<OfflineHours>,
+    /// Whether every byte over it costs.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub metered: bool,
 }
 
 /// A part of each day. Where `from_hour` is not before `to_hour`, it spans midnight.
@@ -270,6 +277,7 @@ impl FleetSpec {
                 class: constant("small"),
                 site: Some(constant(["north", "south", "west"][index])),
                 memory_budget_bytes: 260_000_000,
+                time_zone: None,
                 link: LinkSpec::default(),
             })
             .collect();
@@ -278,6 +286,7 @@ impl FleetSpec {
             class: constant("large"),
             site: Some(constant("head-office")),
             memory_budget_bytes: 1_000_000_000,
+            time_zone: None,
             link: LinkSpec { bits_per_s: 50_000_000, latency_ms: 10, ..LinkSpec::default() },
         });
         groups.retain(|group| group.devices > 0);
@@ -343,6 +352,11 @@ impl FleetSpec {
             if link.offline.iter().any(|o| !hours(o.from_hour) || !hours(o.to_hour)) {
                 return refuse("hours of the day are from 0 to 24".to_owned());
             }
+            if let Some(name) = &group.time_zone
+                && window::time_zone(name).is_none()
+            {
+                return refuse(format!("`{name}` is no time zone: write such as Europe/Berlin"));
+            }
         }
         if self.hub_bits_per_s == Some(0) {
             return refuse("a hub of 0 bits per second answers nothing".to_owned());
@@ -405,6 +419,7 @@ impl Default for LinkSpec {
             latency_ms: 40,
             loss: 0.0,
             offline: Vec::new(),
+            metered: false,
         }
     }
 }

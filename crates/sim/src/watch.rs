@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use slmops_agent_core::{Core, Effect, Outcome, Snapshot};
+use slmops_agent_core::{Core, Effect, Outcome, Package, Snapshot};
 use slmops_api::RolloutId;
 use slmops_api::device::{DesiredState, Phase};
 use slmops_api::rollout::{
-    Limits, Outcome as PartOutcome, Rollout, RolloutState, WavePer, WaveSize,
+    Limits, Outcome as PartOutcome, Rollout, RolloutPolicy, RolloutState, WavePer, WaveSize,
 };
 use slmops_api::rules::{DeviceRules, Hours};
 use slmops_api::window::Opening;
@@ -18,13 +18,29 @@ use slmops_fleet_core::world::FleetDevice;
 use crate::catalog::Catalog;
 use crate::device::Device;
 use crate::hub::{Hub, number_of, rollout_id};
+use crate::link::Link;
 use crate::report::Violation;
+use crate::scenario::Scenario;
 use crate::time::Time;
 
 /// The most violations that are kept.
 const MAX_VIOLATIONS: usize = 20;
 /// Effects that a device may wait for at the same time.
 const MAX_PENDING: usize = 8;
+
+/// What surrounds a device.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    time_zone: Option<&'a str>,
+    link: &'a Link,
+}
+
+impl<'a> Place<'a> {
+    pub(crate) fn of(device: &Device, scenario: &'a Scenario, links: &'a [Link]) -> Self {
+        let time_zone = scenario.spec.groups[device.group].time_zone.as_deref();
+        Self { time_zone, link: &links[device.group] }
+    }
+}
 
 /// What must hold, and what is remembered to see that it does.
 pub(crate) struct Watch {
@@ -222,6 +238,10 @@ impl Watch {
         }
         let Some(rollout) = catalog.known(&manifest).release.checked_sub(1) else { return };
         let record = hub.rollout(rollout);
+        if let Some(lax) = record.filter(|record| is_lax(record, &desired.rules)) {
+            let what = format!("device {device} is told less than rollout {} rules", lax.id);
+            self.violation(now, what);
+        }
         let Some(waves) = &mut self.waves[rollout] else {
             return self
                 .violation(now, format!("device {device} is told a release nobody asked for"));
@@ -325,37 +345,32 @@ impl Watch {
     // --- devices
 
     /// An effect is about to take place on a device.
-    pub(crate) fn effect(&mut self, now: Time, device: &Device, effect: &Effect) {
+    pub(crate) fn effect(&mut self, now: Time, device: &Device, place: Place<'_>, effect: &Effect) {
         let number = device.number;
         if device.pending.len() > MAX_PENDING {
             let what = format!("device {number} waits for {} things", device.pending.len());
             self.violation(now, what);
         }
         let durable = &device.durable;
-        let kept = |manifest| [durable.current, durable.previous].contains(&Some(manifest));
-        let seen = &self.seen[number as usize];
-        let breaks = |manifest: Digest, broken: fn(&DeviceRules, Timestamp) -> bool| {
-            // What it was told counts, durable or not.
-            let wanted = [durable.wanted.as_ref(), seen.wanted.as_ref()];
-            let mut rules = wanted.into_iter().flatten().filter(|(what, _)| *what == manifest);
-            !kept(manifest) && rules.any(|(_, rules)| broken(rules, now.timestamp()))
-        };
         match effect {
-            Effect::Download { package, .. } if breaks(package.manifest, |rules, _| rules.hold) => {
-                self.violation(now, format!("device {number} fetches what is held"));
+            Effect::Download { package, max_rate_bytes_per_s, .. } => {
+                self.fetches(now, now, device, place, package);
+                let too_fast = |cap: u64| max_rate_bytes_per_s.is_none_or(|rate| rate > cap);
+                let broken = |rules: &DeviceRules| rules.max_rate_bytes_per_s.is_some_and(too_fast);
+                if self.breaks(device, package.manifest, &broken) {
+                    self.violation(now, format!("device {number} fetches faster than it may"));
+                }
             }
             Effect::Activate { worker, .. } => {
                 let Some(worker) = device.worker(*worker) else { return };
                 let manifest = worker.deployment.package.manifest;
-                let held = breaks(manifest, |rules, _| rules.hold);
-                let early = !device.is_clock_wrong()
-                    && breaks(manifest, |rules, now| {
-                        rules.activate_at.is_some_and(|at| now < at)
-                            || matches!(
-                                Hours::opening(&rules.activate_in, now, None),
-                                Opening::Shut { .. }
-                            )
-                    });
+                let held = self.breaks(device, manifest, &|rules| rules.hold);
+                let time = now.timestamp();
+                let too_early = |rules: &DeviceRules| {
+                    rules.activate_at.is_some_and(|at| time < at)
+                        || is_shut(&rules.activate_in, time, place)
+                };
+                let early = !device.is_clock_wrong() && self.breaks(device, manifest, &too_early);
                 if held {
                     self.violation(now, format!("device {number} switches to what is held"));
                 }
@@ -369,7 +384,7 @@ impl Watch {
                 if !device.signed.contains(&manifest) {
                     self.violation(now, format!("device {number} activates what nobody signed"));
                 }
-                if !kept(manifest) && !tried {
+                if !kept(device, manifest) && !tried {
                     let what = format!("device {number} activates what its ledger does not allow");
                     self.violation(now, what);
                 }
@@ -377,6 +392,56 @@ impl Watch {
             Effect::Report { snapshot, .. } => self.report(now, device, snapshot),
             _ => {}
         }
+    }
+
+    /// A piece of a download arrives. It may do so in the very moment in which its time is over.
+    pub(crate) fn piece(
+        &mut self,
+        now: Time,
+        device: &Device,
+        place: Place<'_>,
+        package: &Package,
+    ) {
+        self.fetches(now, Time(now.0.saturating_sub(1)), device, place, package);
+    }
+
+    /// A device fetches; whether it may is seen from `at`.
+    fn fetches(
+        &mut self,
+        now: Time,
+        at: Time,
+        device: &Device,
+        place: Place<'_>,
+        package: &Package,
+    ) {
+        let (number, manifest) = (device.number, package.manifest);
+        if self.breaks(device, manifest, &|rules| rules.hold) {
+            self.violation(now, format!("device {number} fetches what is held"));
+        }
+        let size_bytes = package.total_bytes();
+        let costs = place.link.is_metered(now);
+        if costs && self.breaks(device, manifest, &|rules| !rules.metered.allows(size_bytes)) {
+            self.violation(now, format!("device {number} fetches over a metered link"));
+        }
+        let shut = |rules: &DeviceRules| is_shut(&rules.download_in, at.timestamp(), place);
+        if !device.is_clock_wrong() && self.breaks(device, manifest, &shut) {
+            self.violation(now, format!("device {number} fetches outside of its hours"));
+        }
+    }
+
+    /// Whether doing something with `manifest` breaks a rule that the device was given with it. What
+    /// it runs or ran before is held up by none.
+    fn breaks(
+        &self,
+        device: &Device,
+        manifest: Digest,
+        broken: &dyn Fn(&DeviceRules) -> bool,
+    ) -> bool {
+        // What it was told counts, durable or not.
+        let seen = &self.seen[device.number as usize];
+        let wanted = [device.durable.wanted.as_ref(), seen.wanted.as_ref()];
+        let mut rules = wanted.into_iter().flatten().filter(|(what, _)| *what == manifest);
+        !kept(device, manifest) && rules.any(|(_, rules)| broken(rules))
     }
 
     fn report(&mut self, now: Time, device: &Device, snapshot: &Snapshot) {
@@ -413,6 +478,30 @@ impl Watch {
             self.violation(now, what);
         }
     }
+}
+
+/// Whether these rules ask less of a device than the policy of a running rollout.
+fn is_lax(rollout: &Rollout, rules: &DeviceRules) -> bool {
+    let RolloutPolicy { schedule, limits, .. } = &rollout.asked.policy;
+    let hours = |windows| Hours::of(windows, schedule.time_zone.as_ref()).into_iter().collect();
+    let asked = DeviceRules {
+        activate_at: schedule.activate_at,
+        activate_in: hours(&schedule.activate_in),
+        download_in: hours(&schedule.download_in),
+        metered: limits.metered,
+        max_rate_bytes_per_s: limits.device_bytes_per_s,
+        ..DeviceRules::default()
+    };
+    rollout.state == RolloutState::Running && rules.and(&asked) != *rules
+}
+
+/// Whether a device's ledger names this manifest as what it runs, or ran before.
+fn kept(device: &Device, manifest: Digest) -> bool {
+    [device.durable.current, device.durable.previous].contains(&Some(manifest))
+}
+
+fn is_shut(hours: &[Hours], at: Timestamp, place: Place<'_>) -> bool {
+    matches!(Hours::opening(hours, at, place.time_zone), Opening::Shut { .. })
 }
 
 /// Which rule of its policy keeps a rollout from telling anybody now.

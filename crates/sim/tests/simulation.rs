@@ -170,6 +170,12 @@ fn sabotage_is_noticed() {
         spec.rollouts[0].health = Health::Bad { ailment, share: 1.0 };
         Scenario::of(&spec).expect("a specification within bounds")
     };
+    let zoned = |seed| {
+        let mut spec = FleetSpec::new(30, 6, seed);
+        spec.groups.iter_mut().for_each(|it| it.time_zone = Some("Asia/Kathmandu".to_owned()));
+        spec.rollouts[0].policy.schedule.download_in = "01:00-03:00".parse().unwrap();
+        Scenario::of(&spec).expect("a specification within bounds")
+    };
     let noticed = |sabotage, scenario: &dyn Fn(u64) -> Scenario, words: &str| {
         let manner = Manner { sabotage: Some(sabotage), ..strict() };
         let found = (0..100).find_map(|seed| {
@@ -190,6 +196,8 @@ fn sabotage_is_noticed() {
     noticed(Sabotage::ThanksBeforeStoring, &Scenario::random, "was acknowledged");
     noticed(Sabotage::TellsEveryone, &Scenario::random, "is told");
     noticed(Sabotage::RepeatsGenerations, &Scenario::random, "is followed by");
+    noticed(Sabotage::CallsEveryLinkFree, &Scenario::random, "over a metered link");
+    noticed(Sabotage::ForgetsItsTimeZone, &zoned, "outside of its hours");
     noticed(Sabotage::PassesEveryProbe, &bad, "past its first wave");
 }
 
@@ -205,6 +213,8 @@ fn a_specification_out_of_bounds_is_refused() {
     assert!(refused(|spec| spec.faults.power_cuts = f64::NAN).contains("a day"));
     assert!(refused(|spec| spec.rollouts.push(spec.rollouts[0].clone())).contains("1.1.0"));
     assert!(refused(|spec| spec.groups[0].link.loss = 2.0).contains("loss"));
+    let nowhere = |spec: &mut FleetSpec| spec.groups[0].time_zone = Some("Mars/Olympus".to_owned());
+    assert!(refused(nowhere).contains("no time zone"));
     assert!(refused(|spec| spec.traffic.error_rate = 2.0).contains("error_rate"));
     assert!(refused(|spec| spec.traffic.requests_per_hour = 1e9).contains("requests"));
     assert!(

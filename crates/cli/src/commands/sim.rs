@@ -474,6 +474,8 @@ fn groups(devices: Vec<Device>) -> Vec<GroupSpec> {
             group.class == device.class
                 && group.site == device.site
                 && group.memory_budget_bytes == budget
+                && group.time_zone == device.facts.time_zone
+                && group.link.metered == device.facts.metered
         };
         match groups.iter_mut().find(same) {
             Some(group) => group.devices += 1,
@@ -482,7 +484,8 @@ fn groups(devices: Vec<Device>) -> Vec<GroupSpec> {
                 class: device.class,
                 site: device.site,
                 memory_budget_bytes: budget,
-                link: LinkSpec::default(),
+                time_zone: device.facts.time_zone,
+                link: LinkSpec { metered: device.facts.metered, ..LinkSpec::default() },
             }),
         }
     }
