@@ -122,43 +122,64 @@ impl Coder for Learner {
     }
 }
 
-/// A carry-less range encoder over 64 bits.
+/// Once the range is narrower than this, 32 bits of it are settled.
+const NARROW: u64 = 1 << 32;
+
+/// A range encoder over 64 bits, whose carries go back into what was written.
 pub(crate) struct Encoder {
     low: u64,
-    high: u64,
+    range: u64,
     out: Vec<u8>,
 }
 
 impl Encoder {
     pub(crate) fn new() -> Self {
-        Self { low: 0, high: u64::MAX, out: Vec::new() }
+        Self { low: 0, range: u64::MAX, out: Vec::new() }
+    }
+
+    /// How many bytes there are so far; up to eight more follow from what was coded.
+    pub(crate) fn written(&self) -> u64 {
+        self.out.len() as u64
+    }
+
+    #[inline(always)]
+    fn add(&mut self, amount: u64) {
+        let (low, carries) = self.low.overflowing_add(amount);
+        self.low = low;
+        if carries {
+            self.carry();
+        }
+    }
+
+    fn carry(&mut self) {
+        for byte in self.out.iter_mut().rev() {
+            *byte = byte.wrapping_add(1);
+            if *byte != 0 {
+                return;
+            }
+        }
     }
 
     #[inline(always)]
     fn shift(&mut self) {
-        while (self.low ^ self.high) >> 32 == 0 {
+        if self.range < NARROW {
             self.out.extend_from_slice(&((self.low >> 32) as u32).to_be_bytes());
             self.low <<= 32;
-            self.high = self.high << 32 | 0xffff_ffff;
+            self.range <<= 32;
         }
     }
 
     /// The bytes; the decoder reads zeros after their end.
     pub(crate) fn finish(mut self) -> Vec<u8> {
-        // The shortest prefix whose continuation with zeros lies inside the interval.
+        // The shortest number whose continuation with zeros lies inside the interval.
         for bytes in 0..=8_u32 {
-            let keep = if bytes == 0 { 0 } else { u64::MAX << (64 - 8 * bytes) };
-            let candidate = match self.low & !keep {
-                0 => Some(self.low),
-                _ => (self.low & keep).checked_add(if bytes == 0 {
-                    0
-                } else {
-                    1 << (64 - 8 * bytes)
-                }),
-            };
-            let Some(candidate) = candidate else { continue };
-            if candidate >= self.low && candidate <= self.high {
-                self.out.extend_from_slice(&candidate.to_be_bytes()[..bytes as usize]);
+            let rest = (1_u128 << (64 - 8 * bytes)) - 1;
+            let candidate = (u128::from(self.low) + rest) & !rest;
+            if candidate - u128::from(self.low) < u128::from(self.range) {
+                if candidate >> 64 != 0 {
+                    self.carry();
+                }
+                self.out.extend_from_slice(&(candidate as u64).to_be_bytes()[..bytes as usize]);
                 break;
             }
         }
@@ -174,11 +195,12 @@ impl Coder for Encoder {
 
     #[inline(always)]
     fn bit(&mut self, slot: &mut Slot, bit: bool) -> bool {
-        let middle = self.low + ((self.high - self.low) >> PROBABILITY_BITS) * slot.probability();
+        let bound = (self.range >> PROBABILITY_BITS) * slot.probability();
         if bit {
-            self.high = middle;
+            self.range = bound;
         } else {
-            self.low = middle + 1;
+            self.add(bound);
+            self.range -= bound;
         }
         slot.learn(bit);
         self.shift();
@@ -187,12 +209,8 @@ impl Coder for Encoder {
 
     #[inline(always)]
     fn raw(&mut self, bits: u32, value: u32) -> u32 {
-        let part = (self.high - self.low) >> bits;
-        if part == 0 {
-            return raw_bitwise(self, bits, value);
-        }
-        self.low += part * u64::from(value);
-        self.high = self.low + (part - 1);
+        self.range >>= bits;
+        self.add(self.range * u64::from(value));
         self.shift();
         value
     }
@@ -201,15 +219,15 @@ impl Coder for Encoder {
 /// The decoder of [`Encoder`]. Any bytes decode to something: what they decode to is checked by
 /// a hash.
 pub(crate) struct Decoder<'a> {
-    low: u64,
-    high: u64,
+    /// The distance of the input from the interval's low end.
     code: u64,
+    range: u64,
     input: &'a [u8],
 }
 
 impl<'a> Decoder<'a> {
     pub(crate) fn new(input: &'a [u8]) -> Self {
-        let mut decoder = Self { low: 0, high: u64::MAX, code: 0, input };
+        let mut decoder = Self { code: 0, range: u64::MAX, input };
         decoder.code = u64::from(decoder.word()) << 32;
         decoder.code |= u64::from(decoder.word());
         decoder
@@ -229,9 +247,8 @@ impl<'a> Decoder<'a> {
 
     #[inline(always)]
     fn shift(&mut self) {
-        while (self.low ^ self.high) >> 32 == 0 {
-            self.low <<= 32;
-            self.high = self.high << 32 | 0xffff_ffff;
+        if self.range < NARROW {
+            self.range <<= 32;
             self.code = self.code << 32 | u64::from(self.word());
         }
     }
@@ -242,12 +259,13 @@ impl Coder for Decoder<'_> {
 
     #[inline(always)]
     fn bit(&mut self, slot: &mut Slot, _bit: bool) -> bool {
-        let middle = self.low + ((self.high - self.low) >> PROBABILITY_BITS) * slot.probability();
-        let bit = self.code <= middle;
+        let bound = (self.range >> PROBABILITY_BITS) * slot.probability();
+        let bit = self.code < bound;
         if bit {
-            self.high = middle;
+            self.range = bound;
         } else {
-            self.low = middle + 1;
+            self.code -= bound;
+            self.range -= bound;
         }
         slot.learn(bit);
         self.shift();
@@ -256,28 +274,13 @@ impl Coder for Decoder<'_> {
 
     #[inline(always)]
     fn raw(&mut self, bits: u32, _value: u32) -> u32 {
-        let part = (self.high - self.low) >> bits;
-        if part == 0 {
-            return raw_bitwise(self, bits, 0);
-        }
-        // Below 2^16, since `bits` is at most 16.
-        let value = ((self.code.wrapping_sub(self.low)) / part).min((1 << bits) - 1);
-        self.low += part * value;
-        self.high = self.low + (part - 1);
+        self.range >>= bits;
+        // Bits that no encoder writes may lie beyond the interval.
+        let value = (self.code / self.range).min((1 << bits) - 1);
+        self.code -= self.range * value;
         self.shift();
         value as u32
     }
-}
-
-/// Bit by bit, for the rare interval that is too narrow to be parted at once.
-#[cold]
-fn raw_bitwise(coder: &mut impl Coder, bits: u32, value: u32) -> u32 {
-    let mut found = 0;
-    for bit in (0..bits).rev() {
-        let mut even = Slot::default();
-        found = found << 1 | u32::from(coder.bit(&mut even, value >> bit & 1 == 1));
-    }
-    found
 }
 
 #[cfg(test)]

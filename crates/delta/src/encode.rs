@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::ops::Range;
+use std::slice;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -42,6 +43,36 @@ pub struct Encoded {
     pub coded_bytes: u64,
     /// Bytes of the new file that general compression did better on, or that are stored.
     pub other_bytes: u64,
+    /// The parts of the new file in order: its tensors, and what lies between them.
+    pub parts: Vec<Part>,
+}
+
+/// A tensor of the new file, or bytes between tensors, and what it cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The tensor; `None` for what is none.
+    pub name: Option<String>,
+    /// The tensor's type, where it is a known one.
+    pub kind: Option<TensorType>,
+    /// Its length in the new file.
+    pub bytes: u64,
+    /// What it takes of the delta's payloads.
+    pub delta_bytes: u64,
+    /// How most of it was made.
+    pub method: Method,
+}
+
+/// How bytes of the new file come out of a delta.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// They are bytes of the old file.
+    Copied,
+    /// Coded against the old ones, field by field.
+    Coded,
+    /// Compressed by zstd, with or without old bytes as its prefix.
+    Compressed,
+    /// As they are.
+    Stored,
 }
 
 /// Makes the delta from `old` to `new`: GGUF or safetensors files tensor by tensor, others as
@@ -52,7 +83,8 @@ pub fn encode(
     threads: usize,
     on_progress: &(dyn Fn(u64) + Sync),
 ) -> Encoded {
-    let plans = plan(old, new);
+    let news = regions(new);
+    let plans = plan(old, new, news.as_deref());
     let mut header = Header {
         from: Digest::of(old),
         from_bytes: old.len() as u64,
@@ -85,14 +117,29 @@ pub fn encode(
 
     let mut payloads = Vec::new();
     let (mut copied_bytes, mut coded_bytes, mut other_bytes) = (0, 0, 0);
+    let mut pieces = Vec::new();
     for (plan, result) in plans.into_iter().zip(results) {
         let result = result.into_inner().expect("no holder panics");
-        let (body, payload) = result.expect("every frame was encoded");
+        let Made { body, payload, segments } = result.expect("every frame was encoded");
         let len = plan.output.end - plan.output.start;
-        match body {
-            Body::Copy(_) => copied_bytes += len,
-            Body::Coded(_) => coded_bytes += len,
-            Body::Stored | Body::Zstd(_) => other_bytes += len,
+        let whole = |method| Piece { bytes: len, delta_bytes: payload.len() as u64, method };
+        match &body {
+            Body::Copy(_) => {
+                copied_bytes += len;
+                pieces.push(whole(Method::Copied));
+            }
+            Body::Coded(_) => {
+                coded_bytes += len;
+                pieces.extend(segments);
+            }
+            Body::Zstd(_) => {
+                other_bytes += len;
+                pieces.push(whole(Method::Compressed));
+            }
+            Body::Stored => {
+                other_bytes += len;
+                pieces.push(whole(Method::Stored));
+            }
         }
         let start = payloads.len() as u64;
         payloads.extend(payload);
@@ -105,11 +152,64 @@ pub fn encode(
     }
     let mut bytes = header.write();
     bytes.extend(payloads);
-    Encoded { bytes, copied_bytes, coded_bytes, other_bytes }
+    let whole = Region { name: None, kind: None, bytes: 0..new.len() as u64 };
+    let parts = parts(&news.unwrap_or_else(|| vec![whole]), &pieces);
+    Encoded { bytes, copied_bytes, coded_bytes, other_bytes, parts }
 }
 
-/// A frame as it was made: how, and its payload.
-type Made = (Body, Vec<u8>);
+/// A frame as it was made.
+struct Made {
+    body: Body,
+    payload: Vec<u8>,
+    /// What the segments of a coded frame cost.
+    segments: Vec<Piece>,
+}
+
+impl Made {
+    fn of(body: Body, payload: Vec<u8>) -> Self {
+        Self { body, payload, segments: Vec::new() }
+    }
+}
+
+/// A stretch of the new file, and what it cost.
+struct Piece {
+    bytes: u64,
+    delta_bytes: u64,
+    method: Method,
+}
+
+/// What each region cost. Regions and pieces both fill the new file; a piece that spans regions
+/// is shared out by length.
+fn parts(regions: &[Region], pieces: &[Piece]) -> Vec<Part> {
+    let mut pieces = pieces.iter();
+    let mut piece = pieces.next();
+    let mut used = 0;
+    let part = |region: &Region| {
+        let bytes = region.bytes.end - region.bytes.start;
+        let (mut left, mut delta_bytes) = (bytes, 0);
+        let mut most = (0, Method::Copied);
+        while left > 0 {
+            let Some(current) = piece else { break };
+            let taken = left.min(current.bytes - used);
+            // Rounded so that the shares of a piece add up.
+            let cost = |bytes: u64| {
+                u128::from(current.delta_bytes) * u128::from(bytes) / u128::from(current.bytes)
+            };
+            delta_bytes += (cost(used + taken) - cost(used)) as u64;
+            if taken > most.0 {
+                most = (taken, current.method);
+            }
+            left -= taken;
+            used += taken;
+            if used == current.bytes {
+                piece = pieces.next();
+                used = 0;
+            }
+        }
+        Part { name: region.name.clone(), kind: region.kind, bytes, delta_bytes, method: most.1 }
+    };
+    regions.iter().map(part).collect()
+}
 
 /// How a frame is to be made.
 struct Plan {
@@ -132,16 +232,36 @@ impl Plan {
     fn encode(&self, header: &Header, old: &[u8], new: &[u8]) -> Made {
         let new = &new[range(&self.output)];
         match &self.how {
-            How::Copy(from) => (Body::Copy(*from), Vec::new()),
+            How::Copy(from) => Made::of(Body::Copy(*from), Vec::new()),
             How::Compress { prefix, level } => compress(old, new, prefix, *level),
             How::Code(segments) => {
                 let mut coder = Encoder::new();
                 let mut models = Models::of(header);
-                code(&mut coder, &mut models, segments, old, &mut new.to_vec());
+                let mut output = new.to_vec();
+                let mut rest = &mut output[..];
+                let mut costs = Vec::with_capacity(segments.len());
+                for segment in segments {
+                    let (output, after) = rest.split_at_mut(segment.output_bytes as usize);
+                    rest = after;
+                    let before = coder.written();
+                    code(&mut coder, &mut models, slice::from_ref(segment), old, output);
+                    costs.push(Piece {
+                        bytes: segment.output_bytes,
+                        delta_bytes: coder.written() - before,
+                        method: Method::Coded,
+                    });
+                }
                 let payload = coder.finish();
+                // The last bytes are written when the coder ends.
+                if let Some((last, before)) = costs.split_last_mut() {
+                    let written: u64 = before.iter().map(|cost| cost.delta_bytes).sum();
+                    last.delta_bytes = (payload.len() as u64).saturating_sub(written);
+                }
+                let body = Body::Coded(segments.clone());
+                let coded = Made { body, payload, segments: costs };
                 // Where the types' structure says little, others may do better.
-                if payload.len() < new.len() / 3 {
-                    return (Body::Coded(segments.clone()), payload);
+                if coded.payload.len() < new.len() / 3 {
+                    return coded;
                 }
                 let around = |segment: &Segment| segment.old.start;
                 let start = segments.first().map_or(0, around);
@@ -150,9 +270,8 @@ impl Plan {
                     compress(old, new, &(0..0), DATA_LEVEL),
                     compress(old, new, &prefix, DATA_LEVEL),
                 ];
-                let coded = (Body::Coded(segments.clone()), payload);
                 others.into_iter().fold(coded, |best, other| {
-                    if other.1.len() < best.1.len() { other } else { best }
+                    if other.payload.len() < best.payload.len() { other } else { best }
                 })
             }
         }
@@ -183,9 +302,9 @@ fn compress(old: &[u8], new: &[u8], prefix: &Range<u64>, level: i32) -> Made {
     match written {
         Ok(len) if len < new.len() => {
             out.truncate(len);
-            (Body::Zstd(prefix.clone()), out)
+            Made::of(Body::Zstd(prefix.clone()), out)
         }
-        _ => (Body::Stored, new.to_vec()),
+        _ => Made::of(Body::Stored, new.to_vec()),
     }
 }
 
@@ -219,14 +338,14 @@ fn learn(header: &mut Header, plans: &[Plan], old: &[u8], new: &[u8]) {
 
 /// A part of a file: a tensor, or what lies between.
 #[derive(Clone, Debug)]
-struct Region {
-    name: Option<String>,
-    kind: Option<TensorType>,
-    bytes: Range<u64>,
+pub(crate) struct Region {
+    pub(crate) name: Option<String>,
+    pub(crate) kind: Option<TensorType>,
+    pub(crate) bytes: Range<u64>,
 }
 
 /// The regions of a file in order, without gaps; `None` where it is of no known format.
-fn regions(file: &[u8]) -> Option<Vec<Region>> {
+pub(crate) fn regions(file: &[u8]) -> Option<Vec<Region>> {
     let mut tensors = gguf_tensors(file).or_else(|| safetensors_tensors(file))?;
     tensors.sort_by_key(|tensor| tensor.bytes.start);
     let mut regions = Vec::new();
@@ -275,10 +394,10 @@ fn safetensors_tensors(file: &[u8]) -> Option<Vec<Region>> {
 }
 
 /// Parts the new file into frames.
-fn plan(old: &[u8], new: &[u8]) -> Vec<Plan> {
+fn plan(old: &[u8], new: &[u8], news: Option<&[Region]>) -> Vec<Plan> {
     let mut planner = Planner { old, new, plans: Vec::new(), pending: Vec::new(), pending_from: 0 };
-    match (regions(old), regions(new)) {
-        (Some(olds), Some(news)) => planner.tensors(&olds, &news),
+    match (regions(old), news) {
+        (Some(olds), Some(news)) => planner.tensors(&olds, news),
         _ => planner.bytes(&(0..new.len() as u64), &(0..old.len() as u64)),
     }
     planner.flush();

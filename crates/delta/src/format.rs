@@ -190,6 +190,7 @@ impl Header {
                     for segment in segments {
                         put_pair(&mut body, segment.pair);
                         body.push(segment.start.noise);
+                        body.extend(segment.start.edges);
                         put(&mut body, segment.output_bytes);
                         let len = segment.old.end - segment.old.start;
                         put_from(&mut body, &mut expected, segment.old.start, len);
@@ -377,7 +378,8 @@ impl Reader<'_> {
                 let mut sum = 0_u64;
                 for _ in 0..self.count("a frame's segments are too many", MAX_SEGMENTS)? {
                     let pair = self.pair()?;
-                    let start = Start { noise: self.array::<1>()?[0] };
+                    let [noise, edges @ ..] = self.array::<3>()?;
+                    let start = Start { noise, edges };
                     let output_bytes = self.count("a segment is too long", MAX_FRAME_BYTES)?;
                     let Some(old_bytes) = old_bytes(pair, output_bytes) else {
                         return Err(DeltaError::Invalid("a segment's types do not fit it"));

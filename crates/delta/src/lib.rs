@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod baseline;
 mod coder;
 mod encode;
 mod error;
@@ -14,7 +15,8 @@ mod numbers;
 mod planes;
 
 pub use apply::{MAX_THREADS, apply};
-pub use encode::{Encoded, encode};
+pub use baseline::order0_bytes;
+pub use encode::{Encoded, Method, Part, encode};
 pub use error::DeltaError;
 pub use format::{Frame, Header, MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_PREFIX_BYTES, VERSION};
 

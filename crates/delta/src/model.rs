@@ -7,7 +7,7 @@ pub(crate) const SIZES: usize = 24;
 /// Buckets of a distance from the middle of a bin.
 pub(crate) const FRACTIONS: usize = 10;
 /// How many sizes above one are coded one by one.
-const UNARY: usize = 14;
+pub(crate) const UNARY: usize = 14;
 /// The classes of what lies beyond.
 const CLASSES: usize = 16;
 
@@ -47,7 +47,10 @@ tables! {
     MINIMA: NUMBER;
     RUN: 4;
     CELL: SIZES * 3;
-    CODE: 2 * SIZES * 3 * 4;
+    GROUP: SIZES * 3;
+    FIRST_CELL: SIZES * 6;
+    CODE: SIZES * 3 * 4;
+    MORE: SIZES * 2;
     CODE_SIGN: 3 * (2 * FRACTIONS - 1) * 4;
     CODE_SIZE: 8 * UNARY;
     CODE_CLASS: CLASSES;
@@ -74,31 +77,39 @@ impl Default for Model {
     }
 }
 
-/// Codes a size of at least 1 where each step up to [`UNARY`] has a probability.
+/// Codes a size of at least 1: its lowest `raw` bits are not predicted; of the rest, each step up
+/// to [`UNARY`] has a probability.
 #[inline]
 pub(crate) fn size<C: Coder>(
     coder: &mut C,
     slots: &mut [Slot; SLOTS],
     steps: usize,
     classes: usize,
+    raw: u32,
     value: u32,
 ) -> u32 {
-    for step in 0..UNARY {
-        if !coder.bit(&mut slots[steps + step], value > step as u32 + 1) {
-            return step as u32 + 1;
-        }
-    }
-    // Exponential Golomb of what is left, with adaptive classes.
-    let rest = value.wrapping_sub(UNARY as u32 + 1);
-    let class = (rest.wrapping_add(1) | 1).ilog2().min(CLASSES as u32 - 1);
+    let value = value.wrapping_sub(1);
+    let upper = value >> raw;
     let mut found = 0;
-    while found < CLASSES as u32 - 1
-        && coder.bit(&mut slots[classes + found as usize], class > found)
-    {
+    while found < UNARY as u32 && coder.bit(&mut slots[steps + found as usize], upper > found) {
         found += 1;
     }
-    let low = coder.raw(found, rest.wrapping_add(1) & ((1 << found) - 1));
-    (1 << found | low) - 1 + UNARY as u32 + 1
+    if found == UNARY as u32 {
+        // Exponential Golomb of what is left, with adaptive classes.
+        let rest = upper.wrapping_sub(found).wrapping_add(1);
+        let known = (rest | 1).ilog2().min(CLASSES as u32 - 1);
+        let mut class = 0;
+        while class < CLASSES as u32 - 1
+            && coder.bit(&mut slots[classes + class as usize], known > class)
+        {
+            class += 1;
+        }
+        found += (1 << class | coder.raw(class, rest & ((1 << class) - 1))) - 1;
+    }
+    if raw > 0 {
+        found = found << raw | coder.raw(raw, value & ((1 << raw) - 1));
+    }
+    found.wrapping_add(1)
 }
 
 /// A whole number that is predicted up to a small difference, with a running estimate of how
@@ -117,32 +128,39 @@ impl Number {
     }
 
     /// Codes the difference of a value from its prediction. `step` is what a difference of one
-    /// means, `fraction` where inside its bin the prediction lies, `hint` one of three states.
+    /// means, and `per_step` its inverse; `fraction` is where inside its bin the prediction lies, `hint` one of three states.
     #[inline(always)]
     pub(crate) fn code<C: Coder>(
         &mut self,
         coder: &mut C,
         slots: &mut [Slot; SLOTS],
-        step: f32,
+        (step, per_step): (f32, f32),
         fraction: f32,
         hint: usize,
         difference: i32,
     ) -> i32 {
-        let expected = octave_halves(self.mean / step, -8);
+        let ratio = self.mean * per_step;
+        let expected = octave_halves(ratio, -8);
         let zero = self.table + (expected * FRACTIONS + octaves(fraction)) * 3 + hint;
         let mut found = 0;
         if coder.bit(&mut slots[zero], difference != 0) {
             let sign = self.table + NUMBER_ZERO + signed_octaves(fraction) * 3 + hint;
             let negative = coder.bit(&mut slots[sign], difference < 0);
             let sizes = self.table + NUMBER_ZERO + NUMBER_SIGN;
-            let steps = sizes + expected * UNARY;
+            // Of large differences, the bits below a quarter of the expected size are not worth
+            // predicting; what remains has about the same distribution whatever the size.
+            let exponent = ((ratio.to_bits() >> 23) as i32 - 127).clamp(0, 14);
+            let raw = (exponent - 1).max(0) as u32;
+            let shape = if raw > 0 { 20 + (ratio.to_bits() >> 22 & 1) as usize } else { expected };
+            let steps = sizes + shape * UNARY;
             let classes = sizes + NUMBER_SIZE;
-            let size = size(coder, slots, steps, classes, difference.unsigned_abs()) as i32;
+            let size = size(coder, slots, steps, classes, raw, difference.unsigned_abs()) as i32;
             found = if negative { size.wrapping_neg() } else { size };
         }
         let seen = (found.unsigned_abs() as f32) * step;
         if seen.is_finite() {
-            self.mean += (seen - self.mean) * self.rate;
+            // A few large jumps say nothing about the many small ones.
+            self.mean += (seen.min(self.mean * 4.0 + step) - self.mean) * self.rate;
         }
         found
     }
@@ -175,4 +193,10 @@ pub(crate) fn octaves(distance: f32) -> usize {
 pub(crate) fn signed_octaves(distance: f32) -> usize {
     let size = octaves(distance);
     if distance < 0.0 { FRACTIONS - 1 - size } else { FRACTIONS - 1 + size }
+}
+
+/// A power of two and its inverse.
+#[inline(always)]
+pub(crate) fn with_inverse(power: f32) -> (f32, f32) {
+    (power, f32::from_bits((254 << 23) - power.to_bits()))
 }

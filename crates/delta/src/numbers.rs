@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use slmops_artifact::gguf::{TensorType, dequantise_into};
 
 use crate::coder::{Coder, Slot};
-use crate::model::{Model, Number, SIZES, SLOTS, at, octave_halves};
+use crate::model::{Model, Number, SIZES, SLOTS, at, octave_halves, with_inverse};
 use crate::planes::Start;
 
 /// Numbers or bytes that share one flag for "nothing here changed".
@@ -158,7 +158,7 @@ fn cell<C: Coder>(
         let spacing = plain.spacing(old);
         let found = match plain {
             Plain::F32 => wide(coder, slots, state, spacing, known),
-            _ => state.code(coder, slots, spacing, 0.0, 1, known),
+            _ => state.code(coder, slots, with_inverse(spacing), 0.0, 1, known),
         };
         let ordinal = ordinal.wrapping_add(found as u32) & plain.mask();
         plain.put(plain.bits_at(ordinal), new);
@@ -266,4 +266,21 @@ pub(crate) fn measure(kind: TensorType, old: &[u8], new: &[u8]) -> Start {
         count += 1;
     }
     Start::of((sum / f64::from(count.max(1))) as f32)
+}
+
+/// The differences of plain numbers as ordinals, or of bytes, one after the other.
+pub(crate) fn differences(
+    kind: Option<TensorType>,
+    old: &[u8],
+    new: &[u8],
+    mut each: impl FnMut(i32),
+) {
+    let Some(plain) = kind.and_then(Plain::of) else {
+        old.iter().zip(new).for_each(|(old, new)| each(i32::from(new.wrapping_sub(*old) as i8)));
+        return;
+    };
+    for (old, new) in old.chunks_exact(plain.bytes()).zip(new.chunks_exact(plain.bytes())) {
+        let (old, new) = (plain.ordinal(plain.get(old)), plain.ordinal(plain.get(new)));
+        each(new.wrapping_sub(old) as i32);
+    }
 }

@@ -5,7 +5,9 @@ use slmops_artifact::gguf::{TensorType, dequantise_into};
 
 use crate::coder::{Coder, Slot};
 use crate::layout::{Fields, IQ4_LEVELS, Layout, MAX_ELEMENTS, MAX_GROUPS, Minimum, number};
-use crate::model::{self, Model, Number, SLOTS, at, octave_halves, octaves, signed_octaves};
+use crate::model::{
+    self, FRACTIONS, Model, Number, SLOTS, UNARY, at, octave_halves, signed_octaves, with_inverse,
+};
 
 /// Codes that share one flag for "nothing here changed".
 const CELL: usize = 8;
@@ -23,26 +25,36 @@ const NUMBER_RATE: f32 = 1.0 / 48.0;
 pub(crate) struct Start {
     /// How far weights moved, as a power of 2: `2^(level / 4 - 48)`, 0 for not at all.
     pub(crate) noise: u8,
+    /// How much less often the lowest and the highest code change than others: `2^(-level / 4)`.
+    pub(crate) edges: [u8; 2],
 }
 
 impl Start {
     pub(crate) fn of(noise: f32) -> Self {
         if noise.is_nan() || noise <= 0.0 {
-            return Self { noise: 0 };
+            return Self::default();
         }
         let level = (noise.log2() + 48.0) * 4.0;
-        Self { noise: level.round().clamp(1.0, 255.0) as u8 }
+        Self { noise: level.round().clamp(1.0, 255.0) as u8, ..Self::default() }
     }
 
     pub(crate) fn noise(self) -> f32 {
         if self.noise == 0 {
             return 1e-12;
         }
-        // 2^(1/4) to the power of the level, by multiplication alone: the same on all machines.
-        const QUARTERS: [f32; 4] = [1.0, 1.189_207_1, std::f32::consts::SQRT_2, 1.681_792_8];
-        let exponent = i32::from(self.noise / 4) - 48;
-        f32::from_bits(((exponent + 127) as u32) << 23) * QUARTERS[usize::from(self.noise % 4)]
+        quarter_power(i32::from(self.noise) - 48 * 4)
     }
+
+    fn edges(self) -> [f32; 2] {
+        self.edges.map(|level| quarter_power(-i32::from(level)))
+    }
+}
+
+/// `2^(level / 4)` for levels from -255 to 255, by multiplication alone: the same on all machines.
+fn quarter_power(level: i32) -> f32 {
+    const QUARTERS: [f32; 4] = [1.0, 1.189_207_1, std::f32::consts::SQRT_2, 1.681_792_8];
+    let exponent = level.div_euclid(4);
+    f32::from_bits(((exponent + 127) as u32) << 23) * QUARTERS[level.rem_euclid(4) as usize]
 }
 
 /// The state of one segment's coding.
@@ -50,10 +62,17 @@ struct Segment<'a> {
     layout: &'static Layout,
     slots: &'a mut [Slot; SLOTS],
     noise: f32,
+    /// Codes that changed since the noise was last estimated, how many were expected to, and the
+    /// number of groups.
+    changed: f32,
+    expected: f32,
+    groups: f32,
+    edges: [f32; 2],
     /// How many codes changed in the last group: none, one, more.
     local: usize,
     scale: Number,
     minimum: Number,
+    pull: Pull,
     scales: Number,
     minima: Number,
     runs: usize,
@@ -91,6 +110,7 @@ pub(crate) fn same<C: Coder>(
                 after.pack(layout, new);
             }
         }
+        segment.settle();
     }
 }
 
@@ -127,12 +147,13 @@ pub(crate) fn across<C: Coder>(
                 after.pack(layout, new);
             }
         }
+        segment.settle();
     }
 }
 
 /// F16 bits in the order of the numbers that they mean.
 #[inline(always)]
-fn ordinal(bits: u16) -> u16 {
+pub(crate) fn ordinal(bits: u16) -> u16 {
     if bits & 0x8000 != 0 { !bits } else { bits | 0x8000 }
 }
 
@@ -167,6 +188,34 @@ fn round(number: f32) -> f32 {
     (number + SHIFT) - SHIFT
 }
 
+/// Added to a whole number from 0 to 255, it leaves that number in the lowest byte.
+const WHOLE: f32 = 8_388_608.0;
+
+/// How much of what the minimum suggests the scale does: a running regression.
+#[derive(Clone, Copy, Default)]
+struct Pull {
+    squares: f32,
+    products: f32,
+}
+
+impl Pull {
+    #[inline(always)]
+    fn predict(self, pull: f32) -> f32 {
+        if self.squares > 0.0 { pull * (self.products / self.squares) } else { 0.0 }
+    }
+
+    #[inline(always)]
+    fn learn(&mut self, pull: f32, found: f32) {
+        let (square, product) = (pull * pull, pull * found);
+        // An outlier would drown what all others say.
+        if product.is_finite() && (self.squares == 0.0 || square < self.squares * 64.0) {
+            self.squares += (square - self.squares) * NUMBER_RATE;
+            self.products +=
+                (product.clamp(-square * 2.0, square * 2.0) - self.products) * NUMBER_RATE;
+        }
+    }
+}
+
 /// Predictions of a group's codes.
 struct Predicted {
     code: [u8; 32],
@@ -181,9 +230,14 @@ impl<'a> Segment<'a> {
             layout,
             slots: &mut model.slots,
             noise,
+            changed: 0.0,
+            expected: 0.0,
+            groups: 0.0,
+            edges: start.edges(),
             local: 0,
             scale: Number::new(at::SCALE, noise / layout.levels as f32, NUMBER_RATE),
             minimum: Number::new(at::MINIMUM, noise, NUMBER_RATE),
+            pull: Pull::default(),
             scales: Number::new(at::SCALES, noise / layout.levels as f32, NUMBER_RATE),
             minima: Number::new(at::MINIMA, noise, NUMBER_RATE),
             runs: 0,
@@ -198,14 +252,30 @@ impl<'a> Segment<'a> {
         if layout.minimum != Minimum::None {
             let step = spacing(old.minimum);
             let known = if C::ENCODES { wrapped(new.minimum, old.minimum) } else { 0 };
-            let moved_by = self.minimum.code(coder, self.slots, step, 0.0, 1, known);
+            let moved_by = self.minimum.code(coder, self.slots, with_inverse(step), 0.0, 1, known);
             new.minimum = from_ordinal(ordinal(old.minimum).wrapping_add(moved_by as u16));
             moved = sign_state(moved_by);
         }
         let step = spacing(old.scale);
-        let known = if C::ENCODES { wrapped(new.scale, old.scale) } else { 0 };
-        let moved_by = self.scale.code(coder, self.slots, step, 0.0, moved, known);
+        // The step is the distance from the minimum to the maximum: what the one does, the
+        // other has to make up for.
+        let pull = if layout.minimum == Minimum::Added {
+            (number(old.minimum) - number(new.minimum)) / (layout.levels - 1) as f32
+        } else {
+            0.0
+        };
+        let (step, per_step) = with_inverse(step);
+        let shift = self.pull.predict(pull) * per_step;
+        let shift = if shift.abs() < 1024.0 { shift } else { 0.0 };
+        let whole = round(shift) as i32;
+        let known = if C::ENCODES { wrapped(new.scale, old.scale) - whole } else { 0 };
+        let fraction = shift - whole as f32;
+        let units = (step, per_step);
+        let moved_by = whole + self.scale.code(coder, self.slots, units, fraction, moved, known);
         new.scale = from_ordinal(ordinal(old.scale).wrapping_add(moved_by as u16));
+        if pull != 0.0 {
+            self.pull.learn(pull, moved_by as f32 * step);
+        }
 
         if let Some(sub) = layout.sub {
             let groups = layout.groups();
@@ -249,11 +319,12 @@ impl<'a> Segment<'a> {
             let old_codes = &old.codes[range.clone()];
             let new_codes = &mut new.codes[range];
             if old_step == step && old_base == base {
-                self.unmoved_group(coder, step, old_codes, new_codes);
-                continue;
+                predicted.code[..layout.group].copy_from_slice(old_codes);
+                self.codes::<C, false>(coder, step, &predicted, new_codes);
+            } else {
+                predict(layout, (old_step, old_base), (step, base), old_codes, &mut predicted);
+                self.codes::<C, true>(coder, step, &predicted, new_codes);
             }
-            predict(layout, (old_step, old_base), (step, base), old_codes, &mut predicted);
-            self.moved_group(coder, step, &predicted, new_codes);
         }
     }
 
@@ -265,31 +336,9 @@ impl<'a> Segment<'a> {
         (self.noise / step).min(RATES.1).max(RATES.0)
     }
 
-    /// Codes a group whose scale is the old one.
+    /// Codes the codes of a group of `len`. Where the group's line `MOVED`, they have fractions.
     #[inline(always)]
-    fn unmoved_group<C: Coder>(&mut self, coder: &mut C, step: f32, old: &[u8], new: &mut [u8]) {
-        let rate = self.rate(step);
-        let cell_context = at::CELL + octave_halves(rate * CELL as f32, -9) * 3;
-        let mut changed = 0;
-        let mut local = self.local;
-        for (old, new) in old.chunks_exact(CELL).zip(new.chunks_exact_mut(CELL)) {
-            let differs = C::ENCODES && old != &*new;
-            if !coder.bit(&mut self.slots[cell_context + local], differs) {
-                new.copy_from_slice(old);
-                continue;
-            }
-            let old: &[u8; CELL] = old.try_into().expect("cells have this length");
-            let new: &mut [u8; CELL] = new.try_into().expect("cells have this length");
-            changed += self.cell(coder, old, &[0.0; CELL], &[rate; CELL], rate, new);
-        }
-        local = changed.min(2);
-        self.local = local;
-        self.learn_noise(changed as f32, old.len() as f32, rate);
-    }
-
-    /// Codes a group whose scale or minimum moved.
-    #[inline(always)]
-    fn moved_group<C: Coder>(
+    fn codes<C: Coder, const MOVED: bool>(
         &mut self,
         coder: &mut C,
         step: f32,
@@ -297,47 +346,97 @@ impl<'a> Segment<'a> {
         new: &mut [u8],
     ) {
         let rate = self.rate(step);
-        let mut changed = 0;
-        let mut drift = 0.0;
-        let len = new.len() as f32;
-        let cells = new.chunks_exact_mut(CELL);
-        let codes = predicted.code.as_chunks::<CELL>().0.iter();
-        let fractions = predicted.fraction.as_chunks::<CELL>().0.iter();
-        for ((new, code), fraction) in cells.zip(codes).zip(fractions) {
-            let rates = fraction.map(|fraction| fraction.abs() + rate);
-            let sum = rates.iter().sum::<f32>();
-            drift += sum;
-            let context = at::CELL + octave_halves(sum, -9) * 3 + self.local;
-            let differs = C::ENCODES && code[..] != *new;
-            if !coder.bit(&mut self.slots[context], differs) {
-                new.copy_from_slice(code);
-                continue;
+        let len = new.len();
+        let mut rates = [rate; 32];
+        if MOVED {
+            // The mean distance of a normally distributed number from another.
+            for (expected, fraction) in rates.iter_mut().zip(&predicted.fraction) {
+                *expected = (fraction * fraction + rate * rate).sqrt();
             }
-            let new: &mut [u8; CELL] = new.try_into().expect("cells have this length");
-            changed += self.cell(coder, code, fraction, &rates, rate, new);
+        }
+        // An extreme code can change to one side alone.
+        let highest = (self.layout.levels - 1) as u8;
+        for (expected, &code) in rates.iter_mut().zip(&predicted.code) {
+            *expected *= if code == 0 {
+                self.edges[0]
+            } else if code == highest {
+                self.edges[1]
+            } else {
+                1.0
+            };
+        }
+        let mut lanes = [0.0; CELL];
+        for cell in rates[..len].as_chunks::<CELL>().0 {
+            for (lane, rate) in lanes.iter_mut().zip(cell) {
+                *lane += rate;
+            }
+        }
+        let sum = sums(&lanes);
+        let context = at::GROUP + octave_halves(sum, -9) * 3 + self.local;
+        let differs = C::ENCODES && predicted.code[..len] != *new;
+        if !coder.bit(&mut self.slots[context], differs) {
+            new.copy_from_slice(&predicted.code[..len]);
+            self.local = 0;
+            self.note(0.0, len as f32, rate, sum);
+            return;
+        }
+        let mut changed = 0;
+        let mut rest = sum;
+        let cells = len / CELL;
+        for (index, new) in new.as_chunks_mut::<CELL>().0.iter_mut().enumerate() {
+            let at = index * CELL;
+            let code: &[u8; CELL] = predicted.code[at..].first_chunk().expect("a cell");
+            let rates: &[f32; CELL] = rates[at..].first_chunk().expect("a cell");
+            let expected = sums(rates);
+            // One of the cells differs: the last one, if none before it did.
+            if changed > 0 || index + 1 < cells {
+                let context = if changed == 0 {
+                    let size = (octave_halves(expected, -6) / 4).min(5);
+                    at::FIRST_CELL + octave_halves(expected / rest, -8) * 6 + size
+                } else {
+                    at::CELL + octave_halves(expected, -9) * 2 + usize::from(changed > 1)
+                };
+                rest -= expected;
+                if !coder.bit(&mut self.slots[context], C::ENCODES && code != new) {
+                    *new = *code;
+                    continue;
+                }
+            }
+            let fraction: &[f32; CELL] = predicted.fraction[at..].first_chunk().expect("a cell");
+            changed += self.cell::<C, MOVED>(coder, code, fraction, rates, rate, new);
         }
         self.local = changed.min(2);
-        // The share of the changes that the noise caused.
-        let share = rate * len / drift;
-        self.learn_noise(changed as f32 * share, len * share, rate);
+        self.note(changed as f32, len as f32, rate, sum);
     }
 
+    /// Notes how many codes of a group changed. The estimate follows later, in
+    /// [`Segment::settle`]: the next group would have to wait for it.
     #[inline(always)]
-    fn learn_noise(&mut self, changed: f32, of: f32, rate: f32) {
-        if of > 0.0 {
-            // The noise follows the ratio of what was seen to what was expected.
-            let expected = of * rate;
-            let factor = 1.0
-                + NOISE_RATE
-                    * (of / 32.0).min(1.0)
-                    * ((changed + 0.02) / (expected + 0.02) - 1.0).min(8.0);
-            self.noise = (self.noise * factor).clamp(1e-18, 1e6);
+    fn note(&mut self, changed: f32, len: f32, rate: f32, sum: f32) {
+        // The share of the changes that the noise caused.
+        let expected = rate * len;
+        let share = expected / sum;
+        if share.is_finite() {
+            self.changed += changed * share;
+            self.expected += expected * share;
+            self.groups += 1.0;
         }
+    }
+
+    /// Lets the estimate of the noise follow the ratio of what was seen to what was expected.
+    fn settle(&mut self) {
+        let doubt = self.groups * 0.02;
+        let ratio = (self.changed + doubt) / (self.expected + doubt);
+        if self.groups > 0.0 {
+            let factor = 1.0 + NOISE_RATE * self.groups * (ratio - 1.0).min(8.0);
+            self.noise = (self.noise * factor.max(0.5)).clamp(1e-18, 1e6);
+        }
+        (self.changed, self.expected, self.groups) = (0.0, 0.0, 0.0);
     }
 
     /// Codes eight codes of which at least one differs from its prediction.
-    #[inline]
-    fn cell<C: Coder>(
+    #[inline(never)]
+    fn cell<C: Coder, const MOVED: bool>(
         &mut self,
         coder: &mut C,
         predicted: &[u8; CELL],
@@ -346,46 +445,61 @@ impl<'a> Segment<'a> {
         rate: f32,
         new: &mut [u8; CELL],
     ) -> usize {
-        let levels = self.layout.levels;
-        let mask = (levels - 1) as u8;
-        let mut rest: f32 = rates.iter().sum();
+        let highest = (self.layout.levels - 1) as u8;
+        let mut rest = sums(rates);
         let mut changed = 0;
-        let coarse = octave_halves(rate, -8) / 3;
-        for index in 0..CELL {
-            let old = predicted[index];
-            let edge = if old == 0 { 1 } else { 2 * usize::from(old == mask) };
-            let fraction = fractions[index];
-            let differs = if changed == 0 && index == CELL - 1 {
-                true
-            } else {
-                let likely = if changed == 0 {
-                    // Of one, given that at least one of the rest changes.
-                    octave_halves(rates[index] / rest, -10)
-                } else {
-                    SIZES_HALF + octave_halves(rates[index], -11)
-                };
-                let near = (octaves(fraction) + 1) / 3;
-                let context = at::CODE + (likely * 3 + edge) * 4 + near.min(3);
-                coder.bit(&mut self.slots[context], C::ENCODES && old != new[index])
-            };
-            rest -= rates[index];
-            if !differs {
-                new[index] = old;
-                continue;
+        let mut index = 0;
+        let old = *predicted;
+        let known = *new;
+        *new = old;
+        while index < CELL {
+            if changed > 0 {
+                let context = at::MORE + octave_halves(rest, -8) * 2 + usize::from(changed > 1);
+                let more = C::ENCODES && known[index..] != old[index..];
+                if !coder.bit(&mut self.slots[context], more) {
+                    break;
+                }
             }
+            // At least one of the rest changes.
+            while index + 1 < CELL {
+                let code = old[index];
+                let edge = if code == 0 { 1 } else { 2 * usize::from(code == highest) };
+                let likely = octave_halves(rates[index] / rest, -10);
+                let size = (octave_halves(rest, -6) / 4).min(3);
+                let context = at::CODE + (likely * 3 + edge) * 4 + size;
+                if coder.bit(&mut self.slots[context], C::ENCODES && known[index] != code) {
+                    break;
+                }
+                rest -= rates[index];
+                index += 1;
+            }
+            rest -= rates[index];
+            let fraction = if MOVED { fractions[index] } else { 0.0 };
+            new[index] = self.step(coder, old[index], fraction, rate, known[index]);
             changed += 1;
-            let difference = new[index].wrapping_sub(old) & mask;
-            let negative = usize::from(difference) > levels / 2;
-            let towards = signed_octaves(fraction);
-            let context = at::CODE_SIGN + (edge * 19 + towards) * 4 + coarse.min(7) / 2;
-            let negative = coder.bit(&mut self.slots[context], negative);
-            let size = if negative { difference.wrapping_neg() & mask } else { difference };
-            let steps = at::CODE_SIZE + coarse.min(7) * 14;
-            let size = model::size(coder, self.slots, steps, at::CODE_CLASS, size.into()) as u8;
-            let difference = if negative { size.wrapping_neg() } else { size };
-            new[index] = old.wrapping_add(difference) & mask;
+            index += 1;
         }
         changed
+    }
+
+    /// Codes a code that differs from its prediction.
+    #[inline(always)]
+    fn step<C: Coder>(&mut self, coder: &mut C, old: u8, fraction: f32, rate: f32, new: u8) -> u8 {
+        let levels = self.layout.levels;
+        let mask = (levels - 1) as u8;
+        let edge = if old == 0 { 1 } else { 2 * usize::from(old == mask) };
+        let coarse = (octave_halves(rate, -8) / 3).min(7);
+        let difference = new.wrapping_sub(old) & mask;
+        let negative = usize::from(difference) > levels / 2;
+        // The side is a matter of the ratio to the noise.
+        let towards = signed_octaves(fraction / rate * (1.0 / 64.0));
+        let context = at::CODE_SIGN + (edge * (2 * FRACTIONS - 1) + towards) * 4 + coarse / 2;
+        let negative = coder.bit(&mut self.slots[context], negative);
+        let size = if negative { difference.wrapping_neg() & mask } else { difference };
+        let steps = at::CODE_SIZE + coarse * UNARY;
+        let size = model::size(coder, self.slots, steps, at::CODE_CLASS, 0, size.into()) as u8;
+        let difference = if negative { size.wrapping_neg() } else { size };
+        old.wrapping_add(difference) & mask
     }
 
     /// Codes one block whose old numbers are known, but not in this type.
@@ -443,12 +557,16 @@ impl<'a> Segment<'a> {
                 predicted.fraction[index] = fraction;
             }
             let range = group * layout.group..(group + 1) * layout.group;
-            self.moved_group(coder, step, &predicted, &mut new.codes[range]);
+            self.codes::<C, true>(coder, step, &predicted, &mut new.codes[range]);
         }
     }
 }
 
-const SIZES_HALF: usize = model::SIZES;
+/// The sum of a cell's rates.
+#[inline(always)]
+fn sums([a, b, c, d, e, f, g, h]: &[f32; CELL]) -> f32 {
+    ((a + e) + (b + f)) + ((c + g) + (d + h))
+}
 
 /// A scale's old value in units of the new one; 1 where that makes no sense.
 #[inline(always)]
@@ -471,6 +589,7 @@ fn small<C: Coder>(
     unit: f32,
     ratio: f32,
 ) {
+    let units = (unit, 1.0 / unit);
     let mut changed = 0_usize;
     for (&old, new) in old.iter().zip(new) {
         let (predicted, fraction) = if ratio == 1.0 {
@@ -479,7 +598,7 @@ fn small<C: Coder>(
             nearest((i32::from(old) - zero) as f32 * ratio + zero as f32, levels)
         };
         let known = if C::ENCODES { i32::from(*new) - predicted } else { 0 };
-        let found = state.code(coder, slots, unit, fraction, changed.min(2), known);
+        let found = state.code(coder, slots, units, fraction, changed.min(2), known);
         *new = predicted.wrapping_add(found).rem_euclid(levels as i32) as u8;
         changed += usize::from(found != 0);
     }
@@ -497,12 +616,13 @@ fn guessed_small<C: Coder>(
     zero: i32,
     unit: f32,
 ) {
+    let units = (unit.abs(), 1.0 / unit.abs());
     for (&wanted, new) in wanted.iter().zip(new) {
         let steps = wanted / unit;
         let steps = if steps.abs() < 1024.0 { steps } else { 0.0 };
         let (predicted, fraction) = nearest(steps + zero as f32, levels);
         let known = if C::ENCODES { i32::from(*new) - predicted } else { 0 };
-        let found = state.code(coder, slots, unit.abs(), fraction, 0, known);
+        let found = state.code(coder, slots, units, fraction, 0, known);
         *new = predicted.wrapping_add(found).rem_euclid(levels as i32) as u8;
     }
 }
@@ -569,7 +689,8 @@ fn predict(layout: &Layout, old: (f32, f32), new: (f32, f32), codes: &[u8], out:
         let position = f32::from(code);
         let shift = slope * (position - layout.zero) + offset;
         let place = round(position + shift).max(0.0).min(highest);
-        *predicted = place as u8;
+        // The whole number stands in the lower bits: a cast would saturate, one by one.
+        *predicted = (place + WHOLE).to_bits() as u8;
         *fraction = (shift - (place - position)).clamp(-1.0, 1.0);
     }
 }
@@ -648,7 +769,7 @@ impl Offset {
         let known =
             if C::ENCODES { i32::from(ordinal(new).wrapping_sub(expected) as i16) } else { 0 };
         // Counted in neighbours; `state` was started in another unit, and adapts.
-        let found = state.code(coder, slots, 1.0, 0.0, 1, known);
+        let found = state.code(coder, slots, (1.0, 1.0), 0.0, 1, known);
         let ordinal_found = expected.wrapping_add(found as u16);
         let off = f32::from(ordinal_found.wrapping_sub(ordinal(guess)) as i16);
         self.mean += (off - self.mean).clamp(-64.0, 64.0) / 32.0;
@@ -661,6 +782,9 @@ impl Offset {
 pub(crate) fn measure(layout: &Layout, old: &[u8], new: &[u8]) -> Start {
     let (mut before, mut after) = (Fields::default(), Fields::default());
     let (mut sum, mut count) = (0.0_f64, 0_u64);
+    // Changes and codes: of the lowest code, of the highest, of the others.
+    let mut seen = [[0_u64; 2]; 3];
+    let highest = (layout.levels - 1) as u8;
     let blocks = old.chunks_exact(layout.bytes).zip(new.chunks_exact(layout.bytes));
     // A sample is enough.
     let skip = (old.len() / layout.bytes / 2048).max(1);
@@ -690,12 +814,24 @@ pub(crate) fn measure(layout: &Layout, old: &[u8], new: &[u8]) -> Start {
                     continue;
                 }
             }
-            let codes = after.codes[range].iter().zip(&predicted.code);
-            let changed = codes.filter(|(new, old)| new != old).count();
+            let mut changed = 0;
+            for (&new, &old) in after.codes[range].iter().zip(&predicted.code) {
+                let class = if old == 0 { 0 } else { 2 - usize::from(old == highest) };
+                seen[class][0] += u64::from(new != old);
+                seen[class][1] += 1;
+                changed += u64::from(new != old);
+            }
             let width = step.abs() * if layout.indexed { 16.0 } else { 1.0 };
             sum += changed as f64 * f64::from(width);
             count += layout.group as u64;
         }
     }
-    Start::of((sum / count.max(1) as f64) as f32)
+    let [edges @ .., others] = seen;
+    let often = (others[0] as f64 + 1.0) / (others[1] as f64 + 1.0);
+    // As if one half as often as the others had been seen to begin with.
+    let level = |[changes, codes]: [u64; 2]| {
+        let less = (changes as f64 + 1.0) / (codes as f64 * often + 2.0);
+        (-4.0 * less.log2()).round().clamp(0.0, 80.0) as u8
+    };
+    Start { edges: edges.map(level), ..Start::of((sum / count.max(1) as f64) as f32) }
 }

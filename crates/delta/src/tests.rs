@@ -2,7 +2,7 @@ use half::f16;
 use slmops_artifact::Digest;
 use slmops_artifact::gguf::{TensorType, Writer};
 
-use crate::{DeltaError, Encoded, Header, apply, encode};
+use crate::{DeltaError, Encoded, Header, Part, apply, encode};
 
 /// Types that are taken apart, types that are numbers, and two that are only bytes.
 const TYPES: [TensorType; 17] = [
@@ -90,6 +90,12 @@ fn change(random: &mut Random, bytes: &mut [u8], every: usize) {
 /// Makes a delta and applies it with several numbers of threads.
 fn check(old: &[u8], new: &[u8]) -> Encoded {
     let encoded = encode(old, new, 2, &|_| ());
+    let header = Header::parse(&encoded.bytes).unwrap();
+    let sums = |part: &Part| (part.bytes, part.delta_bytes);
+    let (bytes, delta_bytes) =
+        encoded.parts.iter().map(sums).fold((0, 0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
+    assert_eq!(bytes, new.len() as u64, "the parts fill the file");
+    assert_eq!(delta_bytes, header.delta_bytes() - header.header_bytes(), "and the payloads");
     for threads in [1, 3] {
         let mut out = Vec::new();
         apply(old, &encoded.bytes, threads, |piece| {
