@@ -64,6 +64,7 @@ nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and s
 	SLM_SIM_SEEDS=$(SEEDS) SLM_SIM_FIRST_SEED=$(FIRST_SEED) \
 	  cargo test --release -p slmops-sim --test simulation -- --nocapture random_seeds
 	SLM_NETWORK_ROUNDS=10 cargo nextest run --release --workspace --no-capture -E 'test(bad_networks)'
+	SLM_KILL_ROUNDS=500 cargo nextest run --release --workspace --no-capture -E 'test(a_kill_at_any_moment)'
 
 .PHONY: bench
 bench: build ## Measures the reference model and its variants on this machine

@@ -1,12 +1,18 @@
-//! Writing files so that a crash leaves the old one or the new one, never half of one.
+//! Files read as memory maps, and written so that a crash leaves the old one or the new one,
+//! never half of one.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
 
+pub use crate::map::map;
+
 /// Writes a file beside `path` under a temporary name, flushes it to the disk and renames it to
 /// `path`; durable when it returns. `error` makes an error of an operation's name and its cause.
-pub(crate) fn replace<E>(
+///
+/// # Errors
+/// Whatever `write` and `error` make; then `path` is as it was.
+pub fn replace<E>(
     path: &Path,
     write: impl FnOnce(&File) -> Result<(), E>,
     error: impl Fn(&'static str, io::Error) -> E,

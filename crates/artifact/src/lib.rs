@@ -4,7 +4,7 @@
 #![deny(unsafe_code)]
 
 pub mod digest;
-mod files;
+pub mod files;
 pub mod gguf;
 pub mod huggingface;
 pub mod lineage;

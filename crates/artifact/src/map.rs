@@ -11,7 +11,10 @@ use memmap2::Mmap;
 ///
 /// The file must not be shortened while it is mapped: reading a page that is gone kills the
 /// process (`SIGBUS`). Model files here are written under another name and renamed, never changed.
-pub(crate) fn map(path: &Path) -> io::Result<Mmap> {
+///
+/// # Errors
+/// The file cannot be opened or mapped; it is a folder.
+pub fn map(path: &Path) -> io::Result<Mmap> {
     let file = File::open(path)?;
     if file.metadata()?.is_dir() {
         return Err(io::ErrorKind::IsADirectory.into());

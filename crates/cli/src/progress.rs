@@ -50,7 +50,7 @@ impl Progress {
             }
             None => ProgressBar::hidden(),
         };
-        Stage { progress: self.clone(), bar, what, started: Instant::now(), bytes: false }
+        Stage { progress: self.clone(), bar, what, started: Instant::now() }
     }
 }
 
@@ -66,7 +66,6 @@ pub struct Stage {
     bar: ProgressBar,
     what: String,
     started: Instant,
-    bytes: bool,
 }
 
 impl Stage {
@@ -82,14 +81,13 @@ impl Stage {
     }
 
     /// Shows a bar of `done` of `total` bytes.
-    pub fn bytes(&mut self, done: u64, total: u64) {
-        if !self.bytes {
-            self.bytes = true;
+    pub fn bytes(&self, done: u64, total: u64) {
+        if self.bar.length() != Some(total) {
+            self.bar.set_length(total);
             self.bar.set_style(style(
                 "  {spinner:.cyan} {msg:34} {bar:24.cyan/dim} {bytes}/{total_bytes} {elapsed:.dim}",
             ));
         }
-        self.bar.set_length(total);
         self.bar.set_position(done);
     }
 

@@ -7,6 +7,7 @@ pub mod blueprint;
 pub mod channel;
 pub mod class;
 pub mod completions;
+pub mod delta;
 pub mod demo;
 pub mod device;
 pub mod doctor;

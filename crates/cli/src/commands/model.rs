@@ -8,7 +8,7 @@ use slmops_artifact::Digest;
 use slmops_artifact::gguf;
 use slmops_artifact::shape::ModelShape;
 
-use super::Session;
+use super::{Session, delta};
 use crate::error::{Context, Failure, Result};
 use crate::output::fields;
 use crate::units;
@@ -42,6 +42,21 @@ pub enum Model {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// Make the delta that turns one model file into another
+    #[command(
+        long_about = "Make the delta that turns one model file into another: for a fine-tuned, \
+                      requantised model a few percent of its size. GGUF and safetensors files are \
+                      compared tensor by tensor, others as bytes.",
+        after_help = "Example:\n  $ slm model delta smollm2-1.0.gguf smollm2-1.1.gguf --out 1.0-1.1.delta"
+    )]
+    Delta(delta::Delta),
+    /// Make the new model file from the old one and a delta
+    #[command(
+        long_about = "Make the new model file from the old one and a delta. The new file appears \
+                      whole, flushed to the disk and compared with its digest, or not at all.",
+        after_help = "Example:\n  $ slm model patch smollm2-1.0.gguf 1.0-1.1.delta --out smollm2-1.1.gguf"
+    )]
+    Patch(delta::Patch),
 }
 
 /// What `slm model show` says.
@@ -61,6 +76,8 @@ struct Shown {
 impl Model {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
         match self {
+            Self::Delta(delta) => delta.run(session).await,
+            Self::Patch(patch) => patch.run(session).await,
             Self::Import { source, out } => {
                 let stage = session.progress.stage(format!("import {}", source.display()));
                 import(&source, &out).await?;

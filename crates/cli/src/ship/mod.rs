@@ -317,7 +317,7 @@ impl Work<'_> {
                 None => golden.of(&candidate.file, &candidate.quantisation).await?,
             };
             let tag = format!("{}-{}", self.version, candidate.name);
-            let mut stage = session.progress.stage(format!("push {tag}"));
+            let stage = session.progress.stage(format!("push {tag}"));
             let config = ModelConfig {
                 name: self.name.to_string(),
                 version: Some(self.version.clone()),

@@ -3,6 +3,7 @@
 
 mod architecture;
 mod bench;
+mod deltas;
 mod demo;
 mod disks_and_clocks;
 mod fleet;
