@@ -14,6 +14,7 @@ use slmops_api::{ChannelName, ClassName, DeviceId, ModelName, RolloutId};
 use slmops_artifact::Digest;
 
 use crate::blueprint::Resolved;
+use crate::labels::Labels;
 
 /// Releases by model line and version.
 pub type Releases = BTreeMap<(ModelName, semver::Version), Arc<NewRelease>>;
@@ -28,7 +29,7 @@ pub struct FleetDevice {
     /// Its class.
     pub class: ClassName,
     /// Its labels, with `class`, `site`, `name` and `id` among them.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// What it says of itself.
     pub facts: Arc<DeviceFacts>,
     /// Memory that models may use.
@@ -37,8 +38,8 @@ pub struct FleetDevice {
     pub config: Arc<Resolved>,
     /// When it was last heard of.
     pub last_seen: Timestamp,
-    /// What it is told to be.
-    pub desired: DesiredState,
+    /// What it is told to be; many devices are told the same.
+    pub desired: Arc<DesiredState>,
     /// Its latest report; what it says of itself is in [`FleetDevice::facts`].
     pub report: Option<DeviceReport>,
     /// Whether it is shut out.
@@ -50,7 +51,7 @@ pub struct FleetDevice {
 impl FleetDevice {
     /// Whether a selector means this device, by its labels and its facts.
     pub fn is_meant_by(&self, selector: &Selector) -> bool {
-        selector.matches(&self.labels, &self.facts)
+        selector.matches(|key| self.labels.get(key), &self.facts)
     }
 
     /// Whether it is one of those that a completed rollout was for.

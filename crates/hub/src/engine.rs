@@ -497,6 +497,7 @@ impl Planner {
     /// heard meanwhile waits for the next time: there is no end of it in a large fleet.
     async fn settle(&mut self) -> Result<Option<Timestamp>, StoreError> {
         self.fleet = Some(self.up_to_date().await?);
+        let mut next = None;
         for _ in 0..MAX_ROUNDS {
             let fence = match self.lead.borrow().clone() {
                 Lead::Alone => None,
@@ -512,11 +513,15 @@ impl Planner {
             decided.transition.fence = fence;
             match self.persist(By::hub(now), decided).await? {
                 Some((transition, deadline)) if transition.is_empty() => return Ok(deadline),
-                _ => {}
+                Some((_, deadline)) => next = deadline,
+                None => {}
             }
         }
-        tracing::error!("decisions do not settle; going on later");
-        Ok(None)
+        // A large wave is told in many rounds, each of which says that there is more to do at once.
+        if next.is_none_or(|next| next > Timestamp::now()) {
+            tracing::error!("decisions do not settle; going on later");
+        }
+        Ok(next)
     }
 
     fn publish(&self, transition: &Transition) {

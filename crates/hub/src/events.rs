@@ -13,6 +13,7 @@ use slmops_api::device::DesiredState;
 use tokio::sync::{broadcast, watch};
 
 use crate::store::{StoredDevice, Transition};
+use crate::telemetry::Group;
 
 /// Notices kept for a page that reads slowly; one that falls further behind is told to reload.
 const MAX_PENDING_NOTICES: usize = 1024;
@@ -75,6 +76,8 @@ pub struct Place {
     last_seen_ms: AtomicI64,
     /// The same, as far as it was handed out for writing.
     written_ms: AtomicI64,
+    /// Absent until the planner has seen the device.
+    group: Mutex<Option<Group>>,
 }
 
 impl Place {
@@ -85,6 +88,7 @@ impl Place {
             revoked: AtomicBool::new(false),
             last_seen_ms: AtomicI64::new(0),
             written_ms: AtomicI64::new(0),
+            group: Mutex::new(None),
         }
     }
 
@@ -120,6 +124,16 @@ impl Place {
         !self.revoked.load(Ordering::Acquire)
     }
 
+    /// Whose counts its own are added to, if that is known yet.
+    pub fn group(&self) -> Option<Group> {
+        self.group.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says whose counts its own are added to.
+    pub fn belongs_to(&self, group: Group) {
+        *self.group.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
+    }
+
     /// Notes that the device was heard of.
     pub fn seen(&self, at: Timestamp) {
         self.last_seen_ms.fetch_max(at.as_millisecond(), Ordering::Relaxed);
@@ -143,11 +157,16 @@ impl Board {
     }
 
     /// A device's place with this desired state, if it has none that is newer.
-    fn tell(&self, device: &DeviceId, desired: &DesiredState) -> Arc<Place> {
+    fn tell(
+        &self,
+        device: &DeviceId,
+        desired: &DesiredState,
+        own: impl FnOnce() -> Arc<DesiredState>,
+    ) -> Arc<Place> {
         if let Some(place) = self.place(device) {
             let newer = |known: &Arc<DesiredState>| desired.generation > known.generation;
             if newer(&place.desired.borrow()) {
-                let desired = self.share(desired);
+                let desired = self.share(desired, own);
                 // Transitions may arrive here in another order than they were committed.
                 place.desired.send_if_modified(|known| {
                     let newer = desired.generation > known.generation;
@@ -159,19 +178,23 @@ impl Board {
             }
             return place;
         }
-        let desired = self.share(desired);
+        let desired = self.share(desired, own);
         let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
         let place = places.entry(device.clone()).or_insert_with(|| Arc::new(Place::new(desired)));
         Arc::clone(place)
     }
 
     /// A large fleet is told few different things: each of them is kept once.
-    fn share(&self, desired: &DesiredState) -> Arc<DesiredState> {
+    fn share(
+        &self,
+        desired: &DesiredState,
+        own: impl FnOnce() -> Arc<DesiredState>,
+    ) -> Arc<DesiredState> {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = shared.iter().find(|known| ***known == *desired) {
             return Arc::clone(known);
         }
-        let new = Arc::new(desired.clone());
+        let new = own();
         shared.truncate(MAX_SHARED - 1);
         shared.push_front(Arc::clone(&new));
         new
@@ -179,7 +202,7 @@ impl Board {
 
     /// Adds a device, or takes over its state if it is newer than what is here. Returns its place.
     pub fn put(&self, device: &StoredDevice) -> Arc<Place> {
-        let place = self.tell(&device.id, &device.desired);
+        let place = self.tell(&device.id, &device.desired, || Arc::new(device.desired.clone()));
         place.public_key.get_or_init(|| device.public_key.as_str().into());
         place.revoked.fetch_or(device.revoked, Ordering::AcqRel);
         place.seen(device.last_seen);
@@ -192,7 +215,8 @@ impl Board {
         for assignment in &transition.assignments {
             // A device that joins right now may be assigned something before its own request gets
             // here; what shuts devices out also keeps them from being assigned anything.
-            self.tell(&assignment.device, &assignment.desired);
+            let desired = &assignment.desired;
+            self.tell(&assignment.device, desired, || Arc::clone(desired));
         }
     }
 
@@ -245,7 +269,8 @@ mod tests {
     fn assigned(generation: u64) -> Transition {
         let device = "d1".parse().unwrap();
         let desired = desired(generation);
-        Transition { assignments: vec![Assignment { device, desired }], ..Transition::default() }
+        let assignments = vec![Assignment { device, desired: Arc::new(desired) }];
+        Transition { assignments, ..Transition::default() }
     }
 
     #[test]

@@ -10,10 +10,11 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 use slmops_api::blueprint::{Layer, StoredBlueprint};
-use slmops_api::device::{DeviceFacts, DeviceReport};
+use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport};
 use slmops_api::rollout::{NewRollout, RolloutDevice, RolloutState};
 use slmops_api::{DeviceId, RolloutId};
 use slmops_fleet_core::blueprint::{BlueprintError, Resolved, resolve};
+use slmops_fleet_core::labels::Texts;
 use slmops_fleet_core::rollout::{self, Command, Moved, RolloutRecord, Targets};
 use slmops_fleet_core::world::{CompletedRollout, FleetDevice, World};
 
@@ -22,6 +23,7 @@ use crate::listening::Listening;
 use crate::store::{
     AuditDraft, Frame, RolloutChange, RolloutPart, StoreError, StoredDevice, Transition,
 };
+use crate::telemetry::Group;
 
 #[cfg(test)]
 mod tests;
@@ -50,6 +52,7 @@ pub struct Fleet {
     /// Their places on the board, in the same order.
     places: Vec<Arc<Place>>,
     layers: Layers,
+    texts: Texts,
     /// What is stored of each rollout of the frame, in the same order.
     stored: Vec<Stored>,
     /// Devices that changed since the last decision.
@@ -77,6 +80,7 @@ impl Fleet {
     pub fn new(frame: Frame, listening: Arc<Listening>) -> Self {
         Self {
             layers: Layers::of(&frame.blueprints),
+            texts: Texts::default(),
             stored: frame.rollouts.iter().map(Stored::of).collect(),
             frame,
             devices: Vec::new(),
@@ -110,7 +114,10 @@ impl Fleet {
         let mut new = Vec::new();
         for device in devices {
             let place = board.put(&device);
-            let device = self.seen_by_decisions(device);
+            let site = device.site.clone();
+            let told = place.desired();
+            let device = self.seen_by_decisions(device, told);
+            place.belongs_to(Group { class: device.class.clone(), site });
             self.changed.insert(device.id.clone());
             match self.devices.binary_search_by(|known| known.id.cmp(&device.id)) {
                 Ok(index) => self.devices[index] = device,
@@ -164,9 +171,10 @@ impl Fleet {
         (self.devices, self.places) = both.into_iter().unzip();
     }
 
-    fn seen_by_decisions(&mut self, device: StoredDevice) -> FleetDevice {
+    /// `told` is what the board has for it: many devices share that.
+    fn seen_by_decisions(&mut self, device: StoredDevice, told: Arc<DesiredState>) -> FleetDevice {
         let class = device.classify(&self.frame.classes).class;
-        let labels = device.all_labels(&class);
+        let labels = self.texts.share(&device.all_labels(&class));
         let mut seen = FleetDevice {
             config: Arc::new(as_it_is(&device)),
             id: device.id,
@@ -177,7 +185,7 @@ impl Fleet {
             facts: Arc::new(device.facts),
             orders: device.orders,
             last_seen: device.last_seen,
-            desired: device.desired,
+            desired: if *told == device.desired { told } else { Arc::new(device.desired) },
             report: device.report.map(without_facts),
             revoked: device.revoked,
         };
@@ -373,7 +381,7 @@ impl Fleet {
             let id = &assignment.device;
             let found = self.devices.binary_search_by(|known| known.id.cmp(id));
             let index = found.expect("a plan is about the devices it was given");
-            self.devices[index].desired = assignment.desired.clone();
+            self.devices[index].desired = Arc::clone(&assignment.desired);
             self.changed.insert(id.clone());
         }
         let transition =

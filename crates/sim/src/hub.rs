@@ -1,6 +1,6 @@
 //! The hub: the shipping planner over a store of transactions, and what it forgets when it crashes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use slmops_agent_core::Snapshot;
@@ -13,6 +13,7 @@ use slmops_api::selector::Selector;
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
 use slmops_fleet_core::blueprint::resolve;
+use slmops_fleet_core::labels::Labels;
 use slmops_fleet_core::rollout::{self, Command, Moved, RolloutRecord, Targets};
 use slmops_fleet_core::world::{CompletedRollout, FleetDevice, World};
 
@@ -99,13 +100,10 @@ impl Hub {
                 let id: DeviceId =
                     format!("d{number:07}").parse().expect("a letter and a number are an id");
                 let name = format!("device-{number}");
-                let mut labels = BTreeMap::from([
-                    ("id".to_owned(), id.to_string()),
-                    ("name".to_owned(), name.clone()),
-                    ("class".to_owned(), group.class.to_string()),
-                ]);
+                let own = [("id", id.as_str()), ("name", &name), ("class", group.class.as_str())];
+                let mut labels: Labels = own.into_iter().collect();
                 if let Some(site) = &group.site {
-                    labels.insert("site".to_owned(), site.to_string());
+                    labels.insert("site", site.as_str());
                 }
                 devices.push(FleetDevice {
                     id,
@@ -116,14 +114,14 @@ impl Hub {
                     budget_bytes: group.memory_budget_bytes,
                     config: Arc::clone(&config),
                     last_seen: Time(0).timestamp(),
-                    desired: DesiredState {
+                    desired: Arc::new(DesiredState {
                         generation: 0,
                         model: None,
                         runtime: RuntimeConfig::default(),
                         confirm_timeout_s: config.confirm_timeout_s,
                         reason: String::new(),
                         rules: DeviceRules::default(),
-                    },
+                    }),
                     report: None,
                     revoked: false,
                     orders: None,
@@ -449,12 +447,13 @@ impl Hub {
             && let Some(other) = self.devices.last()
         {
             let generation = other.next_generation();
-            let desired = DesiredState { generation, ..first.desired };
+            let desired = DesiredState { generation, ..DesiredState::clone(&first.desired) };
+            let desired = Arc::new(desired);
             assignments.push(rollout::Assignment { device: other.id.clone(), desired });
         }
         for mut assignment in assignments {
             if self.sabotage == Some(Sabotage::RepeatsGenerations) {
-                assignment.desired.generation -= 1;
+                Arc::make_mut(&mut assignment.desired).generation -= 1;
             }
             let number = number_of(&assignment.device);
             watch.assignment(now, number, &assignment, self, catalog);

@@ -6,7 +6,7 @@ use rand::Rng as _;
 use slmops_agent_core::{
     Death, Effect, EffectId, Event, FetchError, Obstacle, Package, Polled, Snapshot,
 };
-use slmops_api::device::{DesiredModel, WaitCause};
+use slmops_api::device::{DesiredModel, DesiredState, WaitCause};
 use slmops_api::evidence::Evidence;
 
 use crate::device::{Armed, Device, Pending, Piece, Work};
@@ -186,7 +186,7 @@ impl Simulation<'_> {
     }
 
     fn answer(&mut self, number: usize, id: EffectId, at: Time) {
-        let desired = Box::new(self.hub.devices[number].desired.clone());
+        let desired = Box::new(DesiredState::clone(&self.hub.devices[number].desired));
         let result = Ok(Polled::Desired(desired));
         self.hear_at(number, at, id, Event::Polled { id, result });
     }

@@ -6,7 +6,7 @@ use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{Around, Blob, Deployment, Effect, Event, Ledger, Outcome, Polled};
-use slmops_api::device::InstalledModel;
+use slmops_api::device::{DesiredState, InstalledModel};
 use slmops_api::rollout::{Limits, NewRollout, Rollout, RolloutState, Schedule};
 
 use crate::catalog::{Catalog, mix};
@@ -179,7 +179,7 @@ impl<'a> Simulation<'a> {
                 };
                 let ledger = Ledger {
                     generation: desired.generation,
-                    desired: Some(desired.clone()),
+                    desired: Some(DesiredState::clone(desired)),
                     outcome: Some(Outcome::Confirmed),
                     current: Some(deployment),
                     ..Ledger::default()

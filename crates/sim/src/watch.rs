@@ -92,7 +92,7 @@ fn group_of(device: &FleetDevice, per: WavePer) -> Option<&str> {
     match per {
         WavePer::Fleet => None,
         WavePer::Class => Some(device.class.as_str()),
-        WavePer::Site => device.labels.get("site").map(String::as_str),
+        WavePer::Site => device.labels.get("site"),
     }
 }
 

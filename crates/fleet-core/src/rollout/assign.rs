@@ -1,6 +1,7 @@
 //! What each device should be: by its rollout, or by the release that it already has.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use slmops_api::device::{DesiredModel, DesiredState};
 use slmops_api::model::{NewRelease, Variant};
@@ -15,6 +16,9 @@ use super::{Assignment, Look, RolloutError, RolloutRecord, Target, TargetState, 
 use crate::fit::{self, Fit, unmet};
 use crate::words;
 use crate::world::{CompletedRollout, FleetDevice, World};
+
+/// Desired states of one decision that are looked at for one that is the same.
+const MAX_SHARED: usize = 16;
 
 /// The variant of `release` that fits `device`, and the runtime it would run with.
 pub(crate) fn fit_device(device: &FleetDevice, release: &NewRelease) -> (Fit, RuntimeConfig) {
@@ -110,6 +114,7 @@ pub(super) fn assign(
         }
     };
     let mut assignments = Vec::new();
+    let mut shared: VecDeque<Arc<DesiredState>> = VecDeque::with_capacity(MAX_SHARED);
     for device in devices.into_iter().filter(|device| !device.revoked) {
         let record = under_way.get(&device.id).copied();
         let target = targets.get(&device.id).map(|TargetState(target)| target);
@@ -127,10 +132,10 @@ pub(super) fn assign(
             // What it is told stays, under other rules.
             (_, Some(record)) if rules(device, record) != device.desired.rules => {
                 let reason = rules_reason(&record.rollout);
-                DesiredState { reason, ..device.desired.clone() }
+                DesiredState { reason, ..DesiredState::clone(&device.desired) }
             }
             // It must hear a generation that is newer than what it has seen.
-            (None, _) if device.is_ahead() => device.desired.clone(),
+            (None, _) if device.is_ahead() => DesiredState::clone(&device.desired),
             _ => continue,
         };
         if let Some(record) = record {
@@ -139,9 +144,21 @@ pub(super) fn assign(
             obey_blueprint(device, &mut desired);
         }
         desired.generation = device.next_generation();
+        let desired = share(&mut shared, desired);
         assignments.push(Assignment { device: device.id.clone(), desired });
     }
     assignments
+}
+
+/// A large fleet is told few different things: each of them is kept once.
+fn share(shared: &mut VecDeque<Arc<DesiredState>>, desired: DesiredState) -> Arc<DesiredState> {
+    if let Some(known) = shared.iter().find(|known| ***known == desired) {
+        return Arc::clone(known);
+    }
+    let new = Arc::new(desired);
+    shared.truncate(MAX_SHARED - 1);
+    shared.push_front(Arc::clone(&new));
+    new
 }
 
 /// The rollout of each device that is on its way, of those that are looked at. A rollout that does
@@ -170,7 +187,7 @@ fn rules(device: &FleetDevice, record: &RolloutRecord) -> DeviceRules {
     let hold = !runs && device.obeys(DeviceRules::HOLD);
     let policy = &record.rollout.asked.policy;
     let mut rules = policy_rules(policy).and(&device.config.rules);
-    if device.labels.contains_key("site") {
+    if device.labels.get("site").is_some() {
         rules = rules.and(&site_rules(&policy.limits));
     }
     DeviceRules { hold, ..rules }

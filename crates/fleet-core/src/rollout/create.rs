@@ -404,7 +404,7 @@ pub(super) fn group_of(device: &FleetDevice, per: WavePer) -> Option<String> {
     match per {
         WavePer::Fleet => None,
         WavePer::Class => Some(device.class.to_string()),
-        WavePer::Site => device.labels.get("site").cloned(),
+        WavePer::Site => device.labels.get("site").map(str::to_owned),
     }
 }
 

@@ -18,6 +18,7 @@ mod words;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -57,7 +58,7 @@ pub struct Assignment {
     /// Which device.
     pub device: DeviceId,
     /// Its new desired state; its generation is greater than the one before.
-    pub desired: DesiredState,
+    pub desired: Arc<DesiredState>,
 }
 
 /// Everything that changes at once.

@@ -22,6 +22,9 @@ use crate::world::{FleetDevice, World};
 /// A device that has not asked for so many seconds after it was told does not keep the gate from
 /// weighing the others: devices that are there ask more often.
 const SILENT_S: i64 = 300;
+/// Devices that are told in one decision, at most: what a decision costs in memory, and for how long
+/// it keeps the store from taking reports, does not grow with the wave.
+pub(crate) const MAX_TOLD_AT_ONCE: usize = 10_000;
 /// Names listed in one line, at most.
 const NAMES_SHOWN: usize = 8;
 
@@ -693,7 +696,7 @@ fn start(
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
-        if let Some(hold) = rules.hold(device) {
+        if let Some(hold) = turn(outcome, world).or_else(|| rules.hold(device)) {
             match held.iter_mut().find(|(known, _)| *known == hold) {
                 Some((_, devices)) => *devices += 1,
                 None => held.push((hold, 1)),
@@ -742,6 +745,14 @@ fn start(
         }
     }
     held
+}
+
+/// What holds a device up whose turn comes with the next decision, which follows at once.
+fn turn(outcome: &StepOutcome, world: &World<'_>) -> Option<Hold> {
+    (outcome.targets.len() >= MAX_TOLD_AT_ONCE).then(|| Hold {
+        why: format!("their turn: {} are told at a time", count(MAX_TOLD_AT_ONCE, "device")),
+        until: Some(world.now),
+    })
 }
 
 /// What a rollout's devices are told.

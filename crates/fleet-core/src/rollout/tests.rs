@@ -82,19 +82,19 @@ impl Fleet {
             id,
             name: format!("dev-{number}"),
             class,
-            labels: labels.map(|(key, value)| (key.to_owned(), value)).into_iter().collect(),
+            labels: labels.into_iter().collect(),
             facts: Arc::new(testing::facts(budget_mib)),
             budget_bytes: budget_mib << 20,
             config: Arc::new(resolve(&[]).unwrap()),
             last_seen: self.now,
-            desired: DesiredState {
+            desired: Arc::new(DesiredState {
                 generation: 1,
                 model: None,
                 runtime: RuntimeConfig::default(),
                 confirm_timeout_s: 900,
                 reason: String::new(),
                 rules: DeviceRules::default(),
-            },
+            }),
             report: None,
             revoked: false,
             orders: None,
@@ -307,7 +307,7 @@ impl Fleet {
 
     /// Puts a device into a site.
     fn site(&mut self, device: usize, site: &str) {
-        self.devices[device].labels.insert("site".to_owned(), site.to_owned());
+        self.devices[device].labels.insert("site", site);
     }
 
     /// Numbers of the devices that are told this version.
@@ -1695,4 +1695,36 @@ fn gate_out_of_bounds_is_refused() {
         let refused = fleet.start("1.0.0", policy).unwrap_err();
         assert!(matches!(refused, RolloutError::Policy(_)), "{refused}");
     }
+}
+
+#[test]
+fn a_large_wave_is_told_in_turns() {
+    let most = step::MAX_TOLD_AT_ONCE;
+    let mut fleet = Fleet::new(&vec![600; 2 * most + 5]);
+    fleet.devices.sort_by(|a, b| a.id.cmp(&b.id));
+    let policy = RolloutPolicy { waves: vec![WaveSize::Rest], ..RolloutPolicy::default() };
+    let id: RolloutId = "r0".parse().unwrap();
+    let created =
+        create(id.clone(), asked("1.0.0", policy), "token test", &fleet.world(), &[]).unwrap();
+    fleet.rollouts.push(created.record);
+    let (mut targets, mut told) = (created.targets, Vec::new());
+    loop {
+        let active = fleet.active();
+        let plan = plan(&fleet.world(), &active, std::mem::take(&mut targets));
+        if plan.assignments.is_empty() {
+            break;
+        }
+        told.push(plan.assignments.len());
+        // Whoever is left is told at once, and what those before do is not weighed yet.
+        let more = told.iter().sum::<usize>() < fleet.devices.len();
+        assert_eq!(plan.deadline == Some(fleet.now), more, "{told:?}");
+        let waits = plan.rollouts[0].rollout.waiting_for.clone();
+        assert_eq!(waits.contains("their turn"), more, "{waits}");
+        fleet.apply(plan);
+    }
+    assert_eq!(told, [most, most, 5]);
+    let record = fleet.record(&id);
+    assert!(record.rollout.devices.iter().all(|part| part.outcome == Outcome::Updating));
+    let started = record.rollout.decisions.iter().filter(|it| it.what.starts_with("started wave"));
+    assert_eq!(started.count(), 1, "a wave starts once");
 }

@@ -90,7 +90,7 @@ impl Rig {
             weights: model.weights,
         });
         let report = Arc::new(report);
-        self.store.record_report(self.now, id.clone(), Arc::clone(&report)).await.unwrap();
+        self.store.record_report(self.now, id.clone(), None, Arc::clone(&report)).await.unwrap();
         self.fleet.hear(&id, report)
     }
 

@@ -50,10 +50,10 @@ impl Slots {
         self.taken += 1;
         let Some(site) = device.labels.get("site") else { return };
         if self.limits.updating_per_site.is_some() {
-            *self.taken_by_site.entry(site.clone()).or_default() += 1;
+            *self.taken_by_site.entry(site.to_owned()).or_default() += 1;
         }
         if fetches && self.limits.site_bytes_per_s.is_some() {
-            *self.fetching_by_site.entry(site.clone()).or_default() += 1;
+            *self.fetching_by_site.entry(site.to_owned()).or_default() += 1;
         }
     }
 

@@ -376,7 +376,7 @@ fn devices_that_lack_what_a_release_requires_are_left_out_until_they_have_it() {
     fleet.join(600);
     fleet.tick();
     assert_eq!(fleet.told(3), "1.0.0 q8_0", "the newest one whose requirements it meets");
-    fleet.devices[2].desired.model = None;
+    Arc::make_mut(&mut fleet.devices[2].desired).model = None;
     fleet.devices[2].facts = has("llama.cpp 0.0.8000", "0.2.0");
     fleet.tick();
     assert_eq!(fleet.told(2), "1.1.0 q8_0");
