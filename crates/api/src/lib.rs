@@ -8,6 +8,7 @@ pub mod blueprint;
 pub mod channel;
 pub mod device;
 pub mod evidence;
+pub mod fleet;
 pub mod gate;
 pub mod id;
 pub mod model;
@@ -20,6 +21,7 @@ pub mod rollout;
 pub mod rules;
 pub mod runtime;
 pub mod selector;
+pub mod telemetry;
 pub mod webhook;
 pub mod window;
 

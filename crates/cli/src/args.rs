@@ -6,7 +6,8 @@ use clap::{Parser, Subcommand};
 
 use crate::commands::{
     audit, backup, bench, blueprint, channel, class, completions, demo, device, doctor, evaluate,
-    key, model, optimize, quarantine, release, rollout, serve, ship, sim, token, up, webhook,
+    fleet, key, model, optimize, quarantine, release, rollout, serve, ship, sim, token, up,
+    webhook,
 };
 use crate::output::Format;
 
@@ -100,6 +101,9 @@ pub enum Command {
     /// Measure how much a hub can take
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// The fleet as a whole, counted
+    #[command(subcommand)]
+    Fleet(fleet::Fleet),
     /// Devices of the fleet
     #[command(subcommand)]
     Device(device::Device),

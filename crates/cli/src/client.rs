@@ -127,10 +127,20 @@ impl Hub {
 
     /// Every item of a listing, page by page.
     pub async fn list<T: DeserializeOwned>(&self, path: &str, what: &str) -> Result<Vec<T>> {
+        self.list_where(path, &(), what).await
+    }
+
+    /// Every item of a listing that a filter means, page by page.
+    pub async fn list_where<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        filter: &impl Serialize,
+        what: &str,
+    ) -> Result<Vec<T>> {
         let mut items = Vec::new();
         let mut cursor: Option<String> = None;
         for _ in 0..MAX_PAGES {
-            let mut request = self.request(Method::GET, path);
+            let mut request = self.request(Method::GET, path).query(filter);
             if let Some(cursor) = &cursor {
                 request = request.query(&[("cursor", cursor)]);
             }
@@ -164,7 +174,7 @@ impl Hub {
 }
 
 /// Reads a bounded JSON answer.
-async fn json<T: DeserializeOwned>(response: Response, what: &str) -> Result<T> {
+pub async fn json<T: DeserializeOwned>(response: Response, what: &str) -> Result<T> {
     let bytes = bounded(response, what).await?;
     serde_json::from_slice(&bytes).map_err(|error| {
         Failure::internal(format!("{what}: the hub's answer is not understood"))

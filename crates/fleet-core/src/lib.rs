@@ -7,7 +7,9 @@ pub mod blueprint;
 pub mod class;
 pub mod fit;
 pub mod gate;
+pub mod labels;
 pub mod rollout;
+pub mod survey;
 #[cfg(test)]
 mod testing;
 pub mod words;

@@ -458,6 +458,10 @@ async fn read_pages(server: &Server) -> Result<Vec<Page>> {
         "/".to_owned(),
         "/v1/devices?limit=200".to_owned(),
         format!("/v1/devices?limit=200&cursor={device}"),
+        "/v1/fleet/summary".to_owned(),
+        "/v1/devices?limit=100&search=site&state=confirmed".to_owned(),
+        "/v1/devices?limit=100&selector=fact.cores>=1".to_owned(),
+        format!("/v1/devices?limit=100&search={device}"),
         format!("/v1/devices/{device}"),
         format!("/v1/devices/{device}/explain"),
         format!("/v1/devices/{device}/history"),
@@ -468,6 +472,8 @@ async fn read_pages(server: &Server) -> Result<Vec<Page>> {
         "/v1/releases".to_owned(),
         "/v1/invitations".to_owned(),
         "/v1/audit?limit=100".to_owned(),
+        "/v1/audit/verify".to_owned(),
+        "/v1/telemetry".to_owned(),
         "/metrics".to_owned(),
     ];
     let mut pages = Vec::new();

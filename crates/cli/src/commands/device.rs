@@ -1,6 +1,6 @@
 //! `slm device`.
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use reqwest::Method;
 use semver::Version;
 use serde::Serialize;
@@ -8,6 +8,7 @@ use slmops_api::device::{
     Device as DeviceFacts, DeviceEvent, DevicePatch, Failure as DeviceFailure, Invitation,
     NewInvitation, Phase, WaitCause,
 };
+use slmops_api::fleet::{DeviceFilter, DeviceState, OrderKind};
 use slmops_api::orders::{NewPin, Reason};
 use slmops_api::selector::Selector;
 use slmops_api::{ModelName, SiteName};
@@ -36,11 +37,12 @@ pub enum Device {
         valid: u64,
     },
     /// List the devices with what each runs
-    #[command(after_help = "Example:\n  $ slm device list --to 'site=berlin-3,fact.memory>=4GB'")]
+    #[command(
+        after_help = "Examples:\n  $ slm device list --to 'site=berlin-3,fact.memory>=4GB'\n  $ slm device list --state failed --running smollm2-135m-instruct@1.1.0"
+    )]
     List {
-        /// Only those that a selector means, as in `slm rollout start --to`
-        #[arg(long, value_name = "SELECTOR", default_value = "all", hide_default_value = true)]
-        to: Selector,
+        #[command(flatten)]
+        which: Which,
     },
     /// Show one device: facts, model, configuration, history
     #[command(after_help = "Example:\n  $ slm device show till-7")]
@@ -85,10 +87,13 @@ pub enum Device {
         reason: String,
     },
     /// Hold a device no longer: it keeps its release until a rollout means it
-    #[command(after_help = "Example:\n  $ slm device unpin till-7")]
+    #[command(after_help = "Example:\n  $ slm device unpin till-7 --reason 'certified anew'")]
     Unpin {
         /// Its name or id
         device: String,
+        /// Why; it is kept in the audit log and the device's history
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
     },
     /// Keep a device out of rollouts
     #[command(after_help = "Example:\n  $ slm device exclude till-7 --reason 'at the workshop'")]
@@ -100,10 +105,15 @@ pub enum Device {
         reason: String,
     },
     /// Let an excluded device take part in rollouts again
-    #[command(after_help = "Example:\n  $ slm device include till-7")]
+    #[command(
+        after_help = "Example:\n  $ slm device include till-7 --reason 'back from the workshop'"
+    )]
     Include {
         /// Its name or id
         device: String,
+        /// Why; it is kept in the audit log and the device's history
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
     },
     /// Shut a device out: its key no longer opens anything
     #[command(after_help = "Example:\n  $ slm device revoke till-7")]
@@ -111,6 +121,67 @@ pub enum Device {
         /// Its name or id
         device: String,
     },
+}
+
+/// Which devices are meant; all that is given must hold.
+#[derive(Debug, Args)]
+pub struct Which {
+    /// Words, each of which stands in a device's name, id or class, in a label as key=value, or in
+    /// what runs on it
+    #[arg(value_name = "WORD")]
+    words: Vec<String>,
+    /// Only those that a selector means, as in `slm rollout start --to`
+    #[arg(long, value_name = "SELECTOR")]
+    to: Option<Selector>,
+    /// Only those in this state
+    #[arg(long, value_parser = parse_state, value_name = "STATE")]
+    state: Option<DeviceState>,
+    /// Only those on which this answers
+    #[arg(long, value_name = "MODEL[@VERSION]", value_parser = parse_running)]
+    running: Option<(ModelName, Option<Version>)>,
+    /// Only those that are held to a release
+    #[arg(long, conflicts_with = "excluded")]
+    pinned: bool,
+    /// Only those that take no part in rollouts
+    #[arg(long)]
+    excluded: bool,
+}
+
+impl Which {
+    /// The filter as the hub takes it.
+    pub fn filter(self) -> DeviceFilter {
+        let (model, version) = self.running.unzip();
+        DeviceFilter {
+            search: Some(self.words.join(" ")).filter(|words| !words.is_empty()),
+            selector: self.to,
+            state: self.state,
+            model,
+            version: version.flatten(),
+            orders: match (self.pinned, self.excluded) {
+                (true, _) => Some(OrderKind::Pinned),
+                (_, true) => Some(OrderKind::Excluded),
+                _ => None,
+            },
+        }
+    }
+}
+
+fn parse_state(given: &str) -> Result<DeviceState, String> {
+    DeviceState::ALL.into_iter().find(|state| state.name() == given).ok_or_else(|| {
+        let names = DeviceState::ALL.map(DeviceState::name);
+        format!("`{given}` is no state: write one of {}", names.join(", "))
+    })
+}
+
+/// `MODEL` or `MODEL@VERSION`.
+pub fn parse_running(given: &str) -> Result<(ModelName, Option<Version>), String> {
+    let (model, version) = match given.split_once('@') {
+        Some((model, version)) => (model, Some(version)),
+        None => (given, None),
+    };
+    let model = model.parse().map_err(|error| format!("{error}"))?;
+    let version = version.map(|version| version.parse::<Version>()).transpose();
+    Ok((model, version.map_err(|error| format!("`{given}`: {error}"))?))
 }
 
 fn parse_label(given: &str) -> Result<(String, String), String> {
@@ -147,10 +218,10 @@ impl Device {
                 ));
                 session.out.show(&invitation, || invitation.text.clone())
             }
-            Self::List { to } => {
-                let mut devices: Vec<DeviceFacts> =
-                    hub.list("/v1/devices", "list the devices").await?;
-                devices.retain(|device| to.matches(&device.labels, &device.facts));
+            Self::List { which } => {
+                let filter = which.filter();
+                let devices: Vec<DeviceFacts> =
+                    hub.list_where("/v1/devices", &filter, "list the devices").await?;
                 session.out.show(&devices, || {
                     let rows = devices.iter().map(row);
                     table(&["name", "class", ">memory", "runs", "state", "seen"], rows)
@@ -188,24 +259,23 @@ impl Device {
                 let what = format!("pin the device `{device}` to {model} {version}");
                 let done = format!("device {device} is pinned to {model} {version}");
                 let body = NewPin { model, version, reason };
-                order(session, Method::PUT, &device, "pin", Some(&body), &what, &done).await
+                give_order(session, &device, "pin", &body, &what, &done).await
             }
-            Self::Unpin { device } => {
+            Self::Unpin { device, reason } => {
                 let what = format!("unpin the device `{device}`");
                 let done = format!("device {device} is not pinned");
-                order(session, Method::DELETE, &device, "pin", None::<&()>, &what, &done).await
+                end_order(session, &device, "pin", reason, &what, &done).await
             }
             Self::Exclude { device, reason } => {
                 let what = format!("exclude the device `{device}`");
                 let done = format!("device {device} takes no part in rollouts");
                 let body = Reason { reason };
-                order(session, Method::PUT, &device, "exclusion", Some(&body), &what, &done).await
+                give_order(session, &device, "exclusion", &body, &what, &done).await
             }
-            Self::Include { device } => {
+            Self::Include { device, reason } => {
                 let what = format!("include the device `{device}`");
                 let done = format!("device {device} takes part in rollouts");
-                order(session, Method::DELETE, &device, "exclusion", None::<&()>, &what, &done)
-                    .await
+                end_order(session, &device, "exclusion", reason, &what, &done).await
             }
             Self::Revoke { device } => {
                 let name = super::segment(&device)?;
@@ -217,21 +287,35 @@ impl Device {
     }
 }
 
-/// Sets or removes one of a device's orders; prints the device, or what was done.
-async fn order(
+/// Gives one of a device's orders, and prints what was done.
+async fn give_order(
     session: &Session,
-    method: Method,
     device: &str,
     order: &str,
-    body: Option<&impl Serialize>,
+    body: &impl Serialize,
     what: &str,
     done: &str,
 ) -> Result<()> {
     let hub = session.hub()?;
     let path = format!("/v1/devices/{}/{order}", super::segment(device)?);
-    let mut request = hub.request(method, &path);
-    if let Some(body) = body {
-        request = request.json(body);
+    hub.send(hub.request(Method::PUT, &path).json(body), what).await?;
+    session.out.done(done)
+}
+
+/// Ends one of a device's orders, and prints what was done.
+async fn end_order(
+    session: &Session,
+    device: &str,
+    order: &str,
+    reason: Option<String>,
+    what: &str,
+    done: &str,
+) -> Result<()> {
+    let hub = session.hub()?;
+    let path = format!("/v1/devices/{}/{order}", super::segment(device)?);
+    let mut request = hub.request(Method::DELETE, &path);
+    if let Some(reason) = reason {
+        request = request.query(&[("reason", reason)]);
     }
     hub.send(request, what).await?;
     session.out.done(done)
@@ -430,6 +514,18 @@ fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn filters_are_read_and_nonsense_is_refused() {
+        assert_eq!(parse_state("failed"), Ok(DeviceState::Failed));
+        assert!(parse_state("broken").unwrap_err().contains("confirmed, updating, failed"));
+        let model: ModelName = "m".parse().unwrap();
+        assert_eq!(parse_running("m"), Ok((model.clone(), None)));
+        assert_eq!(parse_running("m@1.0.0"), Ok((model, Some(Version::new(1, 0, 0)))));
+        for bad in ["", "@1.0.0", "m@", "m@one", "M"] {
+            assert!(parse_running(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn labels_are_read_and_nonsense_is_refused() {

@@ -12,6 +12,7 @@ pub mod demo;
 pub mod device;
 pub mod doctor;
 pub mod evaluate;
+pub mod fleet;
 pub mod key;
 pub mod model;
 pub mod optimize;
@@ -75,6 +76,7 @@ pub async fn run(args: Args) -> Result<()> {
         Command::Rollout(rollout) => rollout.run(session).await,
         Command::Channel(channel) => channel.run(session).await,
         Command::Quarantine(quarantine) => quarantine.run(session).await,
+        Command::Fleet(fleet) => fleet.run(session).await,
         Command::Device(device) => device.run(session).await,
         Command::Class(class) => class.run(session).await,
         Command::Blueprint(blueprint) => blueprint.run(session).await,

@@ -10,14 +10,17 @@ use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::stream::{self, Stream, StreamExt as _};
 use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
 use slmops_api::blueprint::{Explanation, Layer, StoredBlueprint};
 use slmops_api::device::{
     Device, DeviceEvent, DevicePatch, Invitation, InvitationInfo, InvitationText, NewInvitation,
 };
+use slmops_api::fleet::{DeviceFilter, FleetSummary, MAX_SEARCH_BYTES};
+use slmops_api::id::MAX_NAME_BYTES;
 use slmops_api::model::DeviceClass;
 use slmops_api::problem::Problem;
 use slmops_api::{ClassName, InvitationId, Page};
-use slmops_fleet_core::{blueprint, fit, words};
+use slmops_fleet_core::{blueprint, fit, survey, words};
 use tokio_stream::wrappers::BroadcastStream;
 
 use super::input::{
@@ -26,7 +29,7 @@ use super::input::{
 use super::{ApiError, AppState, by, new_id};
 use crate::auth::{self, AsAdmin, AsOperator, AsViewer};
 use crate::engine::layers_of;
-use crate::store::{DeviceChange, NewInvitationRow, StoredDevice};
+use crate::store::{DeviceChange, NewInvitationRow, PageRequest, StoredDevice};
 
 /// How long an invitation is valid unless asked otherwise, in seconds.
 const DEFAULT_INVITATION_S: u64 = 24 * 3600;
@@ -105,19 +108,81 @@ pub(super) fn shown(state: &AppState, device: &StoredDevice, classes: &[DeviceCl
     shown
 }
 
-/// Devices by name.
+/// Devices by name: all of them, or those that a filter means.
 #[utoipa::path(get, path = "/v1/devices", tag = "fleet",
-    params(("cursor" = Option<String>, Query), ("limit" = Option<u32>, Query)),
-    responses((status = 200, body = Page<Device>)))]
+    params(DeviceFilter, ("cursor" = Option<String>, Query), ("limit" = Option<u32>, Query)),
+    responses((status = 200, body = Page<Device>), (status = 400, body = Problem)))]
 pub async fn devices(
     State(state): State<AppState>,
     AsViewer(_): AsViewer,
+    Query(filter): Query<DeviceFilter>,
     Query(query): Query<PageQuery>,
 ) -> Result<Json<Page<Device>>, ApiError> {
+    check_filter(&filter)?;
+    let request = PageRequest::from(query);
+    let page = match filter.is_all() {
+        true => state.store.devices(request).await?,
+        false => found(&state, filter, request).await?,
+    };
     let classes = state.store.classes().await?;
-    let page = state.store.devices(query.into()).await?;
     let items = page.items.iter().map(|device| shown(&state, device, &classes)).collect();
     Ok(Json(Page { items, cursor: page.cursor }))
+}
+
+/// Finds devices in the fleet in memory, and reads those of the page from the store.
+async fn found(
+    state: &AppState,
+    filter: DeviceFilter,
+    request: PageRequest,
+) -> Result<Page<StoredDevice>, ApiError> {
+    let PageRequest { cursor, limit } = request;
+    let limit = limit as usize;
+    let found = state.engine.look(move |world, _| {
+        let after = cursor.unwrap_or_default();
+        let found = survey::page(world, &filter, &after, limit + 1);
+        found.into_iter().map(|device| (device.id.clone(), device.name.clone())).collect::<Vec<_>>()
+    });
+    let mut found = found.await?;
+    let more = found.len() > limit;
+    found.truncate(limit);
+    let cursor = found.last().filter(|_| more).map(|(_, name)| name.clone());
+    let ids = found.into_iter().map(|(id, _)| id).collect();
+    Ok(Page { items: state.store.devices_of(ids).await?, cursor })
+}
+
+fn check_filter(filter: &DeviceFilter) -> Result<(), ApiError> {
+    if filter.search.as_ref().is_some_and(|text| text.len() > MAX_SEARCH_BYTES) {
+        let detail = format!("`search` is longer than {MAX_SEARCH_BYTES} bytes");
+        return Err(ApiError::bad_request(detail, "search for less"));
+    }
+    Ok(())
+}
+
+/// By which label a summary groups devices.
+#[derive(Deserialize)]
+pub struct ByQuery {
+    by: Option<String>,
+}
+
+/// The devices that a filter means, counted: by state, class and release, a label's values, and when
+/// they were last heard of.
+#[utoipa::path(get, path = "/v1/fleet/summary", tag = "fleet",
+    params(DeviceFilter,
+        ("by" = Option<String>, Query, description = "The label of `groups`; `site` if absent")),
+    responses((status = 200, body = FleetSummary), (status = 400, body = Problem)))]
+pub async fn summary(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Query(filter): Query<DeviceFilter>,
+    Query(ByQuery { by }): Query<ByQuery>,
+) -> Result<Json<FleetSummary>, ApiError> {
+    check_filter(&filter)?;
+    let by = by.unwrap_or_else(|| "site".to_owned());
+    if !(1..=MAX_NAME_BYTES).contains(&by.len()) {
+        return Err(ApiError::bad_request("`by` is no label", "use a label's key, such as `site`"));
+    }
+    let summary = state.engine.look(move |world, _| survey::summarise(world, &filter, &by));
+    Ok(Json(summary.await?))
 }
 
 /// One device, by id or name.

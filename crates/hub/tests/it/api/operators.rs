@@ -95,11 +95,15 @@ async fn pins_and_exclusions_are_kept_shown_and_audited() {
     put("/v1/devices/one/pin", pin("1.1.0"), StatusCode::OK).await;
     let told = devices[0].wait_for_generation(generation + 1).await;
     assert_eq!(told.model.unwrap().version.to_string(), "1.1.0");
-    for path in ["/v1/devices/one/pin", "/v1/devices/two/exclusion"] {
+    let path = "/v1/devices/one/pin?reason=%20";
+    rig.send(Method::DELETE, path, Value::Null, StatusCode::BAD_REQUEST).await;
+    for path in ["/v1/devices/one/pin?reason=certified+anew", "/v1/devices/two/exclusion"] {
         for _ in 0..2 {
             rig.send(Method::DELETE, path, Value::Null, StatusCode::OK).await;
         }
     }
+    let history = rig.get("/v1/devices/one/history").await.to_string();
+    assert!(history.contains(": certified anew"), "{history}");
     assert!(rig.get("/v1/devices/one").await.get("orders").is_none());
 
     let problem = put("/v1/devices/one/pin", pin("9.0.0"), StatusCode::NOT_FOUND).await;
@@ -196,6 +200,12 @@ async fn releases_are_promoted_from_channel_to_channel() {
     let early = rig.send(Method::POST, path, json!({ "to": "beta" }), StatusCode::CONFLICT).await;
     assert!(early["detail"].as_str().unwrap().contains("not confirmed on channel edge"), "{early}");
     assert!(early["hint"].as_str().unwrap().contains("--force --reason"), "{early}");
+    // A plan says the same, and nothing of it happens.
+    let (ahead, body) = (format!("{path}/plan"), json!({ "to": "beta" }));
+    rig.send(Method::POST, &ahead, body, StatusCode::CONFLICT).await;
+    let plan = rig.send(Method::POST, &ahead, json!({ "to": "edge" }), StatusCode::OK).await;
+    assert_eq!(names(&plan["waves"][0]["devices"]), ["one"], "{plan}");
+    assert_eq!(rig.get("/v1/rollouts").await["items"], json!([]));
     let rollout = rig.send(Method::POST, path, json!({ "to": "edge" }), StatusCode::CREATED).await;
     let id = rollout["id"].as_str().unwrap().to_owned();
     let again = rig.send(Method::POST, path, json!({ "to": "edge" }), StatusCode::OK).await;
@@ -228,4 +238,65 @@ async fn releases_are_promoted_from_channel_to_channel() {
     }
     let audit = rig.get("/v1/audit?limit=500").await.to_string();
     assert!(audit.contains("release.promote") && audit.contains("channel.put"));
+}
+
+#[tokio::test]
+async fn the_fleet_is_counted_and_searched() {
+    let rig = Rig::start().await;
+    rig.add_publisher_key().await;
+    let mut devices =
+        [rig.join("one", 600).await, rig.join("two", 600).await, rig.join("three", 100).await];
+    rig.send(Method::PATCH, "/v1/devices/two", json!({ "site": "rome" }), StatusCode::OK).await;
+    let summary = rig.get("/v1/fleet/summary").await;
+    assert_eq!(summary["states"], json!({ "joined": 3 }), "{summary}");
+    rig.release("1.0.0").await;
+    rig.rollout("1.0.0", json!({ "waves": ["rest"] })).await;
+    for device in &mut devices[..2] {
+        device.wait_for_generation(2).await;
+        device.report(Phase::Confirmed).await;
+    }
+    // What was acknowledged is counted.
+    let summary = rig.get("/v1/fleet/summary").await;
+    assert_eq!(summary["states"], json!({ "confirmed": 2, "joined": 1 }), "{summary}");
+    assert_eq!(summary["devices"], 3);
+    let rome = rig.get("/v1/fleet/summary?selector=site%3Drome&by=name").await;
+    assert_eq!((&rome["devices"], &rome["groups"][0]["value"]), (&json!(1), &json!("two")));
+
+    for (filter, expected) in [
+        ("", "one three two"),
+        ("search=w", "two"),
+        ("search=T+site%3Drome", "two"),
+        ("state=confirmed", "one two"),
+        ("state=confirmed&selector=site!%3Drome", "one"),
+        ("model=m&version=1.0.0", "one two"),
+        ("model=m&version=1.0.1", ""),
+        ("selector=fact.budget%3E%3D500MiB", "one two"),
+        ("orders=pinned", ""),
+    ] {
+        // Page by page, the same.
+        for limit in [1, 2, 500] {
+            let mut found = Vec::new();
+            let mut cursor = String::new();
+            loop {
+                let path = format!("/v1/devices?{filter}&limit={limit}{cursor}");
+                let page = rig.get(&path).await;
+                found.extend(names(&page["items"]).into_iter().map(str::to_owned));
+                let Some(next) = page["cursor"].as_str() else { break };
+                cursor = format!("&cursor={next}");
+            }
+            assert_eq!(found.join(" "), expected, "{filter}, {limit} at a time");
+        }
+        let counted = rig.get(&format!("/v1/fleet/summary?{filter}")).await["devices"].clone();
+        assert_eq!(counted, json!(expected.split_whitespace().count()), "{filter}");
+    }
+    let long = format!("search={}", "x".repeat(201));
+    let bad = ["state=broken", "selector=nonsense", "version=one", "orders=none", "model=M", &long];
+    for filter in bad {
+        for path in ["/v1/devices", "/v1/fleet/summary"] {
+            let path = format!("{path}?{filter}");
+            rig.send(Method::GET, &path, Value::Null, StatusCode::BAD_REQUEST).await;
+        }
+    }
+    let path = "/v1/fleet/summary?by=";
+    rig.send(Method::GET, path, Value::Null, StatusCode::BAD_REQUEST).await;
 }
