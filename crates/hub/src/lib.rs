@@ -19,6 +19,7 @@ pub mod replicas;
 pub mod routes;
 pub mod server;
 pub mod store;
+pub mod telemetry;
 pub mod tls;
 pub mod webhooks;
 

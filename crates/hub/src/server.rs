@@ -31,6 +31,7 @@ use crate::registry::{self, Registry, RegistryError};
 use crate::replicas::{self, Lead, Replica};
 use crate::routes::{self, AppState, Metrics, Shared};
 use crate::store::{By, SCHEMA, SqlStore, Store, StoreError, record_registry};
+use crate::telemetry::{self, Keep};
 use crate::tls::{CA_CERTIFICATE_FILE, Tls, TlsError};
 use crate::webhooks::Dispatcher;
 
@@ -73,6 +74,8 @@ pub struct HubConfig {
     pub names: Vec<String>,
     /// The URL that invitations name; `https://` and the listening address if absent.
     pub public_url: Option<String>,
+    /// How long telemetry is kept.
+    pub keep: Keep,
 }
 
 /// Why the hub does not start.
@@ -305,6 +308,7 @@ impl Hub {
         let mut tasks = vec![
             tokio::spawn(planner.run(stopped.clone())),
             tokio::spawn(webhooks.run(stopped.clone())),
+            tokio::spawn(telemetry::tidy(Arc::clone(&store), config.keep, stopped.clone())),
         ];
         let mut id = None;
         if let Some((replica, feed)) = replica {

@@ -8,6 +8,7 @@ use serde::Serialize;
 use slmops_hub::backup::Place;
 use slmops_hub::blobs::S3;
 use slmops_hub::db::Postgres;
+use slmops_hub::telemetry::Keep;
 use slmops_hub::{Hub as HubServer, HubConfig, RunningHub};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -15,6 +16,7 @@ use super::{Session, key};
 use crate::client::Hub;
 use crate::error::{Context as _, Failure, Result};
 use crate::home::{Context, DEFAULT_KEY};
+use crate::units;
 
 /// Run the hub.
 #[derive(Debug, clap::Args)]
@@ -49,6 +51,26 @@ pub struct Up {
     /// The URL under which devices reach the hub [default: https:// and the listening address]
     #[arg(long, value_name = "URL", env = "SLM_PUBLIC_URL", hide_env_values = true)]
     pub public_url: Option<String>,
+    /// How long what devices count is kept by hour; then it is added up by day
+    #[arg(
+        long,
+        value_name = "TIME",
+        value_parser = units::parse_seconds,
+        default_value = "14d",
+        env = "SLM_TELEMETRY_HOURS",
+        hide_env_values = true
+    )]
+    pub telemetry_hours: u64,
+    /// How long it is kept by day
+    #[arg(
+        long,
+        value_name = "TIME",
+        value_parser = units::parse_seconds,
+        default_value = "400d",
+        env = "SLM_TELEMETRY_DAYS",
+        hide_env_values = true
+    )]
+    pub telemetry_days: u64,
 }
 
 /// Where a hub keeps what it has.
@@ -135,6 +157,7 @@ impl Up {
             http: Some(self.http),
             names: self.names()?,
             public_url: self.public_url.as_ref().map(|url| url.trim_end_matches('/').to_owned()),
+            keep: Keep { hours_s: self.telemetry_hours, days_s: self.telemetry_days },
         };
         let mut hub = HubServer::start(config).await.user(|| "start the hub".to_owned())?;
         let outcome = self.serve(session, &mut hub, data).await;

@@ -161,7 +161,8 @@ pub async fn report(
     let now = Timestamp::now();
     device.place.seen(now);
     let report = Arc::new(report);
-    let outcome = state.store.record_report(now, device.id.clone(), Arc::clone(&report)).await?;
+    let (id, group) = (device.id.clone(), device.place.group());
+    let outcome = state.store.record_report(now, id, group, Arc::clone(&report)).await?;
     if outcome != ReportOutcome::Stale {
         state.events.announce("device", &device.id);
         state.engine.reported(device.id, report, outcome == ReportOutcome::News);

@@ -694,6 +694,7 @@ async fn hub_refuses_what_would_not_work() {
         http: http.map(|address| address.parse().unwrap()),
         names: vec![],
         public_url: None,
+        keep: Default::default(),
     };
     let refused = async |config| match Hub::start(config).await {
         Ok(_) => panic!("the hub started"),

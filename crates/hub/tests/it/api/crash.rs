@@ -26,6 +26,7 @@ async fn hub_process() {
         http: Some("127.0.0.1:0".parse().unwrap()),
         names: vec![],
         public_url: None,
+        keep: Default::default(),
     };
     let mut hub = Hub::start(config).await.unwrap();
     println!("\nlistening on {}", hub.http.unwrap());

@@ -43,6 +43,7 @@ async fn hub_process() {
         http: Some("127.0.0.1:0".parse().unwrap()),
         names: vec![],
         public_url: None,
+        keep: Default::default(),
     };
     let mut hub = Hub::start(config).await.unwrap();
     println!("\nhub {} {}", hub.replica.as_ref().unwrap(), hub.http.unwrap());
@@ -277,6 +278,7 @@ async fn a_hub_whose_blobs_are_elsewhere_is_refused() {
         http: Some("127.0.0.1:0".parse().unwrap()),
         names: vec![],
         public_url: None,
+        keep: Default::default(),
     };
     let error = Hub::start(config).await.err().expect("refused").to_string();
     assert!(error.contains("--blobs s3://") && error.contains("hint: "), "{error}");

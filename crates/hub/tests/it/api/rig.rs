@@ -84,6 +84,7 @@ impl Rig {
             http: Some("127.0.0.1:0".parse().unwrap()),
             names: vec![],
             public_url: None,
+            keep: Default::default(),
         };
         let started = std::time::Instant::now();
         // One that was dropped just now may still be letting go of the folder.

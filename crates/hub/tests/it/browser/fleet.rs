@@ -55,6 +55,7 @@ impl RealHub {
             http: Some("127.0.0.1:0".parse().expect("an address")),
             names: Vec::new(),
             public_url: None,
+            keep: Default::default(),
         };
         let hub = Hub::start(config).await.expect("the hub starts");
         let url = format!("http://{}", hub.http.expect("plain HTTP on loopback"));
