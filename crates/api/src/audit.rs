@@ -50,14 +50,20 @@ impl AuditEntry {
 /// What `GET /v1/audit/verify` found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct AuditVerdict {
-    /// Entries checked.
+    /// The chain holds up to this entry, as far as it was checked.
     pub entries: u64,
-    /// Hash of the newest one.
+    /// Hash of that one.
     #[schema(value_type = String)]
     pub head: Digest,
+    /// Entries up to this one were checked before, and not again.
+    #[serde(default)]
+    pub from: u64,
     /// The first broken entry and what is wrong with it; absent when the chain holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,
+    /// There is more to check: `?cursor=…` goes on from here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<String>,
 }
 
 /// What a token's holder may do; each role may do all that the one before may.

@@ -97,9 +97,25 @@ pub struct Webhook {
     pub pending: u64,
     /// Events that were given up.
     pub dead: u64,
+    /// Until then the secret before the last change signs as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub previous_secret_until: Option<jiff::Timestamp>,
 }
 
-/// A new webhook with its secret, shown once.
+/// The longest time for which two secrets sign, in seconds: 30 days.
+pub const MAX_OVERLAP_S: u64 = 30 * 24 * 3600;
+
+/// `POST /v1/webhooks/{id}/rotate`: a new secret.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rotate {
+    /// Seconds for which the secret of now signs as well; a day if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlap_s: Option<u64>,
+}
+
+/// A webhook with its new secret, shown once.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct CreatedWebhook {
     /// The webhook.

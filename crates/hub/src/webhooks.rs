@@ -324,12 +324,16 @@ async fn attempt(client: &Client, row: &WebhookRow, source: &str, leased: &Lease
     let retry = &row.webhook.asked.retry;
     let message = message_id(&row.webhook.id, entry.sequence);
     let body = cloud_event(source, entry);
-    let timestamp = Timestamp::now().as_second();
+    let now = Timestamp::now();
+    let timestamp = now.as_second();
+    // One for each secret that holds (Standard Webhooks 1.0, "Multiple signatures").
+    let signatures = row.secrets(now).map(|secret| signature(secret, &message, timestamp, &body));
+    let signatures = signatures.collect::<Vec<_>>().join(" ");
     let request = client
         .post(&row.webhook.asked.url)
         .timeout(Duration::from_millis(retry.timeout_ms))
         .header(header::CONTENT_TYPE, CLOUD_EVENT)
-        .header("webhook-signature", signature(&row.secret, &message, timestamp, &body))
+        .header("webhook-signature", signatures)
         .header("webhook-timestamp", timestamp.to_string())
         .header("webhook-id", message);
     let (taken, last) = match request.body(body).send().await {

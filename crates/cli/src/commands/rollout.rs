@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Subcommand;
 use reqwest::Method;
 use semver::Version;
+use slmops_api::channel::NewPromotion;
 use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::plan::RolloutPlan;
 use slmops_api::rollout::{
@@ -17,7 +18,7 @@ use slmops_api::rollout::{
 use slmops_api::rules::Metered;
 use slmops_api::selector::Selector;
 use slmops_api::window::Windows;
-use slmops_api::{ModelName, RolloutId};
+use slmops_api::{ChannelName, ModelName, RolloutId};
 
 use super::Session;
 use crate::client::Hub;
@@ -64,6 +65,9 @@ pub enum Rollout {
         /// A rollout that is under way, instead of a model and options
         #[arg(long, conflicts_with_all = ["model", "PolicyArgs"])]
         id: Option<RolloutId>,
+        /// A promotion to this channel, by its policy, instead of options
+        #[arg(long, value_name = "CHANNEL", requires = "version", conflicts_with_all = ["id", "PolicyArgs"])]
+        channel: Option<ChannelName>,
         /// Which devices, and how
         #[command(flatten)]
         policy: Box<PolicyArgs>,
@@ -342,8 +346,14 @@ impl Rollout {
                 }
                 session.out.show(&rollout, || status(&rollout))
             }
-            Self::Plan { model, version, id, policy } => {
+            Self::Plan { model, version, id, channel, policy } => {
                 let plan: RolloutPlan = match (id, model, version) {
+                    (None, Some(model), Some(version)) if channel.is_some() => {
+                        let what = format!("plan the promotion of {model} {version}");
+                        let path = format!("/v1/releases/{model}/{version}/promote/plan");
+                        let body = channel.map(|to| NewPromotion { to, force: None });
+                        hub.call(Method::POST, &path, &body, &what).await?
+                    }
                     (None, Some(model), Some(version)) => {
                         let what = format!("plan a rollout of {model} {version}");
                         let policy = policy.policy()?;

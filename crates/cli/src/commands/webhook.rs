@@ -6,7 +6,7 @@ use clap::Subcommand;
 use reqwest::Method;
 use slmops_api::WebhookId;
 use slmops_api::webhook::{
-    CreatedWebhook, Delivery, DeliveryState, NewWebhook, Redeliver, Redelivered,
+    CreatedWebhook, Delivery, DeliveryState, NewWebhook, Redeliver, Redelivered, Rotate,
     Webhook as WebhookFacts, WebhookRetry,
 };
 
@@ -46,6 +46,15 @@ pub enum Webhook {
     Remove {
         /// The webhook
         id: WebhookId,
+    },
+    /// Give it a new secret, which is printed once; for a while events are signed with both
+    #[command(after_help = "Example:\n  $ slm webhook rotate w0123456789abcdef --overlap 2d")]
+    Rotate {
+        /// The webhook
+        id: WebhookId,
+        /// How long the secret of now signs as well
+        #[arg(long, value_parser = units::parse_seconds, value_name = "TIME", default_value = "1d")]
+        overlap: u64,
     },
     /// Send it a test event
     #[command(after_help = "Example:\n  $ slm webhook test w0123456789abcdef")]
@@ -93,12 +102,20 @@ impl Webhook {
                 let created: CreatedWebhook =
                     hub.call(Method::POST, "/v1/webhooks", &body, "add the webhook").await?;
                 session.progress.say("Give the secret to the receiver; it is not shown again.");
-                session.out.show(&created, || {
-                    fields(&[
-                        ("webhook", created.webhook.id.to_string()),
-                        ("secret", created.secret.clone()),
-                    ])
-                })
+                session.out.show(&created, || secret(&created))
+            }
+            Self::Rotate { id, overlap } => {
+                let what = format!("give the webhook {id} a new secret");
+                let path = format!("/v1/webhooks/{id}/rotate");
+                let body = Rotate { overlap_s: Some(overlap) };
+                let rotated: CreatedWebhook = hub.call(Method::POST, &path, &body, &what).await?;
+                if let Some(until) = rotated.webhook.previous_secret_until {
+                    session.progress.say(format!(
+                        "Give the secret to the receiver before {}; it is not shown again.",
+                        super::time(until)
+                    ));
+                }
+                session.out.show(&rotated, || secret(&rotated))
             }
             Self::List => {
                 let webhooks: Vec<WebhookFacts> =
@@ -157,4 +174,8 @@ impl Webhook {
             }
         }
     }
+}
+
+fn secret(created: &CreatedWebhook) -> String {
+    fields(&[("webhook", created.webhook.id.to_string()), ("secret", created.secret.clone())])
 }

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use slmops_api::channel::{Channel, ChannelStatus, MAX_CHANNELS, NewPromotion};
+use slmops_api::plan::RolloutPlan;
 use slmops_api::problem::Problem;
 use slmops_api::rollout::Rollout;
 use slmops_api::{ChannelName, ModelName, Page};
@@ -115,4 +116,20 @@ pub async fn promote(
     let (rollout, new) = state.engine.create_rollout(by(&operator), new_id("r"), asked).await?;
     let status = if new { StatusCode::CREATED } else { StatusCode::OK };
     Ok((status, Json(rollout)))
+}
+
+/// What bringing a release to a channel would do to whom, wave by wave. Nothing of it happens.
+#[utoipa::path(post, path = "/v1/releases/{model}/{version}/promote/plan", tag = "rollouts",
+    params(("model" = String, Path), ("version" = String, Path)), request_body = NewPromotion,
+    responses((status = 200, body = RolloutPlan), (status = 404, body = Problem),
+        (status = 409, body = Problem)))]
+pub async fn forecast(
+    State(state): State<AppState>,
+    AsViewer(viewer): AsViewer,
+    Path((model, version)): Path<(ModelName, String)>,
+    Body(wanted): Body<NewPromotion>,
+) -> Result<Json<RolloutPlan>, ApiError> {
+    let release = state.store.release(model, parse_version(&version)?).await?;
+    let asked = state.engine.promotion(&release.release, wanted).await?;
+    Ok(Json(state.engine.forecast(by(&viewer), asked).await?))
 }

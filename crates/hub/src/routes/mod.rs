@@ -14,6 +14,7 @@ mod orders;
 mod packages;
 mod releases;
 mod rollouts;
+mod telemetry;
 #[cfg(test)]
 mod tests;
 mod webhooks;
@@ -142,6 +143,8 @@ pub fn router(state: AppState) -> Router {
     let quick = Router::new()
         .route("/v1/invitations", get(fleet::invitations).post(fleet::invite))
         .route("/v1/invitations/{id}", delete(fleet::withdraw_invitation))
+        .route("/v1/fleet/summary", get(fleet::summary))
+        .route("/v1/telemetry", get(telemetry::series))
         .route("/v1/devices", get(fleet::devices))
         .route(
             "/v1/devices/{id}",
@@ -160,6 +163,7 @@ pub fn router(state: AppState) -> Router {
         )
         .route("/v1/releases/{model}/{version}", get(releases::get))
         .route("/v1/releases/{model}/{version}/promote", post(channels::promote))
+        .route("/v1/releases/{model}/{version}/promote/plan", post(channels::forecast))
         .route("/v1/channels", get(channels::list))
         .route("/v1/channels/{name}", put(channels::put).delete(channels::delete))
         .route("/v1/rollouts", get(rollouts::list).post(rollouts::create))
@@ -177,6 +181,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/quarantine/lift", post(orders::lift))
         .route("/v1/webhooks", get(webhooks::list).post(webhooks::create))
         .route("/v1/webhooks/{id}", delete(webhooks::remove))
+        .route("/v1/webhooks/{id}/rotate", post(webhooks::rotate))
         .route("/v1/webhooks/{id}/test", post(webhooks::test))
         .route("/v1/webhooks/{id}/deliveries", get(webhooks::deliveries))
         .route("/v1/webhooks/{id}/redeliver", post(webhooks::redeliver))

@@ -4,7 +4,9 @@ use axum::Json;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::{channels, devices, fleet, metrics, operators, orders, releases, rollouts, webhooks};
+use super::{
+    channels, devices, fleet, metrics, operators, orders, releases, rollouts, telemetry, webhooks,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -18,7 +20,7 @@ use super::{channels, devices, fleet, metrics, operators, orders, releases, roll
     paths(
         devices::enrol, devices::challenge, devices::token, devices::desired, devices::report,
         fleet::invite, fleet::invitations, fleet::withdraw_invitation,
-        fleet::devices, fleet::device, fleet::change_device, fleet::revoke_device,
+        fleet::summary, telemetry::series, fleet::devices, fleet::device, fleet::change_device, fleet::revoke_device,
         fleet::explain, fleet::history,
         orders::pin, orders::unpin, orders::exclude, orders::include,
         orders::quarantine, orders::lift,
@@ -26,7 +28,8 @@ use super::{channels, devices, fleet, metrics, operators, orders, releases, roll
         fleet::blueprints, fleet::put_blueprint, fleet::delete_blueprint, fleet::events,
         releases::create, releases::list, releases::get,
         channels::list, channels::put, channels::delete, channels::promote,
-        webhooks::create, webhooks::list, webhooks::remove, webhooks::test, webhooks::deliveries,
+        channels::forecast,
+        webhooks::create, webhooks::list, webhooks::remove, webhooks::rotate, webhooks::test, webhooks::deliveries,
         webhooks::redeliver,
         rollouts::create, rollouts::forecast, rollouts::list, rollouts::get, rollouts::devices,
         rollouts::foresee, rollouts::why, rollouts::pause,

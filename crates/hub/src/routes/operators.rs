@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
 use slmops_api::audit::{AuditEntry, AuditVerdict, CreatedToken, Identity, NewToken, Token};
 use slmops_api::device::PublisherKey;
 use slmops_api::problem::Problem;
@@ -13,6 +14,7 @@ use slmops_artifact::signing::PublicKey;
 use super::input::{Body, PageQuery, Path, Query};
 use super::{ApiError, AppState, by, new_id};
 use crate::auth::{self, AsAdmin, AsViewer, Caller};
+use crate::store::{CheckFrom, parse_cursor};
 
 /// The longest name of a token or key, in bytes.
 const MAX_LABEL_BYTES: usize = 100;
@@ -49,14 +51,34 @@ pub async fn audit(
     Ok(Json(state.store.audit(query.into()).await?))
 }
 
-/// Check the whole audit chain.
+/// Where to begin checking the audit chain.
+#[derive(Deserialize)]
+pub struct VerifyQuery {
+    #[serde(default)]
+    full: bool,
+    cursor: Option<String>,
+}
+
+/// Check the audit chain: what came since it was last checked, or all of it. At most 10,000 entries at
+/// once; the answer's `cursor` goes on.
 #[utoipa::path(get, path = "/v1/audit/verify", tag = "audit",
-    responses((status = 200, body = AuditVerdict)))]
+    params(("full" = Option<bool>, Query, description = "From the first entry on"),
+        ("cursor" = Option<String>, Query, description = "Of the answer before")),
+    responses((status = 200, body = AuditVerdict), (status = 400, body = Problem)))]
 pub async fn verify_audit(
     State(state): State<AppState>,
     AsViewer(_): AsViewer,
+    Query(VerifyQuery { full, cursor }): Query<VerifyQuery>,
 ) -> Result<Json<AuditVerdict>, ApiError> {
-    Ok(Json(state.store.verify_audit().await?))
+    let from = match cursor {
+        Some(cursor) => parse_cursor(&cursor).ok_or_else(|| {
+            let hint = "use the `cursor` of the answer before, unchanged";
+            ApiError::bad_request("`cursor` is no cursor", hint)
+        })?,
+        None if full => CheckFrom::start(),
+        None => CheckFrom::Checkpoint,
+    };
+    Ok(Json(state.store.verify_audit(from).await?))
 }
 
 /// All operator tokens, without their secrets.

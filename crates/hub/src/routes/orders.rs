@@ -3,13 +3,14 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use serde::Deserialize;
 use slmops_api::device::Device;
 use slmops_api::orders::{Lift, MAX_REASON_BYTES, NewPin, Quarantined, QuarantinedPackage, Reason};
 use slmops_api::problem::Problem;
 use slmops_api::{DeviceId, Page};
 
 use super::fleet::shown;
-use super::input::{Body, Path};
+use super::input::{Body, Path, Query};
 use super::{ApiError, AppState, by};
 use crate::auth::{AsOperator, AsViewer, Operator};
 use crate::store::OrdersChange;
@@ -55,17 +56,34 @@ pub async fn pin(
     order(&state, &operator, id, OrdersChange::Pin(wanted)).await
 }
 
+/// Why an order ends.
+#[derive(Deserialize)]
+pub struct ReasonQuery {
+    reason: Option<String>,
+}
+
+impl ReasonQuery {
+    fn checked(self) -> Result<Option<String>, ApiError> {
+        self.reason.as_deref().map_or(Ok(()), check_reason)?;
+        Ok(self.reason)
+    }
+}
+
 /// Hold a device to no release any more; it keeps what it has until a rollout means it.
 #[utoipa::path(delete, path = "/v1/devices/{id}/pin", tag = "fleet",
-    params(("id" = String, Path)),
-    responses((status = 200, body = Device), (status = 404, body = Problem)))]
+    params(("id" = String, Path),
+        ("reason" = Option<String>, Query, description = "Why, for the audit log")),
+    responses((status = 200, body = Device), (status = 400, body = Problem),
+        (status = 404, body = Problem)))]
 pub async fn unpin(
     State(state): State<AppState>,
     AsOperator(operator): AsOperator,
     Path(id): Path<String>,
+    Query(reason): Query<ReasonQuery>,
 ) -> Result<Json<Device>, ApiError> {
+    let change = OrdersChange::Unpin(reason.checked()?);
     let id = state.store.device(id).await?.id;
-    order(&state, &operator, id, OrdersChange::Unpin).await
+    order(&state, &operator, id, change).await
 }
 
 /// Keep a device out of rollouts; it keeps what it has.
@@ -86,15 +104,19 @@ pub async fn exclude(
 
 /// Let a device take part in rollouts again.
 #[utoipa::path(delete, path = "/v1/devices/{id}/exclusion", tag = "fleet",
-    params(("id" = String, Path)),
-    responses((status = 200, body = Device), (status = 404, body = Problem)))]
+    params(("id" = String, Path),
+        ("reason" = Option<String>, Query, description = "Why, for the audit log")),
+    responses((status = 200, body = Device), (status = 400, body = Problem),
+        (status = 404, body = Problem)))]
 pub async fn include(
     State(state): State<AppState>,
     AsOperator(operator): AsOperator,
     Path(id): Path<String>,
+    Query(reason): Query<ReasonQuery>,
 ) -> Result<Json<Device>, ApiError> {
+    let change = OrdersChange::Include(reason.checked()?);
     let id = state.store.device(id).await?.id;
-    order(&state, &operator, id, OrdersChange::Include).await
+    order(&state, &operator, id, change).await
 }
 
 /// Devices named with a quarantined manifest, at most.

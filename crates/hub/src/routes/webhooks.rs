@@ -3,11 +3,12 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use jiff::SignedDuration;
 use serde::Deserialize;
 use slmops_api::problem::Problem;
 use slmops_api::webhook::{
-    ATTEMPTS, CreatedWebhook, Delivery, DeliveryState, FIRST_DELAY_MS, MAX_DELAY_MS, NewWebhook,
-    Redeliver, Redelivered, TIMEOUT_MS, Webhook,
+    ATTEMPTS, CreatedWebhook, Delivery, DeliveryState, FIRST_DELAY_MS, MAX_DELAY_MS, MAX_OVERLAP_S,
+    NewWebhook, Redeliver, Redelivered, Rotate, TIMEOUT_MS, Webhook,
 };
 use slmops_api::{Page, WebhookId};
 
@@ -18,6 +19,8 @@ use crate::store::{MAX_PAGE, PageRequest};
 use crate::tls::TlsError;
 use crate::webhooks;
 
+/// How long two secrets sign unless asked otherwise, in seconds.
+const DEFAULT_OVERLAP_S: u64 = 24 * 3600;
 /// The longest URL, in bytes.
 const MAX_URL_BYTES: usize = 2000;
 /// The most patterns of one webhook.
@@ -109,6 +112,30 @@ pub async fn remove(
     state.store.remove_webhook(by(&operator), id.clone()).await?;
     state.events.announce("webhook", &id);
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Give it a new secret. Until the overlap is over, events carry a signature by the one before too.
+#[utoipa::path(post, path = "/v1/webhooks/{id}/rotate", tag = "webhooks",
+    params(("id" = String, Path)), request_body = Rotate,
+    responses((status = 200, body = CreatedWebhook), (status = 400, body = Problem),
+        (status = 404, body = Problem)))]
+pub async fn rotate(
+    State(state): State<AppState>,
+    AsAdmin(operator): AsAdmin,
+    Path(id): Path<WebhookId>,
+    Body(Rotate { overlap_s }): Body<Rotate>,
+) -> Result<Json<CreatedWebhook>, ApiError> {
+    let overlap_s = overlap_s.unwrap_or(DEFAULT_OVERLAP_S);
+    if overlap_s > MAX_OVERLAP_S {
+        let detail = format!("`overlap_s` is more than {MAX_OVERLAP_S}");
+        return Err(ApiError::bad_request(detail, "change the receiver's secret within 30 days"));
+    }
+    let secret = auth::new_webhook_secret();
+    let by = by(&operator);
+    let until = by.at + SignedDuration::from_secs(overlap_s as i64);
+    let webhook = state.store.rotate_webhook(by, id, secret.clone(), until).await?;
+    state.events.announce("webhook", &webhook.id);
+    Ok(Json(CreatedWebhook { webhook, secret: secret.expose().to_owned() }))
 }
 
 /// Tell it of a test: `slmops.webhook.test`, by the way that every event goes.

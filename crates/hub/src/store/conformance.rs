@@ -1,11 +1,13 @@
 //! What every store must do, whatever it stores in. Each check gets an empty store.
 
 use slmops_api::audit::Role;
-use slmops_api::device::{DesiredModel, Failure, Phase, Rejection, Telemetry};
+use slmops_api::device::{DesiredModel, Failure, InstalledModel, Phase, Rejection, Telemetry};
+use slmops_api::evidence::{Evidence, EvidenceCounts};
 use slmops_api::model::ModelShape;
 use slmops_api::orders::{Lift, NewPin, Orders};
 use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere};
 use slmops_api::rollout::{NewRollout, Outcome, RolloutPolicy, RolloutState};
+use slmops_api::telemetry::Span;
 use slmops_fleet_core::rollout;
 use slmops_fleet_core::world::World;
 
@@ -19,6 +21,9 @@ macro_rules! every_check {
             names_are_unique,
             older_reports_are_ignored,
             history_is_bounded_and_told_once,
+            telemetry_counts_what_reports_add,
+            telemetry_becomes_days_and_ends,
+            telemetry_is_bounded_however_many_sites,
             releases_never_change,
             pages_follow_each_other,
             last_admin_stays,
@@ -34,6 +39,7 @@ macro_rules! every_check {
             audit_names_every_change,
             snapshot_knows_the_newest_completed_first,
             damaged_audit_is_found,
+            audit_is_checked_from_where_it_held,
         }
     };
 }
@@ -85,7 +91,7 @@ pub(crate) mod sqlite {
         let change = RolloutChange::whole(&record);
         let again = Transition { rollouts: vec![change], ..Transition::default() };
         transition(&store, again).await.unwrap();
-        assert_eq!(store.verify_audit().await.unwrap().entries, 0);
+        assert_eq!(store.verify_audit(CheckFrom::Checkpoint).await.unwrap().entries, 0);
     }
 }
 
@@ -268,7 +274,7 @@ pub(crate) fn release(version: &str, seed: &str) -> NewRelease {
     }
 }
 
-pub(super) fn rollout_record(id: &str, version: &str, state: RolloutState) -> RolloutRecord {
+pub(crate) fn rollout_record(id: &str, version: &str, state: RolloutState) -> RolloutRecord {
     let releases = Releases::from([(
         ("m".parse().unwrap(), version.parse().unwrap()),
         Arc::new(release(version, "")),
@@ -298,7 +304,7 @@ pub(crate) fn assignment(device: &str, generation: u64) -> Assignment {
     let variant = &release.variants[0];
     Assignment {
         device: device.parse().unwrap(),
-        desired: DesiredState {
+        desired: Arc::new(DesiredState {
             generation,
             model: Some(DesiredModel {
                 model: release.model.clone(),
@@ -313,7 +319,7 @@ pub(crate) fn assignment(device: &str, generation: u64) -> Assignment {
             confirm_timeout_s: 60,
             reason: "test".to_owned(),
             rules: Default::default(),
-        },
+        }),
     }
 }
 
@@ -383,7 +389,7 @@ async fn names_are_unique(store: &impl Store) {
 async fn older_reports_are_ignored(store: &impl Store) {
     let id = join(store, "d1").await.id;
     let record = |sequence, phase| {
-        store.record_report(at(30), id.clone(), Arc::new(report(sequence, phase)))
+        store.record_report(at(30), id.clone(), None, Arc::new(report(sequence, phase)))
     };
     assert_eq!(record(5, Phase::Staged).await.unwrap(), ReportOutcome::News);
     assert_eq!(record(5, Phase::Confirmed).await.unwrap(), ReportOutcome::Stale);
@@ -393,8 +399,9 @@ async fn older_reports_are_ignored(store: &impl Store) {
     let stored = store.device("d1".to_owned()).await.unwrap();
     assert_eq!(stored.report, Some(report(7, Phase::Confirmed)));
     assert_eq!(stored.last_seen, at(30));
-    let unknown =
-        store.record_report(at(1), "d7".parse().unwrap(), Arc::new(report(1, Phase::Idle))).await;
+    let unknown = store
+        .record_report(at(1), "d7".parse().unwrap(), None, Arc::new(report(1, Phase::Idle)))
+        .await;
     assert!(matches!(unknown, Err(StoreError::NotFound { .. })));
 }
 
@@ -412,7 +419,7 @@ async fn history_is_bounded_and_told_once(store: &impl Store) {
             let manifest = Digest::of(b"bad");
             report.rejected = vec![Rejection { manifest, generation: 1, failure: failure.clone() }];
         }
-        store.record_report(at(sequence as i64), id.clone(), Arc::new(report)).await.unwrap();
+        store.record_report(at(sequence as i64), id.clone(), None, Arc::new(report)).await.unwrap();
     }
     let history = store.history(id.clone(), PageRequest::default()).await.unwrap().items;
     let told: Vec<&str> = history.iter().rev().map(|event| event.what.as_str()).collect();
@@ -421,6 +428,174 @@ async fn history_is_bounded_and_told_once(store: &impl Store) {
     assert_eq!(told[1], "downloading");
     assert!(told[3].starts_with("went back: the worker died"), "{told:?}");
     assert!(told[4].starts_with("rejected sha256:"), "{told:?}");
+}
+
+/// A report by which a device runs a version and has counted so much of it.
+pub(super) fn counted(
+    sequence: u64,
+    version: &str,
+    answered: u64,
+    errors: u64,
+    ms: f64,
+) -> DeviceReport {
+    let variant = &release(version, "").variants[0];
+    let manifest = variant.manifest;
+    let (model, version) = ("m".parse().unwrap(), version.parse().unwrap());
+    let (variant, weights) = (variant.name.clone(), variant.weights);
+    let counts = EvidenceCounts {
+        serving_s: answered as f64,
+        answered,
+        errors,
+        first_tokens: answered,
+        first_token_ln_ms: answered as f64 * ms.ln(),
+        decoded_tokens: answered * 20,
+        decode_ms: answered as f64 * 1000.0,
+        peak_memory_bytes: 200 << 20,
+        ..EvidenceCounts::default()
+    };
+    DeviceReport {
+        running: Some(InstalledModel { model, version, variant, manifest, weights }),
+        evidence: Some(Evidence { manifest, counts }),
+        ..report(sequence, Phase::Confirmed)
+    }
+}
+
+fn group(class: &str, site: &str) -> Option<Group> {
+    Some(Group { class: class.parse().unwrap(), site: site.parse().ok() })
+}
+
+async fn tell(
+    store: &impl Store,
+    at: Timestamp,
+    device: &str,
+    group: Option<Group>,
+    report: DeviceReport,
+) {
+    store.record_report(at, device.parse().unwrap(), group, Arc::new(report)).await.unwrap();
+}
+
+async fn telemetry_counts_what_reports_add(store: &impl Store) {
+    for device in ["d1", "d2"] {
+        join(store, device).await;
+    }
+    let (large, small) = (group("large", "rome"), group("small", ""));
+    tell(store, at(10), "d1", large.clone(), counted(1, "1.0.0", 100, 1, 50.0)).await;
+    // Told again, and older: neither counts.
+    tell(store, at(11), "d1", large.clone(), counted(1, "1.0.0", 100, 1, 50.0)).await;
+    tell(store, at(20), "d1", large.clone(), counted(2, "1.0.0", 150, 3, 50.0)).await;
+    tell(store, at(21), "d2", small.clone(), counted(1, "1.0.0", 150, 0, 800.0)).await;
+    // Its counters began anew, since it serves another manifest.
+    tell(store, at(30), "d1", large.clone(), counted(3, "1.1.0", 7, 7, 90.0)).await;
+    // Nothing runs, so nothing is counted.
+    tell(store, at(40), "d2", small.clone(), report(2, Phase::Idle)).await;
+    let later = at(3600 + 10);
+    tell(store, later, "d1", large.clone(), counted(4, "1.1.0", 8, 7, 90.0)).await;
+
+    let ask = async |query: TelemetryQuery| store.telemetry(query, at(0)).await.unwrap();
+    let all = TelemetryQuery::default;
+    let found = ask(all()).await;
+    let names: Vec<String> = found.iter().map(|series| series.version.to_string()).collect();
+    assert_eq!(names, ["1.1.0", "1.0.0"]);
+    let [first, second] = &found[0].points[..] else { panic!("{found:?}") };
+    assert_eq!(second.start.duration_since(first.start).as_secs(), 3600);
+    assert_eq!(first.start.as_second() % 3600, 0);
+    assert_eq!((first.answered, first.errors, second.answered, second.errors), (7, 7, 1, 0));
+    let [old] = &found[1].points[..] else { panic!("{found:?}") };
+    assert_eq!((old.reports, old.answered, old.errors, old.crashes), (3, 300, 3, 0));
+    assert_eq!(old.decoded_tokens, 300 * 20);
+    let quantiles = old.first_token_ms.unwrap();
+    assert!((48.0..52.0).contains(&quantiles.p05), "{quantiles:?}");
+    assert!((760.0..840.0).contains(&quantiles.p95), "{quantiles:?}");
+    assert!((19.0..21.0).contains(&old.tokens_per_s.unwrap().p50));
+    assert!((old.memory_bytes.unwrap().p50 / f64::from(200 << 20) - 1.0).abs() < 0.05);
+
+    let of = |class: &str, site: &str| TelemetryQuery {
+        class: class.parse().ok(),
+        site: site.parse().ok(),
+        ..all()
+    };
+    assert_eq!(ask(of("small", "")).await[0].points[0].answered, 150);
+    assert_eq!(ask(of("", "rome")).await[1].points[0].answered, 150);
+    assert_eq!(ask(of("small", "rome")).await, []);
+    let wanted = TelemetryQuery {
+        model: "m".parse().ok(),
+        version: "1.0.0".parse().ok(),
+        span: Some(Span::Day),
+        ..all()
+    };
+    let days = ask(wanted).await;
+    assert_eq!(days.len(), 1);
+    assert_eq!(days[0].points[0].answered, 300);
+    assert_eq!(days[0].points[0].start.as_second() % (24 * 3600), 0);
+    let since = at(3600 * 2);
+    assert_eq!(store.telemetry(all(), since).await.unwrap(), []);
+}
+
+async fn telemetry_becomes_days_and_ends(store: &impl Store) {
+    join(store, "d1").await;
+    let day = 24 * 3600;
+    for number in 0..10 {
+        // Twice a day.
+        let report = counted(number + 1, "1.0.0", (number + 1) * 10, 0, 50.0);
+        let when = at(number as i64 * day / 2);
+        tell(store, when, "d1", group("small", "rome"), report).await;
+    }
+    let ask = async |span| {
+        let query = TelemetryQuery { span: Some(span), ..TelemetryQuery::default() };
+        let found = store.telemetry(query, at(-day)).await.unwrap();
+        let points = found.first().map(|series| series.points.clone()).unwrap_or_default();
+        let answered: Vec<u64> = points.iter().map(|point| point.answered).collect();
+        (answered.len(), answered.iter().sum::<u64>(), points)
+    };
+    let (hours, answered, _) = ask(Span::Hour).await;
+    assert_eq!((hours, answered), (10, 100));
+    let (count, answered, whole) = ask(Span::Day).await;
+    assert_eq!(answered, 100);
+
+    // Hours of whole days are folded, day by day, and nothing is lost or counted twice.
+    let keep = Keep { hours_s: 2 * day as u64, days_s: 100 * day as u64 };
+    let now = at(5 * day);
+    let mut rounds = 0;
+    while store.fold_telemetry(now, keep).await.unwrap() {
+        rounds += 1;
+        let (_, answered, _) = ask(Span::Day).await;
+        assert_eq!(answered, 100, "after {rounds} days");
+    }
+    assert!((3..=4).contains(&rounds), "{rounds}");
+    let (hours, _, _) = ask(Span::Hour).await;
+    assert!((3..=5).contains(&hours), "{hours}");
+    assert_eq!(ask(Span::Day).await, (count, 100, whole));
+    assert!(!store.fold_telemetry(now, keep).await.unwrap());
+
+    // A device of a day that was folded already still counts.
+    let late = counted(11, "1.0.0", 105, 0, 50.0);
+    tell(store, at(0), "d1", group("small", "rome"), late).await;
+    while store.fold_telemetry(now, keep).await.unwrap() {}
+    assert_eq!(ask(Span::Day).await.1, 105);
+
+    // Days end, and so do hours that were never folded.
+    let short = Keep { hours_s: day as u64, days_s: day as u64 };
+    while store.fold_telemetry(at(60 * day), short).await.unwrap() {}
+    assert_eq!(ask(Span::Day).await.0, 0);
+    assert_eq!(ask(Span::Hour).await.0, 0);
+}
+
+async fn telemetry_is_bounded_however_many_sites(store: &impl Store) {
+    join(store, "d1").await;
+    let sites = 520_u64;
+    for number in 0..sites {
+        let report = counted(number + 1, "1.0.0", number + 1, 0, 50.0);
+        tell(store, at(0), "d1", group("small", &format!("s{number}")), report).await;
+    }
+    let of = async |site: Option<&str>| {
+        let site = site.map(|site| site.parse().unwrap());
+        let query = TelemetryQuery { site, ..TelemetryQuery::default() };
+        let found = store.telemetry(query, at(-3600)).await.unwrap();
+        found.first().map_or(0, |series| series.points[0].answered)
+    };
+    assert_eq!(of(None).await, sites, "all of it is counted");
+    assert_eq!(of(Some("s499")).await, 1);
+    assert_eq!(of(Some("s510")).await, 0, "sites beyond the bound are not told apart");
 }
 
 async fn releases_never_change(store: &impl Store) {
@@ -489,7 +664,7 @@ async fn last_admin_stays(store: &impl Store) {
 async fn transition_is_all_or_nothing(store: &impl Store) {
     join(store, "d1").await;
     store.add_release(by(), release("1.0.0", "")).await.unwrap();
-    let audited = store.verify_audit().await.unwrap().entries;
+    let audited = store.verify_audit(CheckFrom::Checkpoint).await.unwrap().entries;
     let bad = Transition {
         rollouts: vec![RolloutChange::whole(&rollout_record("r1", "1.0.0", RolloutState::Running))],
         assignments: vec![assignment("d1", 2), assignment("d1", 2)],
@@ -498,7 +673,7 @@ async fn transition_is_all_or_nothing(store: &impl Store) {
     assert!(transition(store, bad).await.is_err());
     assert!(store.rollout("r1".parse().unwrap()).await.is_err());
     assert_eq!(store.device("d1".to_owned()).await.unwrap().desired.generation, 1);
-    assert_eq!(store.verify_audit().await.unwrap().entries, audited);
+    assert_eq!(store.verify_audit(CheckFrom::Checkpoint).await.unwrap().entries, audited);
 
     let good = Transition {
         rollouts: vec![RolloutChange::whole(&rollout_record("r1", "1.0.0", RolloutState::Running))],
@@ -513,7 +688,7 @@ async fn transition_is_all_or_nothing(store: &impl Store) {
     assert_eq!((devices.len(), devices[0].desired.generation), (1, 2));
     assert!(store.devices_after(Some(devices[0].id.clone()), 9).await.unwrap().is_empty());
     assert_eq!(frame.quarantine.len(), 1);
-    let verdict = store.verify_audit().await.unwrap();
+    let verdict = store.verify_audit(CheckFrom::Checkpoint).await.unwrap();
     // The decision, the assignment, the quarantine.
     assert_eq!((verdict.entries, verdict.broken), (audited + 3, None));
 }
@@ -532,7 +707,7 @@ async fn outdated_decisions_are_refused(store: &impl Store) {
     assert!(matches!(decide(seen, 3).await, Err(StoreError::Outdated)));
     // What operators change counts as well; what devices say does not.
     store
-        .record_report(at(40), "d1".parse().unwrap(), Arc::new(report(9, Phase::Idle)))
+        .record_report(at(40), "d1".parse().unwrap(), None, Arc::new(report(9, Phase::Idle)))
         .await
         .unwrap();
     store.put_class(by(), class("small")).await.unwrap();
@@ -638,22 +813,22 @@ async fn orders_are_kept_and_told(store: &impl Store) {
             reason: reason.to_owned(),
         })
     };
-    let audited = store.verify_audit().await.unwrap().entries;
-    assert_eq!(order(OrdersChange::Unpin).await, Orders::default());
+    let audited = store.verify_audit(CheckFrom::Checkpoint).await.unwrap().entries;
+    assert_eq!(order(OrdersChange::Unpin(None)).await, Orders::default());
     let first = order(pin("why")).await;
     assert_eq!(first.pin.as_ref().unwrap().by, "token test");
     assert_eq!(order(pin("why")).await, first);
     assert_ne!(order(pin("because")).await, first);
     let both = order(OrdersChange::Exclude("away \"now\"".to_owned())).await;
     assert!(both.pin.is_some() && both.exclusion.is_some());
-    assert!(order(OrdersChange::Unpin).await.pin.is_none());
-    assert_eq!(order(OrdersChange::Include).await, Orders::default());
+    assert!(order(OrdersChange::Unpin(None)).await.pin.is_none());
+    assert_eq!(order(OrdersChange::Include(None)).await, Orders::default());
     assert_eq!(store.device("d1".to_owned()).await.unwrap().orders, None);
-    let verdict = store.verify_audit().await.unwrap();
+    let verdict = store.verify_audit(CheckFrom::Checkpoint).await.unwrap();
     assert_eq!((verdict.entries, verdict.broken), (audited + 5, None));
     let history = store.history(id.clone(), PageRequest::default()).await.unwrap().items;
     assert_eq!(history[0].what, "included by token test");
-    let nobody = store.order_device(by(), "d9".parse().unwrap(), OrdersChange::Include).await;
+    let nobody = store.order_device(by(), "d9".parse().unwrap(), OrdersChange::Include(None)).await;
     assert!(matches!(nobody, Err(StoreError::NotFound { .. })));
 }
 
@@ -684,7 +859,7 @@ async fn channels_are_kept(store: &impl Store) {
     assert_eq!(store.channels().await.unwrap(), [changed]);
     store.delete_channel(by(), "beta".parse().unwrap()).await.unwrap();
     assert!(store.delete_channel(by(), "beta".parse().unwrap()).await.is_err());
-    assert_eq!(store.verify_audit().await.unwrap().entries, 3);
+    assert_eq!(store.verify_audit(CheckFrom::Checkpoint).await.unwrap().entries, 3);
 }
 
 pub(super) async fn webhook(store: &impl Store, id: &str, events: &[&str]) -> WebhookId {
@@ -765,7 +940,7 @@ async fn webhooks_are_told_of_each_entry_once(store: &impl Store) {
     }
     let entries = store.audit(PageRequest::default()).await.unwrap().items;
     assert!(!serde_json::to_string(&entries).unwrap().contains("hidden"));
-    assert_eq!(store.verify_audit().await.unwrap().broken, None);
+    assert_eq!(store.verify_audit(CheckFrom::Checkpoint).await.unwrap().broken, None);
 }
 
 async fn webhooks_that_do_not_listen_hold_their_cursor(store: &impl Store) {
@@ -854,7 +1029,7 @@ async fn audit_names_every_change(store: &impl Store) {
     assert_eq!(entries[0].actor, "token test");
     let text = serde_json::to_string(&entries).unwrap();
     assert!(!text.contains(&SecretHash::of("i-d1").to_string()), "a secret's hash is no detail");
-    assert_eq!(store.verify_audit().await.unwrap().broken, None);
+    assert_eq!(store.verify_audit(CheckFrom::Checkpoint).await.unwrap().broken, None);
 }
 
 async fn snapshot_knows_the_newest_completed_first(store: &impl Store) {
@@ -887,7 +1062,7 @@ async fn damaged_audit_is_found(store: &SqlStore) {
     for name in ["a", "b", "c"] {
         store.put_class(by(), class(name)).await.unwrap();
     }
-    let verdict = store.verify_audit().await.unwrap();
+    let verdict = store.verify_audit(CheckFrom::Checkpoint).await.unwrap();
     assert_eq!((verdict.entries, &verdict.broken), (3, &None));
     for (damage, mend, expected) in [
         (
@@ -909,8 +1084,60 @@ async fn damaged_audit_is_found(store: &SqlStore) {
         let change =
             |sql: &'static str| store.database().write(move |tx| tx.execute(sql, params![]));
         change(damage).await.unwrap();
-        let broken = store.verify_audit().await.unwrap().broken.expect(damage);
+        let broken = store.verify_audit(CheckFrom::Checkpoint).await.unwrap().broken.expect(damage);
         assert!(broken.contains(expected), "{broken}");
         change(mend).await.unwrap();
+    }
+}
+
+async fn audit_is_checked_from_where_it_held(store: &SqlStore) {
+    let all = u64::from(MAX_CHECKED) + 700;
+    let entry = |number: u64| AuditDraft {
+        action: "test.entry",
+        object: number.to_string(),
+        details: serde_json::json!({}),
+    };
+    let many = Transition { audit: (1..=all).map(entry).collect(), ..Transition::default() };
+    transition(store, many).await.unwrap();
+    let check = async |from| {
+        let found = store.verify_audit(from).await.unwrap();
+        (found.from, found.entries, found.broken, found.cursor)
+    };
+    // A bounded part at a time, and no entry twice.
+    let (from, entries, broken, cursor) = check(CheckFrom::Checkpoint).await;
+    assert_eq!((from, entries, &broken), (0, u64::from(MAX_CHECKED), &None));
+    assert!(cursor.is_some());
+    let (from, entries, broken, cursor) = check(CheckFrom::Checkpoint).await;
+    assert_eq!((from, entries, broken, cursor), (u64::from(MAX_CHECKED), all, None, None));
+    // So few are not worth a write: they are checked again.
+    assert_eq!(check(CheckFrom::Checkpoint).await.0, u64::from(MAX_CHECKED));
+
+    let change = async |sql: &'static str| {
+        store.database().write(move |tx| tx.execute(sql, params![])).await.unwrap();
+    };
+    // What was changed long ago is found by looking at all of it.
+    change("UPDATE audit SET actor = 'nobody' WHERE sequence = 7").await;
+    assert_eq!(check(CheckFrom::Checkpoint).await.2, None);
+    let broken = check(CheckFrom::start()).await.2.expect("found");
+    assert!(broken.contains("entry 7 was changed"), "{broken}");
+    change("UPDATE audit SET actor = 'token test' WHERE sequence = 7").await;
+    let (_, entries, _, cursor) = check(CheckFrom::start()).await;
+    assert_eq!(entries, u64::from(MAX_CHECKED));
+    let rest = parse_cursor(&cursor.unwrap()).unwrap();
+    assert_eq!(check(rest).await, (entries, all, None, None));
+
+    // A chain that was made anew, or cut off, where it had been checked.
+    change("UPDATE audit SET hash = previous WHERE sequence = 10000").await;
+    for from in [CheckFrom::Checkpoint, rest] {
+        let broken = check(from).await.2.expect("found");
+        assert!(broken.contains("entry 10000 has another hash than"), "{broken}");
+    }
+    change("DELETE FROM audit WHERE sequence > 9000").await;
+    let broken = check(CheckFrom::Checkpoint).await.2.expect("found");
+    assert!(broken.contains("entry 10000, which was checked before, is gone"), "{broken}");
+    for bad in
+        ["", "7", "7.", "x.sha256:00", "-1.sha256:00", "7.sha256:00", "99999999999999999999."]
+    {
+        assert_eq!(parse_cursor(bad), None, "{bad}");
     }
 }

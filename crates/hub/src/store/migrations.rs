@@ -79,9 +79,10 @@ async fn fill(db: &Database) {
     join(&store, "d1").await;
     join(&store, "d2").await;
     invite(&store, "i-open", at(1000)).await;
-    let mut told = report(3, slmops_api::device::Phase::Confirmed);
+    let mut told = counted(3, "1.0.0", 40, 1, 50.0);
     told.generation = 2;
-    store.record_report(at(30), "d1".parse().unwrap(), Arc::new(told)).await.unwrap();
+    let group = Some(Group { class: "small".parse().unwrap(), site: None });
+    store.record_report(at(30), "d1".parse().unwrap(), group, Arc::new(told)).await.unwrap();
     store.revoke_device(by(), "d2".parse().unwrap()).await.unwrap();
     let away = OrdersChange::Exclude("it's away".to_owned());
     store.order_device(by(), "d1".parse().unwrap(), away).await.unwrap();
@@ -177,6 +178,10 @@ async fn check(version: &str, db: &Database) {
         let hooks = store.webhooks().await.unwrap();
         assert_eq!(hooks[0].webhook.pending, 1, "{version}");
     }
+    if !["store-1_", "store-2_", "store-4_", "store-5_"].iter().any(|it| version.starts_with(it)) {
+        let series = store.telemetry(TelemetryQuery::default(), at(0)).await.unwrap();
+        assert_eq!(series[0].points[0].answered, 40, "{version}");
+    }
     let history = store.history(device.id.clone(), PageRequest::default()).await.unwrap().items;
     assert!(history.iter().any(|event| event.what.starts_with("told to be m 1.0.0")), "{version}");
     let invitations = store.invitations().await.unwrap();
@@ -203,7 +208,7 @@ async fn check(version: &str, db: &Database) {
     let token = store.token(SecretHash::of("t1")).await.unwrap().unwrap();
     assert_eq!(token.role, Role::Admin, "{version}");
     assert_eq!(store.keys().await.unwrap()[0].name, "ci", "{version}");
-    let verdict = store.verify_audit().await.unwrap();
+    let verdict = store.verify_audit(CheckFrom::Checkpoint).await.unwrap();
     assert_eq!(verdict.broken, None, "{version}");
     assert!(verdict.entries > 15, "{version}");
 
@@ -221,7 +226,8 @@ async fn check(version: &str, db: &Database) {
 
     // And it goes on from there.
     let news = report(4, slmops_api::device::Phase::Staged);
-    let outcome = store.record_report(at(40), device.id.clone(), Arc::new(news)).await.unwrap();
+    let outcome =
+        store.record_report(at(40), device.id.clone(), None, Arc::new(news)).await.unwrap();
     assert_eq!(outcome, ReportOutcome::News, "{version}");
     let next = |generation| Transition {
         rollouts: vec![RolloutChange::whole(&rollout_record(
@@ -238,7 +244,7 @@ async fn check(version: &str, db: &Database) {
     assert_eq!(completed[0].id.as_str(), "r2", "{version}: the newest is first");
     join(&store, "d3").await;
     store.add_release(by(), release("1.2.0", "")).await.unwrap();
-    assert_eq!(store.verify_audit().await.unwrap().broken, None, "{version}");
+    assert_eq!(store.verify_audit(CheckFrom::Checkpoint).await.unwrap().broken, None, "{version}");
 }
 
 struct Nobody;

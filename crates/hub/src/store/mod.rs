@@ -20,6 +20,7 @@ use slmops_api::device::{
 use slmops_api::model::{DeviceClass, NewRelease, Release};
 use slmops_api::orders::{Lift, NewPin, Orders};
 use slmops_api::rollout::{Rollout, RolloutDevice};
+use slmops_api::telemetry::{TelemetryQuery, TelemetrySeries};
 use slmops_api::webhook::{Delivery, DeliveryState, NewWebhook, Webhook};
 use slmops_api::{
     ChannelName, ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, SiteName, TokenId,
@@ -34,15 +35,19 @@ use slmops_fleet_core::world::{CompletedRollout, Releases};
 use crate::auth::{Secret, SecretHash};
 use crate::db::DbError;
 use crate::replicas::Fence;
+use crate::telemetry::{Group, Keep};
 
+mod audit;
 #[cfg(test)]
 pub(crate) mod conformance;
 #[cfg(test)]
 mod migrations;
 mod rollouts;
 mod sql;
+mod telemetry;
 mod webhooks;
 
+pub use audit::{CheckFrom, MAX_CHECKED, parse_cursor};
 pub use rollouts::SHOWN_DEVICES;
 pub use sql::{SCHEMA, SqlStore, record_registry, record_restore};
 pub use webhooks::{Attempted, Leased, WebhookRow, message_id};
@@ -251,12 +256,12 @@ pub struct DeviceChange {
 pub enum OrdersChange {
     /// Hold it to a release.
     Pin(NewPin),
-    /// Hold it no longer.
-    Unpin,
+    /// Hold it no longer, and why, if somebody says so.
+    Unpin(Option<String>),
     /// Keep it out of rollouts, and why.
     Exclude(String),
-    /// Let it take part again.
-    Include,
+    /// Let it take part again, and why, if somebody says so.
+    Include(Option<String>),
 }
 
 /// A manifest that is not offered to a class.
@@ -425,15 +430,26 @@ pub trait Store: Send + Sync + 'static {
         id: DeviceId,
         change: OrdersChange,
     ) -> StoreFuture<'_, StoredDevice>;
-    /// Takes in a report, unless a newer one is known.
+    /// Takes in a report, unless a newer one is known, and adds what it counts to the hour and to
+    /// the device's group.
     fn record_report(
         &self,
         at: Timestamp,
         id: DeviceId,
+        group: Option<Group>,
         report: Arc<DeviceReport>,
     ) -> StoreFuture<'_, ReportOutcome>;
     /// Writes when devices were last heard of.
     fn record_seen(&self, seen: Vec<(DeviceId, Timestamp)>) -> StoreFuture<'_, ()>;
+    /// What devices counted since then, by release.
+    fn telemetry(
+        &self,
+        query: TelemetryQuery,
+        since: Timestamp,
+    ) -> StoreFuture<'_, Vec<TelemetrySeries>>;
+    /// Adds hours that are old enough up to days, those of one day at a time, and removes old days.
+    /// Whether there is more of it to do.
+    fn fold_telemetry(&self, now: Timestamp, keep: Keep) -> StoreFuture<'_, bool>;
     /// A device's history, newest first.
     fn history(&self, id: DeviceId, page: PageRequest) -> StoreFuture<'_, Page<DeviceEvent>>;
 
@@ -512,6 +528,14 @@ pub trait Store: Send + Sync + 'static {
     fn webhooks(&self) -> StoreFuture<'_, Vec<WebhookRow>>;
     /// Removes a webhook and its deliveries.
     fn remove_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()>;
+    /// Gives a webhook a new secret; the one before signs as well until `until`.
+    fn rotate_webhook(
+        &self,
+        by: By,
+        id: WebhookId,
+        secret: Secret,
+        until: Timestamp,
+    ) -> StoreFuture<'_, Webhook>;
     /// Adds a test event for one webhook.
     fn test_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()>;
     /// When there is something to do for a webhook; nothing until something changes if absent.
@@ -552,6 +576,6 @@ pub trait Store: Send + Sync + 'static {
 
     /// Audit entries, newest first.
     fn audit(&self, page: PageRequest) -> StoreFuture<'_, Page<AuditEntry>>;
-    /// Checks the whole audit chain.
-    fn verify_audit(&self) -> StoreFuture<'_, AuditVerdict>;
+    /// Checks the audit chain, a bounded part of it, and keeps how far it holds.
+    fn verify_audit(&self, from: CheckFrom) -> StoreFuture<'_, AuditVerdict>;
 }

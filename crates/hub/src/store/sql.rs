@@ -19,6 +19,7 @@ use slmops_api::orders::{Exclusion, Lift, NewPin, Orders, Pin};
 use slmops_api::rollout::{Outcome, Rollout, RolloutDevice, RolloutState};
 use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
+use slmops_api::telemetry::{TelemetryQuery, TelemetrySeries};
 use slmops_api::webhook::{Delivery, DeliveryState, NewWebhook, Webhook};
 use slmops_api::{
     ChannelName, ClassName, DeviceId, InvitationId, ModelName, Page, RolloutId, TokenId, WebhookId,
@@ -29,16 +30,16 @@ use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words};
 use slmops_fleet_core::words;
 use slmops_fleet_core::world::{CompletedRollout, Releases};
 
-use super::webhooks;
 use super::{
-    Attempted, AuditDraft, By, DeviceChange, Enrolled, Enrolment, Frame, Leased,
+    Attempted, AuditDraft, By, CheckFrom, DeviceChange, Enrolled, Enrolment, Frame, Leased,
     MAX_EVENTS_PER_DEVICE, MAX_PAGE, NewInvitationRow, OrdersChange, PageRequest, QuarantineRow,
     Registered, ReportOutcome, Store, StoreError, StoreFuture, StoredDevice, Transition,
-    WebhookRow, rollouts,
+    WebhookRow, audit, rollouts, telemetry, webhooks,
 };
 use crate::auth::{Secret, SecretHash};
 use crate::db::{Database, Row, Schema, Tx, Value, params};
 use crate::registry;
+use crate::telemetry::{Group, Keep};
 
 /// The store's tables. Documents are JSON of the API's own types; columns beside them are what
 /// queries need.
@@ -124,6 +125,9 @@ pub const SCHEMA: Schema = Schema {
         "CREATE TABLE channels (name TEXT PRIMARY KEY, channel TEXT NOT NULL) STRICT;",
         webhooks::MIGRATION,
         rollouts::TABLES,
+        telemetry::TABLE,
+        audit::TABLE,
+        webhooks::SECOND_SECRET,
     ],
     moves: &[(5, rollouts::split_documents)],
 };
@@ -628,7 +632,7 @@ fn persist_transition(tx: &Tx<'_>, by: &By, transition: &Transition) -> Result<(
     let generation = tx.json_integer("desired", "generation");
     let assign = format!("UPDATE devices SET desired = ?2 WHERE id = ?1 AND {generation} < ?3");
     for assignment in &transition.assignments {
-        let desired = &assignment.desired;
+        let desired = &*assignment.desired;
         let changed = tx.execute(
             &assign,
             params![assignment.device.as_str(), to_json(desired), desired.generation as i64],
@@ -704,9 +708,10 @@ fn ordered(
             }
             (orders, "device.pin", details, what)
         }
-        OrdersChange::Unpin => {
+        OrdersChange::Unpin(reason) => {
             orders.pin = None;
-            (orders, "device.unpin", json!({}), format!("unpinned by {made_by}"))
+            let (details, because) = ended(reason);
+            (orders, "device.unpin", details, format!("unpinned by {made_by}{because}"))
         }
         OrdersChange::Exclude(reason) => {
             let same = known.exclusion.as_ref().is_some_and(|known| known.reason == reason);
@@ -718,10 +723,19 @@ fn ordered(
             }
             (orders, "device.exclude", details, what)
         }
-        OrdersChange::Include => {
+        OrdersChange::Include(reason) => {
             orders.exclusion = None;
-            (orders, "device.include", json!({}), format!("included by {made_by}"))
+            let (details, because) = ended(reason);
+            (orders, "device.include", details, format!("included by {made_by}{because}"))
         }
+    }
+}
+
+/// Why an order ended, for the audit log and in the device's history.
+fn ended(reason: Option<String>) -> (serde_json::Value, String) {
+    match reason {
+        Some(reason) => (json!({ "reason": reason }), format!(": {reason}")),
+        None => (json!({}), String::new()),
     }
 }
 
@@ -993,6 +1007,7 @@ impl Store for SqlStore {
         &self,
         at: Timestamp,
         id: DeviceId,
+        group: Option<Group>,
         report: Arc<DeviceReport>,
     ) -> StoreFuture<'_, ReportOutcome> {
         self.write(move |tx| {
@@ -1011,6 +1026,7 @@ impl Store for SqlStore {
             for what in report_events(before.as_ref(), &report) {
                 add_event(tx, &id, at, report.generation, &what)?;
             }
+            telemetry::add(tx, at, group.as_ref(), before.as_ref(), &report)?;
             let news = is_news(before.as_ref(), &report);
             tx.announce(if news { "news" } else { "report" }, id.as_str())?;
             tx.execute(
@@ -1038,6 +1054,18 @@ impl Store for SqlStore {
             }
             Ok(())
         })
+    }
+
+    fn telemetry(
+        &self,
+        query: TelemetryQuery,
+        since: Timestamp,
+    ) -> StoreFuture<'_, Vec<TelemetrySeries>> {
+        self.read(move |tx| telemetry::series(tx, &query, since))
+    }
+
+    fn fold_telemetry(&self, now: Timestamp, keep: Keep) -> StoreFuture<'_, bool> {
+        self.write(move |tx| telemetry::fold(tx, now, keep))
     }
 
     fn history(&self, id: DeviceId, request: PageRequest) -> StoreFuture<'_, Page<DeviceEvent>> {
@@ -1331,6 +1359,16 @@ impl Store for SqlStore {
         self.write(move |tx| webhooks::remove(tx, &by, &id))
     }
 
+    fn rotate_webhook(
+        &self,
+        by: By,
+        id: WebhookId,
+        secret: Secret,
+        until: Timestamp,
+    ) -> StoreFuture<'_, Webhook> {
+        self.write(move |tx| webhooks::rotate(tx, &by, &id, &secret, until))
+    }
+
     fn test_webhook(&self, by: By, id: WebhookId) -> StoreFuture<'_, ()> {
         self.write(move |tx| webhooks::test(tx, &by, &id))
     }
@@ -1452,55 +1490,15 @@ impl Store for SqlStore {
         })
     }
 
-    fn verify_audit(&self) -> StoreFuture<'_, AuditVerdict> {
-        self.read(|tx| {
-            let sql = format!(
-                "SELECT {AUDIT_COLUMNS} FROM audit WHERE sequence > ?1 ORDER BY sequence LIMIT ?2"
-            );
-            let mut verdict =
-                AuditVerdict { entries: 0, head: Digest::from([0; 32]), broken: None };
-            // In pieces, however long the log is.
-            loop {
-                let checked = verdict.entries;
-                let after = if checked == 0 { i64::MIN } else { checked as i64 };
-                tx.each(&sql, params![after, MAX_PAGE], |row| {
-                    verdict.broken = check_entry(audit_of(row), &mut verdict);
-                    Ok::<_, StoreError>(verdict.broken.is_none())
-                })?;
-                if verdict.broken.is_some() || verdict.entries == checked {
-                    return Ok(verdict);
-                }
+    fn verify_audit(&self, from: CheckFrom) -> StoreFuture<'_, AuditVerdict> {
+        Box::pin(async move {
+            let verdict = self.read(move |tx| audit::verify(tx, from)).await?;
+            // One that continues what a caller checked says nothing of what was before.
+            if from == CheckFrom::Checkpoint && audit::is_to_keep(&verdict) {
+                let checked = verdict.clone();
+                self.write(move |tx| audit::keep(tx, Timestamp::now(), &checked)).await?;
             }
+            Ok(verdict)
         })
     }
-}
-
-/// Checks the next entry of the audit chain; what is wrong with it, or it is counted.
-fn check_entry(read: Result<AuditEntry, StoreError>, verdict: &mut AuditVerdict) -> Option<String> {
-    let (entries, head) = (verdict.entries, verdict.head);
-    let expected = entries + 1;
-    let entry = match read {
-        Ok(entry) => entry,
-        Err(error) => return Some(format!("entry {expected} cannot be read: {error}")),
-    };
-    let computed = entry.computed_hash();
-    if entry.sequence != expected {
-        return Some(format!("entry {expected} is missing: {} follows {entries}", entry.sequence));
-    }
-    if entry.previous != head {
-        return Some(format!(
-            "entry {expected} does not follow the one before: it names {}, not {}",
-            entry.previous.short(),
-            head.short()
-        ));
-    }
-    if entry.hash != computed {
-        return Some(format!(
-            "entry {expected} was changed: its hash is {}, its content gives {}",
-            entry.hash.short(),
-            computed.short()
-        ));
-    }
-    (verdict.head, verdict.entries) = (entry.hash, expected);
-    None
 }

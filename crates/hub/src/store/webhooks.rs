@@ -12,8 +12,8 @@ use slmops_api::webhook::{
 use slmops_api::{Page, WebhookId};
 
 use super::sql::{
-    append_audit, audit_of, below, collect, conflict, draft, first, from_json, limit_of, not_found,
-    page, to_json,
+    append_audit, audit_of, below, collect, column, conflict, draft, first, from_json, limit_of,
+    not_found, page, to_json,
 };
 use super::{By, PageRequest, StoreError};
 use crate::auth::Secret;
@@ -47,13 +47,29 @@ pub(super) const MIGRATION: &str = "
     CREATE INDEX webhook_deliveries_by_state ON webhook_deliveries (webhook, state, sequence);
 ";
 
-/// A webhook with the key of its signatures.
+/// The secret before the last change, and until when it signs.
+pub(super) const SECOND_SECRET: &str = "
+    ALTER TABLE webhooks ADD COLUMN previous_secret TEXT;
+    ALTER TABLE webhooks ADD COLUMN previous_until TEXT;
+";
+
+/// A webhook with the keys of its signatures.
 #[derive(Clone, Debug)]
 pub struct WebhookRow {
     /// The webhook.
     pub webhook: Webhook,
     /// Its secret.
     pub secret: Secret,
+    /// The one before; it signs until [`Webhook::previous_secret_until`].
+    pub previous: Option<Secret>,
+}
+
+impl WebhookRow {
+    /// The secrets that sign at `now`, the newest first.
+    pub fn secrets(&self, now: Timestamp) -> impl Iterator<Item = &Secret> {
+        let overlaps = self.webhook.previous_secret_until.is_some_and(|until| now < until);
+        std::iter::once(&self.secret).chain(self.previous.as_ref().filter(move |_| overlaps))
+    }
 }
 
 /// What is stored of a webhook as a document.
@@ -104,7 +120,7 @@ fn count(tx: &Tx<'_>, id: &WebhookId, state: DeliveryState) -> Result<u64, Store
     Ok(found.unwrap_or(0) as u64)
 }
 
-/// The table's row, and the cursor.
+/// The document of a webhook, and its cursor.
 fn find(tx: &Tx<'_>, id: &WebhookId) -> Result<(Stored, u64), StoreError> {
     let sql = "SELECT webhook, cursor FROM webhooks WHERE id = ?1";
     let found = first(tx, sql, params![id.as_str()], |row| {
@@ -137,7 +153,26 @@ pub(super) fn add(
         "INSERT INTO webhooks (id, webhook, secret, cursor) VALUES (?1, ?2, ?3, ?4)",
         params![id.as_str(), to_json(&stored), secret.expose(), cursor],
     )?;
-    shown(tx, id.clone(), stored, cursor as u64)
+    shown(tx, id.clone(), stored, cursor as u64, None)
+}
+
+/// Gives a webhook a new secret; the one of now signs as well until `until`.
+pub(super) fn rotate(
+    tx: &Tx<'_>,
+    by: &By,
+    id: &WebhookId,
+    secret: &Secret,
+    until: Timestamp,
+) -> Result<Webhook, StoreError> {
+    let (stored, cursor) = find(tx, id)?;
+    tx.execute(
+        "UPDATE webhooks SET previous_secret = secret, previous_until = ?3, secret = ?2
+         WHERE id = ?1",
+        params![id.as_str(), secret.expose(), until.to_string()],
+    )?;
+    let details = json!({ "host": host_of(&stored.asked.url), "previous_until": until });
+    append_audit(tx, by, draft("webhook.rotate", id, details))?;
+    shown(tx, id.clone(), stored, cursor, Some(until))
 }
 
 /// `https://user@host/path?key` → `host`.
@@ -147,7 +182,13 @@ fn host_of(url: &str) -> String {
     authority.rsplit('@').next().unwrap_or_default().to_owned()
 }
 
-fn shown(tx: &Tx<'_>, id: WebhookId, stored: Stored, cursor: u64) -> Result<Webhook, StoreError> {
+fn shown(
+    tx: &Tx<'_>,
+    id: WebhookId,
+    stored: Stored,
+    cursor: u64,
+    previous_secret_until: Option<Timestamp>,
+) -> Result<Webhook, StoreError> {
     Ok(Webhook {
         pending: count(tx, &id, DeliveryState::Pending)?,
         dead: count(tx, &id, DeliveryState::Dead)?,
@@ -156,24 +197,24 @@ fn shown(tx: &Tx<'_>, id: WebhookId, stored: Stored, cursor: u64) -> Result<Webh
         created_at: stored.created_at,
         created_by: stored.created_by,
         cursor,
+        previous_secret_until,
     })
 }
 
 pub(super) fn list(tx: &Tx<'_>) -> Result<Vec<WebhookRow>, StoreError> {
-    let sql = "SELECT id, webhook, secret, cursor FROM webhooks ORDER BY sequence";
-    let rows: Vec<(WebhookId, Stored, Secret, u64)> = collect(tx, sql, params![], |row| {
-        Ok((
-            super::sql::column("webhooks", &row.get::<String>(0)?)?,
-            from_json("webhooks", &row.get::<String>(1)?)?,
-            Secret::kept(row.get::<String>(2)?),
-            row.get::<i64>(3)? as u64,
-        ))
-    })?;
-    rows.into_iter()
-        .map(|(id, stored, secret, cursor)| {
-            Ok(WebhookRow { webhook: shown(tx, id, stored, cursor)?, secret })
+    let sql = "SELECT id, webhook, cursor, secret, previous_secret, previous_until FROM webhooks
+               ORDER BY sequence";
+    collect(tx, sql, params![], |row| {
+        let until: Option<String> = row.get(5)?;
+        let until = until.map(|until| column("webhooks", &until)).transpose()?;
+        let stored = from_json("webhooks", &row.get::<String>(1)?)?;
+        let id = column("webhooks", &row.get::<String>(0)?)?;
+        Ok(WebhookRow {
+            webhook: shown(tx, id, stored, row.get::<i64>(2)? as u64, until)?,
+            secret: Secret::kept(row.get::<String>(3)?),
+            previous: row.get::<Option<String>>(4)?.map(Secret::kept),
         })
-        .collect()
+    })
 }
 
 pub(super) fn remove(tx: &Tx<'_>, by: &By, id: &WebhookId) -> Result<(), StoreError> {

@@ -33,6 +33,7 @@ enum Mood {
     Hangs,
 }
 
+#[derive(Clone)]
 struct Received {
     id: String,
     timestamp: String,
@@ -377,4 +378,54 @@ async fn no_event_is_lost_when_the_hub_is_killed() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_new_secret_and_the_one_before_sign_for_a_while() {
+    let rig = Rig::start().await;
+    let receiver = Receiver::new();
+    let url = format!("http://{}/hook", receiver.listen().await);
+    let (id, first) = add(&rig, &url, json!(["class.*"]), impatient(3)).await;
+    let rotate = async |overlap_s: u64| {
+        let path = format!("/v1/webhooks/{id}/rotate");
+        let made = rig.post(&path, json!({ "overlap_s": overlap_s })).await;
+        assert_eq!(made["webhook"]["id"], json!(id));
+        made["secret"].as_str().unwrap().to_owned()
+    };
+    // By which of the secrets, in this order, the next event is signed.
+    let signed_by = async |event: usize, secrets: [&str; 3]| -> Vec<usize> {
+        let class = json!({ "name": "c", "min_memory_bytes": event, "quantisation": "Q4_K_M",
+            "description": "" });
+        rig.send(Method::PUT, "/v1/classes/c", class, StatusCode::OK).await;
+        wait_for("the event", async || (receiver.taken().len() == event).then_some(())).await;
+        let taken = receiver.taken.lock().unwrap();
+        let found = taken.last().unwrap();
+        let signs = |signature: &str| {
+            let alone = Received { signature: signature.to_owned(), ..found.clone() };
+            let by = secrets.iter().position(|secret| alone.is_signed_with(secret));
+            by.expect("a signature is by one of the secrets")
+        };
+        found.signature.split(' ').map(signs).collect()
+    };
+    let second = rotate(3600).await;
+    assert_ne!(second, first);
+    assert_eq!(signed_by(1, [&first, &second, &first]).await, [1, 0], "the newest first");
+    let until = rig.get("/v1/webhooks").await["items"][0]["previous_secret_until"].clone();
+    assert!(until.is_string(), "{until}");
+    // Only the last two ever sign, and the one before no longer than it was asked.
+    let third = rotate(3600).await;
+    assert_eq!(signed_by(2, [&first, &second, &third]).await, [2, 1]);
+    let fourth = rotate(0).await;
+    assert_eq!(signed_by(3, [&second, &third, &fourth]).await, [2]);
+
+    let audit = rig.get("/v1/audit?limit=500").await.to_string();
+    assert!(audit.contains("webhook.rotate"), "{audit}");
+    for secret in [&first, &second, &third, &fourth] {
+        assert!(!audit.contains(secret.as_str()), "a secret is in the audit log");
+    }
+    let path = format!("/v1/webhooks/{id}/rotate");
+    let long = json!({ "overlap_s": 31 * 24 * 3600 });
+    rig.send(Method::POST, &path, long, StatusCode::BAD_REQUEST).await;
+    let nobody = "/v1/webhooks/w0/rotate";
+    rig.send(Method::POST, nobody, json!({}), StatusCode::NOT_FOUND).await;
 }
