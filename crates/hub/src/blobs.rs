@@ -31,7 +31,7 @@ use crate::durable;
 
 mod s3;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use s3::S3;
 

@@ -25,6 +25,9 @@ use crate::events::{Board, Events};
 use crate::server::{HubError, SECRET_FILES};
 use crate::store::{Store, StoreError};
 
+#[cfg(test)]
+mod tests;
+
 /// How long a planner may decide after it last said that it is there.
 const LEASE: Duration = Duration::from_secs(6);
 /// How often it says so, and the others ask whether it still does.

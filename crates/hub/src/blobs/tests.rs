@@ -7,8 +7,8 @@ use tokio::net::{TcpListener, TcpStream};
 use super::*;
 
 #[path = "../../tests/support/s3.rs"]
-mod server;
-use server::S3Server;
+pub(crate) mod server;
+pub(crate) use server::S3Server;
 
 fn pieces(pieces: &[&'static [u8]]) -> impl Stream<Item = Result<Bytes, BlobError>> + Unpin {
     stream::iter(pieces.iter().map(|piece| Ok(Bytes::from_static(piece))).collect::<Vec<_>>())

@@ -13,6 +13,8 @@ use tokio::net::{TcpListener, TcpStream};
 use super::manifest::INDEX_MEDIA_TYPE;
 use super::*;
 use crate::auth::{HubSecret, LookupError, Operator, Principals, SecretHash};
+use crate::blobs::S3;
+use crate::blobs::tests::S3Server;
 use crate::db::{DbError, params};
 use crate::events::Place;
 
@@ -66,10 +68,18 @@ impl Server {
     }
 
     async fn over(db: Database, folder: &std::path::Path, on_change: Option<OnChange>) -> Self {
+        Self::with_blobs(db, Blobs::open(folder).unwrap(), folder, on_change).await
+    }
+
+    async fn with_blobs(
+        db: Database,
+        blobs: Blobs,
+        folder: &std::path::Path,
+        on_change: Option<OnChange>,
+    ) -> Self {
         // The client wants a default provider even for plain HTTP; a second install is no harm.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let auth = Auth::new(HubSecret::generate(), Arc::new(Known));
-        let blobs = Blobs::open(folder).unwrap();
         let registry = Registry::with_observer(db, blobs, auth, on_change);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -812,6 +822,94 @@ async fn a_sweep_removes_what_kills_left_and_nothing_else(server: Server) {
     server.registry.sweep().await.unwrap();
     assert!(blobs.staged().await.unwrap().is_empty());
     expect(server.get(&location).await, StatusCode::NOT_FOUND).await;
+}
+
+/// Pushes bytes until they are taken: what was removed as unused in between is pushed again, as
+/// clients do.
+async fn push_anyway(server: &Server, bytes: &Bytes) -> u32 {
+    let digest = Digest::of(bytes);
+    for again in 0..100 {
+        let location = server.begin("m").await;
+        let put = server.request("PUT", &format!("{location}?digest={digest}"));
+        let response = put.body(bytes.clone()).send().await.unwrap();
+        match response.status() {
+            StatusCode::CREATED => return again,
+            status => {
+                assert_eq!(status, StatusCode::NOT_FOUND, "{}", response.text().await.unwrap())
+            }
+        }
+    }
+    panic!("the bytes are never taken");
+}
+
+/// One hub removes bytes that no repository has, over and over, while another one publishes a
+/// package of them: nothing that a package names is ever lost.
+async fn removing_and_publishing_race(pusher: &Server, remover: &Server) {
+    const PACKAGES: u32 = 40;
+    let mut pushed_again = 0;
+    for number in 0..PACKAGES {
+        let weights = Bytes::from(format!("weights {number}"));
+        let digests = [Digest::of(&weights), Digest::of(b"{}")];
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let body = artifact(&weights);
+        let publish = async {
+            pushed_again += push_anyway(pusher, &Bytes::from_static(b"{}")).await;
+            pushed_again += push_anyway(pusher, &weights).await;
+            let response = pusher.put_manifest("m", "latest", IMAGE, &body).await;
+            expect(response, StatusCode::CREATED).await;
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        };
+        let remove = async {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                for digest in digests {
+                    remover.registry.remove_if_unused(digest).await.unwrap();
+                }
+            }
+        };
+        tokio::join!(publish, remove);
+        let manifest = Digest::of(body.to_string().as_bytes());
+        for server in [pusher, remover] {
+            let path = format!("/v2/m/manifests/{manifest}");
+            expect(server.get(&path).await, StatusCode::OK).await;
+            let found = server.get(&format!("/v2/m/blobs/{}", digests[0])).await;
+            assert_eq!(found.bytes().await.unwrap(), weights, "package {number}");
+        }
+    }
+    // And what nothing names any more is removed.
+    let orphan = Bytes::from_static(b"weights 7");
+    let digest = Digest::of(&orphan);
+    let path = format!("/v2/m/manifests/{}", Digest::of(artifact(&orphan).to_string().as_bytes()));
+    expect(pusher.request("DELETE", &path).send().await.unwrap(), StatusCode::ACCEPTED).await;
+    let path = format!("/v2/m/blobs/{digest}");
+    expect(pusher.request("DELETE", &path).send().await.unwrap(), StatusCode::ACCEPTED).await;
+    remover.registry.remove_if_unused(digest).await.unwrap();
+    assert_eq!(remover.registry.inner.blobs.size(&digest).await.unwrap(), None);
+    println!("{pushed_again} of {} pushes were made twice", 2 * PACKAGES);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hub_that_removes_takes_nothing_from_one_that_publishes() {
+    let postgres = crate::db::tests::Server::start();
+    let bucket = S3Server::start();
+    let at = S3::parse("s3://fleet/blobs", bucket.settings(), None).unwrap();
+    for in_s3 in [false, true] {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let name = if in_s3 { "over_s3" } else { "over_a_folder" };
+        crate::db::tests::fresh(&postgres, name);
+        let hub = async |folder: &std::path::Path| {
+            let place = crate::db::Postgres::parse(&postgres.url(name), None).unwrap();
+            let open = move || Database::open_postgres(place, &[SCHEMA]);
+            let db = tokio::task::spawn_blocking(open).await.unwrap().unwrap();
+            let blobs = match in_s3 {
+                true => Blobs::open_s3(&at, "CA sha256:1234", folder).await.unwrap(),
+                // A folder that both have, as over a network file system.
+                false => Blobs::open(one.path()).unwrap(),
+            };
+            Server::with_blobs(db, blobs, folder, None).await
+        };
+        let (pusher, remover) = (hub(one.path()).await, hub(two.path()).await);
+        removing_and_publishing_race(&pusher, &remover).await;
+    }
 }
 
 async fn lost_bytes_are_not_here_until_they_are_pushed_again(server: Server) {
