@@ -29,6 +29,9 @@ const PAGES: &[&str] = &[
     "/releases/{model}/{version}",
     "/rollouts",
     "/rollouts/{rollout}",
+    "/channels",
+    "/held",
+    "/webhooks",
     "/audit",
 ];
 

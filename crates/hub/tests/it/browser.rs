@@ -23,10 +23,13 @@ const PAGES: &[PageCheck] = &[
         &[
             "Fleet",
             "7 devices in 3 classes",
+            "slm fleet summary",
             "slm device list",
             "lobby-kiosk",
+            "1 to 4 of 7",
             "No model",
             "272 MB",
+            "within 3 min",
         ],
     ),
     ("releases", "/releases", &["smollm2-135m-instruct", "1.1.0", "overridden", "Q4_K_M"]),
@@ -42,6 +45,9 @@ const PAGES: &[PageCheck] = &[
             "9f2c41d0a7be6635",
             "real",
             "no worse",
+            "In use",
+            "requests that failed by our fault",
+            "slm fleet telemetry --running smollm2-135m-instruct",
         ],
     ),
     (
@@ -85,7 +91,44 @@ const PAGES: &[PageCheck] = &[
     ),
     ("device-downloading", "/devices/lobby-kiosk", &["downloading 61.2 MB of 105 MB"]),
     ("device-without", "/devices/spare-01", &["no variant fits", "Nothing is desired"]),
-    ("device-waiting", "/devices/press-line", &["the disk is full"]),
+    (
+        "device-waiting",
+        "/devices/press-line",
+        &[
+            "the disk is full",
+            "Pinned to smollm2-135m-instruct 1.0.0",
+            "slm device unpin press-line",
+        ],
+    ),
+    (
+        "channels",
+        "/channels",
+        &[
+            "slm channel list",
+            "edge",
+            "1 204 devices",
+            "5 devices, then 10 %, then the rest",
+            "forced: the edge devices are at the workshop",
+            "6 of 7 devices confirmed",
+        ],
+    ),
+    (
+        "held",
+        "/held",
+        &[
+            "slm quarantine list",
+            "and 1 more",
+            "of no release",
+            "“certified with this one”",
+            "“at the workshop until May”",
+            "slm device include van-12",
+        ],
+    ),
+    (
+        "webhooks",
+        "/webhooks",
+        &["slm webhook list", "ops.example.com", "2 given up", "no answer in time", "taken: 200"],
+    ),
     (
         "audit",
         "/audit",
@@ -246,8 +289,9 @@ async fn a_person_signs_in_filters_and_walks_by_keyboard() {
         browser.type_into("#filter", "class=small").await;
         let rows = "return [...document.querySelectorAll('#devices')].length === 1 && \
              [...document.getElementById('devices').closest('section').querySelectorAll('tbody th')] \
-             .map((it) => it.innerText).join(' ') === 'spare-01 gate-sensor'";
+             .map((it) => it.innerText).join(' ') === 'gate-sensor spare-01'";
         browser.wait_for("two devices", rows).await;
+        browser.wait_for_text("main", "slm device list class=small").await;
         // A change elsewhere neither takes the focus nor the words.
         stage.change("device", "d-7c1e0a", |fleet| {
             fleet.devices.retain(|device| device.name != "workshop");
@@ -285,13 +329,71 @@ async fn a_person_signs_in_filters_and_walks_by_keyboard() {
 
         // The JSON behind a page, and the call that gives it.
         browser.click(".page-tools .quiet").await;
-        browser.wait_for_text("dialog pre", "\"memory_budget_bytes\"").await;
+        browser.wait_for_text("dialog pre", "\"last_seen\"").await;
         browser.picture("json", DESKTOP).await;
         browser.click("dialog button.primary").await;
         browser.click(".top-tools button[title='Sign out']").await;
         browser.wait_for_text("h1", "Sign in").await;
         assert_eq!(browser.run("return sessionStorage.length").await, 0);
         assert_calm(&browser, "signed out").await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_fleet_is_searched_and_turned_over_page_by_page() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        browser.look_as(DESKTOP).await;
+        open(&browser, &stage, "/").await;
+        browser.run("window.unloaded = false").await;
+        let names = "return [...document.getElementById('devices').closest('section') \
+             .querySelectorAll('tbody th')].map((it) => it.innerText).join(' ')";
+        let first = "gate-sensor kitchen lobby-kiosk press-line";
+        assert_eq!(browser.run(names).await, first);
+        browser.click(".pages button:last-child").await;
+        browser.wait_for_text(".pages", "5 to 7 of 7").await;
+        assert_eq!(browser.run(names).await, "spare-01 van-12 workshop");
+        // Something that changes elsewhere does not turn the page.
+        stage.change("device", "d-7c1e0a", |_| {});
+        browser.click(".pages button:first-child").await;
+        browser.wait_for_text(".pages", "1 to 4 of 7").await;
+
+        // What a state is called is the same in the hub's counts and on the page's rows.
+        for (state, shown) in [
+            ("confirmed", "gate-sensor workshop"),
+            ("updating", "lobby-kiosk"),
+            ("failed", "kitchen"),
+            ("waiting", "press-line"),
+            ("silent", "van-12"),
+            ("idle", "spare-01"),
+        ] {
+            browser.click(&format!(".choices [data-key={state}]")).await;
+            browser.wait_for(state, &format!("{names} === '{shown}'")).await;
+            let chips = "return [...new Set([...document.getElementById('devices') \
+                 .closest('section').querySelectorAll('tbody td:nth-child(2)')] \
+                 .map((it) => it.innerText))].join()";
+            let label = if state == "idle" { "no model" } else { state };
+            assert_eq!(browser.run(chips).await, label);
+            let address = browser.run("return location.search").await;
+            assert_eq!(address, format!("?state={state}"));
+            browser.click(&format!(".choices [data-key={state}]")).await;
+            browser.wait_for("all", "return location.search === ''").await;
+        }
+
+        // A site's devices; the filter is in the address, and can be sent.
+        browser.click("[aria-labelledby=sites] button.link").await;
+        browser.wait_for_text("main", "slm device list --to site=berlin-3").await;
+        browser.picture("fleet-filtered", DESKTOP).await;
+        let address = browser.run("return location.pathname + location.search").await;
+        assert_eq!(address, "/?selector=site%3Dberlin-3");
+        open(&browser, &stage, "/?selector=site%3Dberlin-3&state=waiting").await;
+        assert_eq!(browser.run(names).await, "press-line");
+        browser.click("button.choice[data-key=selector]").await;
+        browser.wait_for("the state alone", "return location.search === '?state=waiting'").await;
+        browser.type_into("#filter", "nobody").await;
+        browser.wait_for_text("main", "No device matches").await;
+        assert_calm(&browser, "a searched fleet").await;
     })
     .await;
 }
@@ -346,6 +448,8 @@ async fn an_empty_hub_says_what_to_do_next() {
                 ("empty-releases", "/releases", "slm ship model.gguf --to all"),
                 ("empty-rollouts", "/rollouts", "slm rollout start"),
                 ("empty-audit", "/audit", "slm token create"),
+                ("empty-channels", "/channels", "slm channel set edge"),
+                ("empty-webhooks", "/webhooks", "slm webhook add"),
             ] {
                 open(&browser, &stage, path).await;
                 browser.wait_for_text(".empty", command).await;
@@ -353,7 +457,70 @@ async fn an_empty_hub_says_what_to_do_next() {
                 assert_calm(&browser, path).await;
                 browser.picture(name, screen).await;
             }
+            open(&browser, &stage, "/held").await;
+            browser.wait_for_text("main", "Nothing is quarantined").await;
+            browser.wait_for_text(".command", "slm device pin till-7").await;
+            assert_eq!(browser.run(OVERFLOW).await, "");
+            browser.picture("empty-held", screen).await;
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dead_letters_are_delivered_again_from_the_page() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        browser.look_as(DESKTOP).await;
+        open(&browser, &stage, "/webhooks").await;
+        browser.run("window.unloaded = false").await;
+        let shown = browser.text("main").await;
+        assert!(!shown.contains("hidden"), "the receiver's secret: {shown}");
+        browser.click("button[aria-label='Deliver entry 17 again']").await;
+        browser.wait_for_text("dialog", "slm webhook redeliver w-ops --sequence 17").await;
+        browser.click("dialog button.primary").await;
+        browser.wait_for_text(".title-row", "1 given up").await;
+        browser.click("button[data-key=all]").await;
+        browser.wait_for_text("dialog", "slm webhook redeliver w-ops").await;
+        browser.click("dialog button.primary").await;
+        let none = "return !document.querySelector('main').innerText.includes('Dead letters')";
+        browser.wait_for("no dead letter", none).await;
+        let acts = stage.fleet.lock().unwrap().acts.clone();
+        assert_eq!(acts, ["w-ops redeliver Some(17)", "w-ops redeliver None"]);
+        assert_eq!(browser.run("return window.unloaded").await, false);
+        assert_calm(&browser, "dead letters").await;
+        // Who may only look is told so.
+        stage.fleet.lock().unwrap().role = slmops_api::audit::Role::Viewer;
+        open(&browser, &stage, "/webhooks").await;
+        browser.wait_for_text("main", "sign in with an operator's token").await;
+        let refused = browser.complaints().await;
+        assert!(refused.iter().all(|line| line.contains("403")), "{refused:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_in_use_is_drawn_beside_the_one_before() {
+    with_browser(|browser| async move {
+        let stage = Stage::start(Fleet::busy()).await;
+        browser.look_as(DESKTOP).await;
+        open(&browser, &stage, "/releases/smollm2-135m-instruct/1.1.0").await;
+        let lines = "return [...document.querySelectorAll('.timeline-chart')] \
+             .map((it) => it.querySelectorAll('.series path.line').length).join()";
+        assert_eq!(browser.run(lines).await, "2,2,2,2", "two versions in four charts");
+        let names = browser.text("[aria-labelledby=use] .legend").await;
+        assert!(names.contains("1.1.0") && names.contains("1.0.0"), "{names}");
+        let said =
+            "return document.querySelector('.timeline-chart svg').getAttribute('aria-label')";
+        let said = browser.run(said).await.to_string();
+        assert!(said.contains("tokens per second, median, last: 1.1.0 "), "{said}");
+        browser.picture("release-in-use", DESKTOP).await;
+        browser.click("[aria-labelledby=use] [data-key=day]").await;
+        browser.wait_for_text("main", "--by-day").await;
+        // Nothing counted is said, and nothing breaks.
+        stage.change("release", "", |fleet| fleet.telemetry.clear());
+        browser.wait_for_text("main", "No device has counted anything of it").await;
+        assert_calm(&browser, "a release in use").await;
     })
     .await;
 }

@@ -98,9 +98,12 @@ async function call(method, path, body, signal) {
   return answer;
 }
 
-/** One page of a listing as `{ items, cursor }`, whether the hub pages it or not. */
-export async function page(path, cursor, limit = PAGE_LIMIT, signal) {
-  const query = new URLSearchParams({ limit: String(limit) });
+/**
+ * One page of a listing as `{ items, cursor }`, whether the hub pages it or not. `filter` holds more
+ * parameters of the query.
+ */
+export async function page(path, cursor, limit = PAGE_LIMIT, signal, filter = {}) {
+  const query = new URLSearchParams({ ...filter, limit: String(limit) });
   if (cursor) query.set("cursor", cursor);
   const answer = await get(`${path}?${query}`, signal);
   return Array.isArray(answer) ? { items: answer } : answer;

@@ -1,7 +1,7 @@
 // Drawings: quality over size, and the little line of a number over time.
 
 import { h, s } from "./dom.js";
-import { bytes, fixed, number } from "./format.js";
+import { bytes, clock, fixed, number } from "./format.js";
 
 const WIDTH = 640;
 const HEIGHT = 320;
@@ -172,6 +172,78 @@ function niceStep(rough) {
   const power = 10 ** Math.floor(Math.log10(rough || 1));
   const digit = [1, 2, 2.5, 5, 10].find((it) => it * power >= rough) ?? 10;
   return digit * power;
+}
+
+/**
+ * Lines over time: `[{ name, dashed, points: [{ at, value, high }] }]`, each with a fainter one for
+ * its high values. `write` turns a value into text; `from` and `to` are the ends of time.
+ */
+export function timeline(lines, { label, write, from, to }) {
+  const width = 400;
+  const height = 170;
+  const pad = { left: 58, right: 10, top: 10, bottom: 24 };
+  const values = lines.flatMap((line) => line.points.flatMap((it) => [it.value, it.high ?? 0]));
+  const highest = Math.max(...values, 0);
+  const step = niceStep((highest || 1) / 3);
+  const top = step * Math.max(1, Math.ceil(highest / step));
+  const x = (at) => pad.left + ((at - from) / (to - from)) * (width - pad.left - pad.right);
+  const y = (value) => height - pad.bottom - (value / top) * (height - pad.top - pad.bottom);
+  const path = (points, of) =>
+    points
+      .map((it, at) => `${at ? "L" : "M"}${x(it.at).toFixed(1)} ${y(of(it)).toFixed(1)}`)
+      .join("");
+  const grid = [];
+  for (let value = 0; value <= top + step / 2; value += step) {
+    const at = y(value);
+    grid.push(
+      s("line.grid", { x1: pad.left, x2: width - pad.right, y1: at, y2: at }),
+      s("text.tick", { x: pad.left - 7, y: at + 4, "text-anchor": "end" }, write(value)),
+    );
+  }
+  const days = (to - from) / 86_400_000 > 3;
+  const moment = (at) => {
+    const [day, time] = clock(at).split(" ");
+    return days ? day.slice(5) : `${day.slice(5)} ${time.slice(0, 5)}`;
+  };
+  const ends = [
+    s("text.tick", { x: pad.left, y: height - 6 }, moment(from)),
+    s("text.tick", { x: width - pad.right, y: height - 6, "text-anchor": "end" }, moment(to)),
+  ];
+  const drawn = lines.map(({ name, dashed, points }) => {
+    const high = points.filter((it) => it.high !== undefined);
+    return s(
+      dashed ? "g.series.dashed" : "g.series",
+      null,
+      high.length > 1 && s("path.high", { d: path(high, (it) => it.high) }),
+      points.length > 1 && s("path.line", { d: path(points, (it) => it.value) }),
+      points.map((it) =>
+        s(
+          "circle.dot",
+          { cx: x(it.at).toFixed(1), cy: y(it.value).toFixed(1), r: 2.6 },
+          s("title", null, `${name}, ${moment(it.at)}: ${write(it.value)}`),
+        ),
+      ),
+    );
+  });
+  const last = lines
+    .filter((line) => line.points.length)
+    .map((line) => `${line.name} ${write(line.points.at(-1).value)}`);
+  return h(
+    "figure.chart.timeline-chart",
+    null,
+    s(
+      "svg",
+      {
+        viewBox: `0 0 ${width} ${height}`,
+        role: "img",
+        "aria-label": `${label}, last: ${last.join(", ") || "nothing"}`,
+      },
+      grid,
+      ends,
+      drawn,
+    ),
+    h("figcaption", null, label),
+  );
 }
 
 /** A line over time: `[{ at, value }]`, oldest first. */

@@ -9,12 +9,15 @@ import * as api from "./api.js";
 import { h, patch } from "./dom.js";
 import { follow } from "./live.js";
 import audit from "./pages/audit.js";
+import channels from "./pages/channels.js";
 import device from "./pages/device.js";
 import fleet from "./pages/fleet.js";
+import held from "./pages/held.js";
 import release from "./pages/release.js";
 import releases from "./pages/releases.js";
 import rollout from "./pages/rollout.js";
 import rollouts from "./pages/rollouts.js";
+import webhooks from "./pages/webhooks.js";
 import { announce, commandLine, mark, problemBox, tickTimes } from "./ui.js";
 
 const ROUTES = [
@@ -24,12 +27,18 @@ const ROUTES = [
   [/^\/releases\/(?<model>[^/]+)\/(?<version>[^/]+)$/, release],
   [/^\/rollouts$/, rollouts],
   [/^\/rollouts\/(?<rollout>[^/]+)$/, rollout],
+  [/^\/channels$/, channels],
+  [/^\/held$/, held],
+  [/^\/webhooks$/, webhooks],
   [/^\/audit$/, audit],
 ];
 const SECTIONS = [
   ["/", "Fleet", /^\/(fleet|devices\/.*)?$/],
   ["/releases", "Releases", /^\/releases/],
   ["/rollouts", "Rollouts", /^\/rollouts/],
+  ["/channels", "Channels", /^\/channels/],
+  ["/held", "Held back", /^\/held/],
+  ["/webhooks", "Webhooks", /^\/webhooks/],
   ["/audit", "Audit", /^\/audit/],
 ];
 /** Notices come in bursts (a rollout step changes devices, rollout and log): one look for all. */

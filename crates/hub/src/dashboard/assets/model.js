@@ -112,13 +112,15 @@ export function byManifest(releases) {
   return found;
 }
 
+/** The most releases that nothing runs among the columns of {@link matrix}. */
+const MAX_UNUSED = 6;
+
 /**
- * The fleet as class × release: `{ columns, rows }`. A device counts as confirmed under the
+ * The hub's summary as class × release: `{ columns, rows }`. A device counts as confirmed under the
  * release that answers on it, as updating under the one it is going to, and as failed under each
- * release that it rejected and is no longer asked to run.
+ * release that it refuses.
  */
-export function matrix(devices, releases, classes) {
-  const manifests = byManifest(releases);
+export function matrix(summary, releases, classes) {
   const columns = new Map();
   const column = (model) => {
     const name = releaseName(model);
@@ -128,32 +130,17 @@ export function matrix(devices, releases, classes) {
   const rows = new Map(
     classes.map((it) => [it.name, { ...it, total: 0, without: 0, cells: new Map() }]),
   );
-  const tally = (row, name, state) => {
-    if (!row.cells.has(name)) row.cells.set(name, { confirmed: 0, updating: 0, failed: 0 });
-    row.cells.get(name)[state] += 1;
-  };
-  for (const device of devices) {
-    if (device.revoked) continue;
-    if (!rows.has(device.class)) {
-      rows.set(device.class, { name: device.class, total: 0, without: 0, cells: new Map() });
-    }
-    const row = rows.get(device.class);
-    row.total += 1;
-    const { report, desired } = device;
-    const running = report?.running;
-    const state = deviceState(device);
-    const moving = desired.model && !sameRelease(desired.model, running) && state !== "failed";
-    if (running) tally(row, column(running), "confirmed");
-    if (moving) tally(row, column(desired.model), "updating");
-    if (!running && !moving) row.without += 1;
-    const rejected = new Set();
-    for (const { manifest } of report?.rejected ?? []) {
-      const release = manifests.get(manifest)?.release;
-      if (release) rejected.add(column(release));
-    }
-    for (const name of rejected) tally(row, name, "failed");
+  for (const { class: name, devices, without, releases: tallies } of summary.classes) {
+    const cells = new Map(
+      tallies.map((it) => [
+        column(it),
+        { confirmed: it.running, updating: it.updating, failed: it.failed },
+      ]),
+    );
+    rows.set(name, { name, ...rows.get(name), total: devices, without, cells });
   }
-  for (const release of releases) column(release);
+  const unused = releases.filter((it) => !columns.has(releaseName(it)));
+  for (const release of unused.slice(0, MAX_UNUSED)) column(release);
   const order = (a, b) => a.model.localeCompare(b.model) || versions(b.version, a.version);
   const bySize = (a, b) => (b.min_memory_bytes ?? 0) - (a.min_memory_bytes ?? 0);
   return { columns: [...columns.values()].sort(order), rows: [...rows.values()].sort(bySize) };

@@ -1,7 +1,7 @@
 //! A hub's API with a fleet that stands still until the test moves it. The answers are files, read
 //! through the wire types, so that a type that changes breaks the test and not the page.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 
@@ -19,11 +19,18 @@ use serde_json::{Value, json};
 use slmops_api::Page;
 use slmops_api::audit::{AuditEntry, AuditVerdict, Identity, Role};
 use slmops_api::blueprint::Explanation;
+use slmops_api::channel::ChannelStatus;
 use slmops_api::device::{Device, DeviceEvent};
+use slmops_api::fleet::{DeviceFilter, FleetSummary};
 use slmops_api::model::{DeviceClass, Release};
+use slmops_api::orders::Quarantined;
 use slmops_api::problem::{PROBLEM_MEDIA_TYPE, Problem};
 use slmops_api::rollout::{Rollout, RolloutState};
+use slmops_api::telemetry::{Quantiles, TelemetryPoint, TelemetryQuery, TelemetrySeries};
+use slmops_api::webhook::{Delivery, DeliveryState, Redeliver, Redelivered, Webhook};
 use slmops_artifact::Digest;
+use slmops_fleet_core::world::{FleetDevice, World};
+use slmops_fleet_core::{blueprint, survey};
 use tokio::sync::{broadcast, watch};
 use tokio_stream::wrappers::BroadcastStream;
 
@@ -39,6 +46,11 @@ pub struct Fleet {
     pub audit: Vec<AuditEntry>,
     pub explanation: Explanation,
     pub history: Vec<DeviceEvent>,
+    pub channels: Vec<ChannelStatus>,
+    pub quarantine: Vec<Quarantined>,
+    pub webhooks: Vec<Webhook>,
+    pub deliveries: Vec<Delivery>,
+    pub telemetry: Vec<TelemetrySeries>,
     /// The acts that a page asked for, as `rollout action`.
     pub acts: Vec<String>,
     /// What the token may do.
@@ -61,6 +73,11 @@ impl Fleet {
             audit: read(include_str!("../fixtures/audit.json")),
             explanation: read(include_str!("../fixtures/explain.json")),
             history: read(include_str!("../fixtures/history.json")),
+            channels: read(include_str!("../fixtures/channels.json")),
+            quarantine: read(include_str!("../fixtures/quarantine.json")),
+            webhooks: read(include_str!("../fixtures/webhooks.json")),
+            deliveries: read(include_str!("../fixtures/deliveries.json")),
+            telemetry: in_use(),
             acts: Vec::new(),
             role: Role::Operator,
             halted: read(include_str!("../fixtures/rollout_halted.json")),
@@ -74,8 +91,46 @@ impl Fleet {
         fleet.releases.clear();
         fleet.rollouts.clear();
         fleet.audit.clear();
+        fleet.channels.clear();
+        fleet.quarantine.clear();
+        fleet.webhooks.clear();
+        fleet.telemetry.clear();
         fleet
     }
+}
+
+/// Two days of two versions: the newer one takes over, is faster, and fails more often.
+fn in_use() -> Vec<TelemetrySeries> {
+    let now = jiff::Timestamp::now();
+    let hour = |ago: i64| {
+        let at = now.as_second() / 3600 - ago;
+        jiff::Timestamp::from_second(at * 3600).expect("a time of today")
+    };
+    let around = |p50: f64| Some(Quantiles { p05: p50 * 0.8, p50, p95: p50 * 1.5 });
+    let point = |ago: i64, answered: u64, errors: u64, speed: f64| {
+        // Something of a day's ups and downs.
+        let wave = 1.0 + 0.12 * (ago as f64 / 3.8).sin();
+        TelemetryPoint {
+            start: hour(ago),
+            reports: 60,
+            answered,
+            errors,
+            crashes: 0,
+            decoded_tokens: answered * 42,
+            tokens_per_s: around(speed * wave),
+            first_token_ms: around(9000.0 / speed * wave),
+            memory_bytes: around(190e6 + 5e6 * wave),
+        }
+    };
+    let series = |version: &str, points: Vec<TelemetryPoint>| TelemetrySeries {
+        model: "smollm2-135m-instruct".parse().expect("a model"),
+        version: version.parse().expect("a version"),
+        points,
+    };
+    vec![
+        series("1.1.0", (0..20).rev().map(|ago| point(ago, 300, 9, 39.0)).collect()),
+        series("1.0.0", (0..46).rev().map(|ago| point(ago, 420, 2, 31.0)).collect()),
+    ]
 }
 
 /// Reads a fixture; `@-90s` in it stands for the moment 90 seconds ago.
@@ -151,10 +206,8 @@ impl Stage {
 
 fn api() -> Router<Shared> {
     Router::new()
-        .route(
-            "/v1/devices",
-            get(|State(it): State<Shared>| async move { listing(&it, |f| f.devices.clone()) }),
-        )
+        .route("/v1/fleet/summary", get(summary))
+        .route("/v1/devices", get(devices))
         .route("/v1/devices/{id}", get(device))
         .route(
             "/v1/devices/{id}/explain",
@@ -185,6 +238,18 @@ fn api() -> Router<Shared> {
                 Json(it.fleet.lock().unwrap().classes.clone())
             }),
         )
+        .route(
+            "/v1/channels",
+            get(|State(it): State<Shared>| async move { listing(&it, |f| f.channels.clone()) }),
+        )
+        .route(
+            "/v1/quarantine",
+            get(|State(it): State<Shared>| async move { listing(&it, |f| f.quarantine.clone()) }),
+        )
+        .route("/v1/webhooks", get(webhooks))
+        .route("/v1/webhooks/{id}/deliveries", get(deliveries))
+        .route("/v1/webhooks/{id}/redeliver", post(redeliver))
+        .route("/v1/telemetry", get(telemetry))
         .route("/v1/audit", get(audit))
         .route("/v1/audit/verify", get(verify))
         .route("/v1/whoami", get(whoami))
@@ -222,6 +287,66 @@ fn one<T: Serialize>(found: Option<T>, title: &str) -> Response {
         Some(found) => Json(found).into_response(),
         None => problem(StatusCode::NOT_FOUND, title),
     }
+}
+
+/// Asks a question about the fleet as the hub does.
+fn of_fleet<T>(shared: &Shared, ask: impl FnOnce(&World<'_>) -> T) -> T {
+    let fleet = shared.fleet.lock().unwrap();
+    let seen = |device: &Device| FleetDevice {
+        id: device.id.clone(),
+        name: device.name.clone(),
+        class: device.class.clone(),
+        labels: device.labels.clone().into_iter().collect(),
+        facts: Arc::new(device.facts.clone()),
+        budget_bytes: device.facts.memory_budget_bytes,
+        config: Arc::new(blueprint::resolve(&[]).expect("no layers")),
+        last_seen: device.last_seen,
+        desired: Arc::new(device.desired.clone()),
+        report: device.report.clone(),
+        revoked: device.revoked,
+        orders: Some(Box::new(device.orders.clone())),
+    };
+    let devices: Vec<FleetDevice> = fleet.devices.iter().map(seen).collect();
+    let named = |it: &Release| {
+        let release = it.release.clone();
+        ((release.model.clone(), release.version.clone()), Arc::new(release))
+    };
+    let now = jiff::Timestamp::now();
+    ask(&World {
+        now,
+        listening_since: now,
+        devices: &devices,
+        releases: &fleet.releases.iter().map(named).collect(),
+        quarantine: &BTreeSet::new(),
+        completed: &[],
+    })
+}
+
+async fn summary(
+    State(shared): State<Shared>,
+    Query(filter): Query<DeviceFilter>,
+) -> Json<FleetSummary> {
+    Json(of_fleet(&shared, |world| survey::summarise(world, &filter, "site")))
+}
+
+/// Pages of at most four devices.
+async fn devices(
+    State(shared): State<Shared>,
+    Query(filter): Query<DeviceFilter>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Json<Page<Device>> {
+    const DEVICES: usize = 4;
+    let after = query.get("cursor").cloned().unwrap_or_default();
+    let mut names = of_fleet(&shared, |world| {
+        let found = survey::page(world, &filter, &after, DEVICES + 1);
+        found.into_iter().map(|device| device.name.clone()).collect::<Vec<_>>()
+    });
+    let more = names.len() > DEVICES;
+    names.truncate(DEVICES);
+    let fleet = shared.fleet.lock().unwrap();
+    let named = |name: &String| fleet.devices.iter().find(|it| it.name == *name).cloned();
+    let items = names.iter().filter_map(named).collect();
+    Json(Page { items, cursor: names.pop().filter(|_| more) })
 }
 
 async fn device(State(shared): State<Shared>, Path(id): Path<String>) -> Response {
@@ -268,6 +393,55 @@ async fn act(State(shared): State<Shared>, Path((id, action)): Path<(String, Str
     Json(found.clone()).into_response()
 }
 
+async fn webhooks(State(shared): State<Shared>) -> Response {
+    let fleet = shared.fleet.lock().unwrap();
+    match fleet.role {
+        Role::Viewer => problem(StatusCode::FORBIDDEN, "this needs an operator"),
+        _ => Json(Page { items: fleet.webhooks.clone(), cursor: None }).into_response(),
+    }
+}
+
+async fn deliveries(
+    State(shared): State<Shared>,
+    Path(id): Path<String>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Json<Page<Delivery>> {
+    let wanted = |it: &&Delivery| {
+        let of = it.message.contains(&id);
+        of && query.get("state").is_none_or(|state| it.state.name() == state)
+    };
+    listing(&shared, |fleet| fleet.deliveries.iter().filter(wanted).cloned().collect())
+}
+
+async fn redeliver(
+    State(shared): State<Shared>,
+    Path(id): Path<String>,
+    Json(asked): Json<Redeliver>,
+) -> Json<Redelivered> {
+    let mut fleet = shared.fleet.lock().unwrap();
+    fleet.acts.push(format!("{id} redeliver {:?}", asked.sequence));
+    let mut found = 0;
+    let dead = |it: &&mut Delivery| {
+        it.state == DeliveryState::Dead && asked.sequence.is_none_or(|one| one == it.sequence)
+    };
+    for delivery in fleet.deliveries.iter_mut().filter(dead) {
+        delivery.state = DeliveryState::Pending;
+        found += 1;
+    }
+    for webhook in &mut fleet.webhooks {
+        webhook.dead = webhook.dead.saturating_sub(found);
+    }
+    Json(Redelivered { deliveries: found })
+}
+
+async fn telemetry(
+    State(shared): State<Shared>,
+    Query(query): Query<TelemetryQuery>,
+) -> Json<Page<TelemetrySeries>> {
+    let of = |it: &&TelemetrySeries| query.model.as_ref().is_none_or(|model| it.model == *model);
+    listing(&shared, |fleet| fleet.telemetry.iter().filter(of).cloned().collect())
+}
+
 async fn audit(
     State(shared): State<Shared>,
     Query(query): Query<BTreeMap<String, String>>,
@@ -284,7 +458,8 @@ async fn audit(
 async fn verify(State(shared): State<Shared>) -> Json<AuditVerdict> {
     let fleet = shared.fleet.lock().unwrap();
     let head = fleet.audit.last().map_or(Digest::from([0; 32]), |entry| entry.hash);
-    Json(AuditVerdict { entries: fleet.audit.len() as u64, head, broken: None })
+    let entries = fleet.audit.len() as u64;
+    Json(AuditVerdict { entries, head, from: 0, broken: None, cursor: None })
 }
 
 async fn whoami(State(shared): State<Shared>) -> Json<Identity> {

@@ -91,7 +91,9 @@ export default {
       h(
         "p.chain",
         { "data-key": "chain" },
-        `${plural(verdict.entries, "entry", "entries")} checked, newest hash `,
+        `${plural(verdict.entries, "entry", "entries")} hold, `,
+        verdict.from ? `${count(verdict.entries - verdict.from)} of them checked now, ` : "",
+        verdict.cursor ? "more to check, newest checked hash " : "newest hash ",
         digest(verdict.head),
       ),
       entries.length

@@ -88,6 +88,7 @@ export default {
         command: `slm device show ${device.name}`,
         json: path(parameters),
       }),
+      orders(device),
       stepper(device),
       failureNotice(device),
       h(
@@ -191,6 +192,34 @@ function stepper(device) {
       ),
     desired.reason && h("p.faint", null, prose(desired.reason)),
   );
+}
+
+/** What operators decided about it, over all rollouts. */
+function orders({ name, orders: given }) {
+  const notice = (key, title, order, undo) =>
+    h(
+      "div.notice",
+      { "data-tone": "warn", "data-key": key },
+      mark("pause"),
+      h(
+        "div",
+        null,
+        h("p.notice-title", null, title),
+        h("p", null, `“${order.reason}”`),
+        h("p.hint", null, `by ${order.by}, `, when(order.at), "; to end it: ", h("code.said", null, undo)),
+      ),
+    );
+  return [
+    given?.pin &&
+      notice("pin", `Pinned to ${releaseName(given.pin)}`, given.pin, `slm device unpin ${name}`),
+    given?.exclusion &&
+      notice(
+        "exclusion",
+        "Takes no part in rollouts",
+        given.exclusion,
+        `slm device include ${name}`,
+      ),
+  ];
 }
 
 function failureNotice({ report }) {

@@ -1,13 +1,28 @@
 // The fleet at a glance: what runs where, and every device.
 
-import { all, page, releases as allReleases } from "../api.js";
+import { all, get, page, releases as allReleases } from "../api.js";
 import { h } from "../dom.js";
-import { bytes, count, number, plural } from "../format.js";
+import { bytes, count, number, plural, seconds } from "../format.js";
 import { STATES, deviceState, matrix, releaseName, releasePath, sameRelease } from "../model.js";
-import { bar, chip, empty, mark, pageHead, prose, section, table, when } from "../ui.js";
+import {
+  bar,
+  chip,
+  commandLine,
+  empty,
+  mark,
+  pageHead,
+  prose,
+  section,
+  table,
+  when,
+} from "../ui.js";
 
-const SHOWN_DEVICES = 200;
+const SHOWN_DEVICES = 100;
+const FIRST_PAGE = { before: 0 };
+const SHOWN_GROUPS = 8;
 const NEWEST_ROLLOUTS = 20;
+/** People type faster than they want answers. */
+const TYPING_MS = 250;
 const CELL_STATES = ["confirmed", "updating", "failed"];
 const FILTERS = [
   "confirmed",
@@ -24,27 +39,35 @@ export default {
   title: () => "Fleet",
   kinds: ["device", "release", "rollout", "class"],
 
-  async load(_, signal) {
-    const [devices, releases, rollouts, classes] = await Promise.all([
-      all("/v1/devices", signal),
+  async load(_, signal, state) {
+    state.filter ??= filterOfAddress();
+    // Where the pages begin that led to the one that is shown, which is the last.
+    state.pages ??= [FIRST_PAGE];
+    const { filter, pages } = state;
+    const filtered = Object.keys(filter).length > 0;
+    const [summary, matching, devices, releases, rollouts, classes] = await Promise.all([
+      get("/v1/fleet/summary", signal),
+      filtered ? get(`/v1/fleet/summary?${new URLSearchParams(filter)}`, signal) : null,
+      page("/v1/devices", pages.at(-1).cursor, SHOWN_DEVICES, signal, filter),
       allReleases(signal),
       page("/v1/rollouts", undefined, NEWEST_ROLLOUTS, signal),
       all("/v1/classes", signal),
     ]);
-    return { devices, releases, rollouts: rollouts.items, classes };
+    const found = (matching ?? summary).devices;
+    return { summary, found, devices, releases, rollouts: rollouts.items, classes };
   },
 
-  view({ devices, releases, rollouts, classes }, { state, redraw }) {
-    const states = new Map(devices.map((device) => [device.id, deviceState(device)]));
+  view({ summary, found, devices, releases, rollouts, classes }, { state, reload }) {
+    const used = summary.classes.filter((it) => it.devices > 0).length;
     const head = pageHead({
       title: "Fleet",
-      lead: devices.length
-        ? `${plural(devices.length, "device")} in ${plural(new Set(devices.map((it) => it.class)).size, "class", "classes")}`
+      lead: summary.devices
+        ? `${plural(summary.devices, "device")} in ${plural(used, "class", "classes")}`
         : "No device has joined yet.",
-      command: "slm device list",
-      json: "/v1/devices",
+      command: "slm fleet summary",
+      json: "/v1/fleet/summary",
     });
-    if (devices.length === 0) {
+    if (summary.devices === 0) {
       return [
         head,
         empty(
@@ -55,15 +78,30 @@ export default {
         ),
       ];
     }
+    const show = (filter) => {
+      state.filter = filter;
+      state.pages = [FIRST_PAGE];
+      const query = new URLSearchParams(filter).toString();
+      history.replaceState(null, "", location.pathname + (query ? `?${query}` : ""));
+      reload();
+    };
     return [
       head,
       activeRollouts(rollouts),
-      summary(devices, states),
-      grid(devices, releases, classes),
-      list(devices, states, state, redraw),
+      figures(summary),
+      grid(summary, releases, classes),
+      summary.groups.some((group) => group.value) && places(summary, state, show),
+      list(summary, found, devices, { state, reload, show }),
     ];
   },
 };
+
+/** The filter that the address holds, so that a view can be kept and sent. */
+function filterOfAddress() {
+  const given = new URLSearchParams(location.search);
+  const known = ["search", "selector", "state", "model", "version", "orders"];
+  return Object.fromEntries([...given].filter(([name, value]) => known.includes(name) && value));
+}
 
 function activeRollouts(rollouts) {
   const newest = new Map();
@@ -96,42 +134,33 @@ function activeRollouts(rollouts) {
   );
 }
 
-function summary(devices, states) {
-  const tally = {};
-  for (const state of states.values()) tally[state] = (tally[state] ?? 0) + 1;
-  const sum = (name) =>
-    devices.reduce((total, device) => total + (device.report?.telemetry?.[name] ?? 0), 0);
+function figures({ states, tokens_per_s: speed, requests, downloaded_bytes: pulled }) {
   const always = ["confirmed", "updating", "failed"];
-  const shown = FILTERS.filter((name) => always.includes(name) || tally[name]);
+  const shown = FILTERS.filter((name) => always.includes(name) || states[name]);
   return h(
     "dl.stats",
     { "data-key": "stats" },
     shown.map((name) =>
       h(
         "div.stat",
-        { "data-tone": tally[name] ? STATES[name].tone : "mute" },
+        { "data-tone": states[name] ? STATES[name].tone : "mute" },
         h("dt", null, mark(STATES[name].mark), STATES[name].label),
-        h("dd", null, count(tally[name] ?? 0)),
+        h("dd", null, count(states[name] ?? 0)),
       ),
     ),
     h(
       "div.stat.plain",
       null,
       h("dt", null, "speed now"),
-      h("dd", null, number(sum("tokens_per_s")), h("small", null, "tokens/s")),
+      h("dd", null, number(speed), h("small", null, "tokens/s")),
     ),
-    h("div.stat.plain", null, h("dt", null, "requests"), h("dd", null, count(sum("requests")))),
-    h(
-      "div.stat.plain",
-      null,
-      h("dt", null, "pulled"),
-      h("dd", null, bytes(sum("downloaded_bytes"))),
-    ),
+    h("div.stat.plain", null, h("dt", null, "requests"), h("dd", null, count(requests))),
+    h("div.stat.plain", null, h("dt", null, "pulled"), h("dd", null, bytes(pulled))),
   );
 }
 
-function grid(devices, releases, classes) {
-  const { columns, rows } = matrix(devices, releases, classes);
+function grid(summary, releases, classes) {
+  const { columns, rows } = matrix(summary, releases, classes);
   if (columns.length === 0) {
     return section(
       "Class and release",
@@ -217,40 +246,127 @@ function cell(tally, total, label) {
   );
 }
 
-function list(devices, states, state, redraw) {
-  const words = (state.words ?? "").toLowerCase().split(/\s+/).filter(Boolean);
-  const shown = devices
-    .filter((device) => !state.only || states.get(device.id) === state.only)
-    .filter((device) => {
-      const text = [
-        device.name,
-        device.id,
-        device.class,
-        device.site,
-        states.get(device.id),
-        running(device),
-        ...Object.entries(device.labels).map((label) => label.join("=")),
-      ]
-        .join(" ")
-        .toLowerCase();
-      return words.every((word) => text.includes(word));
-    })
-    .sort(
-      (a, b) => rank(states.get(a.id)) - rank(states.get(b.id)) || a.name.localeCompare(b.name),
-    );
-  const present = FILTERS.filter((name) => [...states.values()].includes(name));
-  const filter = h(
+const statesBar = (states, total, label) =>
+  bar(
+    FILTERS.filter((name) => states[name]).map((name) => ({
+      tone: STATES[name].tone,
+      value: states[name],
+      label: STATES[name].label,
+    })),
+    total,
+    label,
+  );
+
+/** Where the devices are, and when they were last heard of. */
+function places(summary, state, show) {
+  const shown = summary.groups.slice(0, state.allGroups ? undefined : SHOWN_GROUPS);
+  const left = summary.groups.length - shown.length;
+  const sites = section(
+    "Sites",
+    { id: "sites" },
+    table({
+      caption: "Devices by site",
+      columns: [{ title: "Site", head: true }, { title: "Devices", align: "end" }, { title: "State" }],
+      rows: shown.map(({ value, devices, states }) => ({
+        key: value ?? "-",
+        cells: [
+          value
+            ? h(
+                "button.link",
+                { type: "button", on: { click: () => show({ selector: `site=${value}` }) } },
+                value,
+              )
+            : h("span.faint", null, "no site"),
+          count(devices),
+          h("div.level-bar", null, statesBar(states, devices, value ?? "no site")),
+        ],
+      })),
+    }),
+    left > 0 &&
+      h(
+        "div.more",
+        null,
+        h(
+          "button",
+          { type: "button", on: { click: () => ((state.allGroups = true), show(state.filter)) } },
+          `${count(left)} more sites`,
+        ),
+      ),
+    summary.more_groups > 0 &&
+      h("p.hint", null, `${count(summary.more_groups)} more sites have fewer devices.`),
+  );
+  const heard = section(
+    "Last heard of",
+    { id: "heard" },
+    h(
+      "div.levels",
+      null,
+      summary.last_seen.map(({ within_s: within, devices }, at) =>
+        h(
+          "div.level.wide",
+          { "data-tone": at ? (devices ? "warn" : "mute") : "good", "data-key": within ?? "rest" },
+          h("span.level-name", null, within ? `within ${seconds(within)}` : "longer ago"),
+          h(
+            "div.level-track",
+            null,
+            h("span.level-fill", { grow: devices / Math.max(summary.devices, 1) }),
+          ),
+          h("span.level-value", null, count(devices)),
+        ),
+      ),
+    ),
+    h(
+      "p.hint",
+      null,
+      `${plural(summary.pinned, "device")} pinned, ${count(summary.excluded)} excluded; `,
+      `${plural(summary.quarantined, "package")} quarantined.`,
+    ),
+  );
+  return h("div.split", { "data-key": "places" }, sites, heard);
+}
+
+function list(summary, found, { items, cursor }, { state, reload, show }) {
+  const { filter, pages } = state;
+  const put = (name, value) => {
+    const { [name]: _, ...others } = filter;
+    show(value ? { ...others, [name]: value } : others);
+  };
+  const typed = (event) => {
+    const words = event.target.value.trim();
+    clearTimeout(state.typing);
+    state.typing = setTimeout(() => put("search", words), TYPING_MS);
+  };
+  const present = FILTERS.filter((name) => summary.states[name] || filter.state === name);
+  const others = Object.entries(filter).filter(([name]) => !["search", "state"].includes(name));
+  const tools = h(
     "div.filter",
     { role: "search", "data-key": "filter" },
-    h("label.visually-hidden", { for: "filter" }, "Filter devices"),
+    h("label.visually-hidden", { for: "filter" }, "Search devices"),
     h("input", {
       id: "filter",
       type: "search",
-      placeholder: "Filter by name, class, label …",
+      placeholder: "Search name, class, label …",
       autocomplete: "off",
       spellcheck: "false",
-      on: { input: (event) => ((state.words = event.target.value), redraw()) },
+      maxlength: 200,
+      value: filter.search ?? "",
+      on: { input: typed },
     }),
+    others.map(([name, value]) =>
+      h(
+        "button.choice",
+        {
+          type: "button",
+          "data-key": name,
+          "data-tone": "busy",
+          "aria-pressed": "true",
+          title: `Show devices whatever their ${name}`,
+          on: { click: () => put(name, null) },
+        },
+        mark("cross"),
+        name === "selector" ? value : `${name} ${value}`,
+      ),
+    ),
     present.length > 1 &&
       h(
         "div.choices",
@@ -260,9 +376,10 @@ function list(devices, states, state, redraw) {
             "button.choice",
             {
               type: "button",
+              "data-key": name,
               "data-tone": STATES[name].tone,
-              "aria-pressed": String(state.only === name),
-              on: { click: () => ((state.only = state.only === name ? null : name), redraw()) },
+              "aria-pressed": String(filter.state === name),
+              on: { click: () => put("state", filter.state === name ? null : name) },
             },
             mark(STATES[name].mark),
             STATES[name].label,
@@ -270,7 +387,7 @@ function list(devices, states, state, redraw) {
         ),
       ),
   );
-  const rows = shown.slice(0, SHOWN_DEVICES).map((device) => {
+  const rows = items.map((device) => {
     const telemetry = device.report?.telemetry;
     const used = telemetry?.worker_memory_bytes ?? 0;
     const budget = device.facts.memory_budget_bytes;
@@ -283,7 +400,7 @@ function list(devices, states, state, redraw) {
       key: device.id,
       cells: [
         h("a.strong", { href: `/devices/${encodeURIComponent(device.name)}` }, device.name),
-        chip(states.get(device.id)),
+        chip(deviceState(device)),
         [h("span", null, device.class), device.site && h("span.note", null, device.site)],
         [
           serving
@@ -309,9 +426,15 @@ function list(devices, states, state, redraw) {
       ],
     };
   });
+  const { before } = pages.at(-1);
+  const after = before + rows.length;
+  const turn = (wanted) => {
+    state.pages = wanted;
+    reload();
+  };
   return section(
     "Devices",
-    { id: "devices", aside: filter },
+    { id: "devices", aside: tools },
     rows.length
       ? table({
           caption: "Devices",
@@ -327,25 +450,50 @@ function list(devices, states, state, redraw) {
           ],
           rows,
         })
-      : empty("No device matches", "Change the filter, or clear it."),
-    shown.length > SHOWN_DEVICES &&
+      : empty("No device matches", "Change the search, or clear it."),
+    h("div.as-command", null, commandLine(listCommand(filter))),
+    (cursor || before > 0) &&
       h(
-        "p.hint",
-        null,
-        `The first ${SHOWN_DEVICES} of ${count(shown.length)} are shown; filter to see others.`,
-      ),
-    devices.complete === false &&
-      h(
-        "p.hint",
-        null,
-        "The fleet is larger than this page loads; the command line lists all of it.",
+        "nav.pages",
+        { "aria-label": "Pages of devices", "data-key": "pages" },
+        h(
+          "button",
+          {
+            type: "button",
+            disabled: before === 0,
+            on: { click: () => turn(pages.slice(0, -1)) },
+          },
+          "Previous",
+        ),
+        h(
+          "span",
+          null,
+          `${count(Math.min(before + 1, after))} to ${count(after)} of ${count(found)}`,
+        ),
+        h(
+          "button",
+          {
+            type: "button",
+            disabled: !cursor,
+            on: { click: () => turn([...pages, { cursor, before: after }]) },
+          },
+          "Next",
+        ),
       ),
   );
 }
 
-const running = (device) =>
-  device.report?.running
-    ? `${releaseName(device.report.running)} ${device.report.running.variant}`
-    : "";
-const ORDER = ["failed", "waiting", "updating", "joined", "silent", "idle", "confirmed", "revoked"];
-const rank = (state) => ORDER.indexOf(state);
+/** The command that lists the same devices. */
+function listCommand({ search, selector, state, model, version, orders }) {
+  const quoted = (text) => (/^[\w.=/@-]+$/.test(text) ? text : `'${text.replaceAll("'", "")}'`);
+  return [
+    "slm device list",
+    ...(search ?? "").split(/\s+/).filter(Boolean).map(quoted),
+    selector && `--to ${quoted(selector)}`,
+    state && `--state ${quoted(state)}`,
+    model && `--running ${quoted(version ? `${model}@${version}` : model)}`,
+    orders && `--${quoted(orders)}`,
+  ]
+    .filter(Boolean)
+    .join(" ");
+}

@@ -1,11 +1,22 @@
 // One release: its variants, what was measured, what the gate said.
 
 import { get } from "../api.js";
-import { lossAgainstAllowed, qualityOverSize } from "../chart.js";
+import { lossAgainstAllowed, qualityOverSize, timeline } from "../chart.js";
 import { h } from "../dom.js";
 import { bytes, count, duration, fixed, number, percent, plural, words } from "../format.js";
 import { STATES, releasePath } from "../model.js";
-import { chip, digest, facts, mark, pageHead, section, table, when } from "../ui.js";
+import {
+  chip,
+  commandLine,
+  digest,
+  facts,
+  mark,
+  pageHead,
+  section,
+  showJson,
+  table,
+  when,
+} from "../ui.js";
 import { gateOf } from "./releases.js";
 
 const path = ({ model, version }) => `/v1${releasePath({ model, version })}`;
@@ -14,11 +25,15 @@ export default {
   title: ({ model, version }) => `${model} ${version}`,
   kinds: ["release"],
 
-  async load(parameters, signal) {
-    return get(path(parameters), signal);
+  async load(parameters, signal, state) {
+    const [release, inUse] = await Promise.all([
+      get(path(parameters), signal),
+      get(telemetryPath(parameters, state), signal),
+    ]);
+    return { release, inUse: inUse.items };
   },
 
-  view(release, { parameters }) {
+  view({ release, inUse }, { parameters, state, reload }) {
     const variants = [...release.variants].sort((a, b) => b.size_bytes - a.size_bytes);
     return [
       pageHead({
@@ -48,12 +63,122 @@ export default {
           ),
         ),
       h("div.split", { "data-key": "split" }, chartBlock(variants), origin(release, variants)),
+      use(inUse, { parameters, state, reload }),
       measured(variants),
       tasks(variants),
       gates(variants),
     ];
   },
 };
+
+const SPANS = {
+  hour: { label: "48 hours", ms: 48 * 3_600_000 },
+  day: { label: "60 days", ms: 60 * 86_400_000 },
+};
+
+const telemetryPath = ({ model }, { span = "hour" }) =>
+  `/v1/telemetry?${new URLSearchParams({ model, span })}`;
+
+/** What devices count of it, beside the version of the same line that they used most. */
+function use(inUse, { parameters, state, reload }) {
+  const span = state.span ?? "hour";
+  const answered = (series) => series.points.reduce((sum, it) => sum + it.answered, 0);
+  const own = inUse.find((it) => it.version === parameters.version);
+  const other = inUse
+    .filter((it) => it.version !== parameters.version)
+    .sort((a, b) => answered(b) - answered(a))[0];
+  const shown = [
+    own && { name: own.version, points: own.points },
+    other && { name: other.version, dashed: true, points: other.points },
+  ].filter(Boolean);
+  const to = Date.now();
+  const from = to - SPANS[span].ms;
+  const chart = (label, write, value, high) =>
+    timeline(
+      shown.map(({ name, dashed, points }) => ({
+        name,
+        dashed,
+        points: points
+          .map((it) => ({ at: Date.parse(it.start), value: value(it), high: high?.(it) }))
+          .filter((it) => it.value !== undefined && it.at >= from),
+      })),
+      { label, write, from, to },
+    );
+  const choose = (name) => () => {
+    state.span = name;
+    reload();
+  };
+  const json = telemetryPath(parameters, state);
+  const tools = h(
+    "div.choices",
+    { role: "group", "aria-label": "Time" },
+    Object.entries(SPANS).map(([name, { label }]) =>
+      h(
+        "button.choice",
+        {
+          type: "button",
+          "data-key": name,
+          "data-tone": "busy",
+          "aria-pressed": String(name === span),
+          on: { click: choose(name) },
+        },
+        label,
+      ),
+    ),
+    h(
+      "button.quiet",
+      { type: "button", title: `GET ${json}`, on: { click: () => showJson(json) } },
+      "JSON",
+    ),
+  );
+  const share = (it) => (it.answered + it.errors ? it.errors / (it.answered + it.errors) : undefined);
+  return section(
+    "In use",
+    { id: "use", aside: tools, hint: "what the devices on which it runs have counted" },
+    shown.length
+      ? [
+          h(
+            "p.legend",
+            null,
+            shown.map(({ name, dashed, points }) =>
+              h(
+                "span.line-name",
+                { "data-key": name },
+                h(dashed ? "span.line-mark.dashed" : "span.line-mark", { "aria-hidden": "true" }),
+                h("strong", null, name),
+                h("span.faint", null, ` ${count(points.reduce((n, it) => n + it.answered, 0))} answers`),
+              ),
+            ),
+          ),
+          h(
+            "div.charts",
+            null,
+            chart("tokens per second, median", number, (it) => it.tokens_per_s?.p50),
+            chart(
+              "time to first token, median and 95 %",
+              duration,
+              (it) => it.first_token_ms?.p50,
+              (it) => it.first_token_ms?.p95,
+            ),
+            chart("requests that failed by our fault", (it) => percent(it, 2), share),
+            chart(
+              "peak memory, median and 95 %",
+              bytes,
+              (it) => it.memory_bytes?.p50,
+              (it) => it.memory_bytes?.p95,
+            ),
+          ),
+        ]
+      : h("p.faint", null, `No device has counted anything of it in the last ${SPANS[span].label}.`),
+    h(
+      "div.as-command",
+      null,
+      commandLine(
+        `slm fleet telemetry --running ${parameters.model}${span === "day" ? " --by-day" : ""}`,
+      ),
+    ),
+  );
+}
 
 function chartBlock(variants) {
   const chart = qualityOverSize(variants);

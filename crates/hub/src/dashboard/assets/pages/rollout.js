@@ -372,20 +372,22 @@ function timeline(rollout) {
   );
 }
 
+/** How many devices a wave takes, in words. */
+export const waveSize = (wave) =>
+  wave === "rest"
+    ? "the rest"
+    : wave.count !== undefined
+      ? plural(wave.count, "device")
+      : `${wave.percent} %`;
+
 function policy(rollout) {
   const { policy: asked } = rollout;
-  const size = (wave) =>
-    wave === "rest"
-      ? "the rest"
-      : wave.count !== undefined
-        ? plural(wave.count, "device")
-        : `${wave.percent} %`;
   return section(
     "Policy",
     { id: "policy" },
     facts([
       ["Devices", h("code", null, asked.selector)],
-      ["Waves", asked.waves.map(size).join(", then ")],
+      ["Waves", asked.waves.map(waveSize).join(", then ")],
       ["Failures allowed", `${count(asked.max_failures ?? 0)} in a wave`],
       ["Bake", asked.bake_s ? seconds(asked.bake_s) : "none"],
       ["Time to confirm", seconds(asked.confirm_timeout_s)],
