@@ -40,14 +40,12 @@ pub(crate) struct Hub {
     // --- what is stored
     /// In the order of their ids, which is that of their numbers.
     pub devices: Vec<FleetDevice>,
-    /// The newest report's number of each device.
-    pub sequences: Vec<u64>,
+    pub heard: Vec<Heard>,
     pub active: Vec<RolloutRecord>,
     pub ended: Vec<RolloutRecord>,
     quarantine: BTreeSet<(Digest, ClassName)>,
     completed: Vec<CompletedRollout>,
     // --- what a crash takes
-    snapshots: Vec<Option<Arc<Snapshot>>>,
     changed: BTreeSet<DeviceId>,
     everything: bool,
     decide_at: Option<Time>,
@@ -61,7 +59,22 @@ pub(crate) struct Hub {
     pub armed: Vec<(Moment, HubWork, Time)>,
     pub decisions: u64,
     compare_plans: bool,
+    /// Whether somebody wants to know what devices count.
+    weighs_evidence: bool,
     sabotage: Option<Sabotage>,
+}
+
+/// What every poll and every report asks about a device, side by side: a large fleet is in no cache, and
+/// each other place costs as much as all that is done with it.
+#[derive(Clone, Default)]
+pub(crate) struct Heard {
+    /// The newest report's number.
+    pub sequence: u64,
+    /// The generation that it is told.
+    pub generation: u64,
+    last_seen: Time,
+    /// What it said last; a crash takes this.
+    snapshot: Option<Arc<Snapshot>>,
 }
 
 /// What became of something that the hub did.
@@ -138,12 +151,11 @@ impl Hub {
         };
         Ok(Self {
             devices,
-            sequences: vec![0; count],
+            heard: vec![Heard::default(); count],
             active: Vec::new(),
             ended: Vec::new(),
             quarantine: BTreeSet::new(),
             completed: vec![before],
-            snapshots: vec![None; count],
             changed: BTreeSet::new(),
             everything: true,
             decide_at: None,
@@ -155,6 +167,7 @@ impl Hub {
             armed: Vec::new(),
             decisions: 0,
             compare_plans,
+            weighs_evidence: spec.rollouts.iter().any(|rollout| rollout.policy.gate.is_some()),
             sabotage,
         })
     }
@@ -194,7 +207,7 @@ impl Hub {
         self.is_up = false;
         self.up_at = until.max(self.up_at);
         self.epoch += 1;
-        self.snapshots.fill(None);
+        self.heard.iter_mut().for_each(|heard| heard.snapshot = None);
         self.changed.clear();
         self.unstored.clear();
         (self.decide_at, self.deadline) = (None, None);
@@ -210,7 +223,7 @@ impl Hub {
 
     /// Whether a report says what is known, so that storing it is of no interest to anyone.
     pub(crate) fn knows(&self, device: usize, snapshot: &Arc<Snapshot>) -> bool {
-        let known = self.snapshots[device].as_ref();
+        let known = self.heard[device].snapshot.as_ref();
         self.armed.is_empty()
             && self.sabotage.is_none()
             && known.is_some_and(|known| Arc::ptr_eq(known, snapshot) || known == snapshot)
@@ -224,10 +237,12 @@ impl Hub {
         sequence: u64,
         evidence: Option<Evidence>,
     ) {
-        self.sequences[device] = self.sequences[device].max(sequence);
-        let place = &mut self.devices[device];
-        place.last_seen = now.timestamp();
-        if let Some(report) = &mut place.report {
+        let heard = &mut self.heard[device];
+        heard.sequence = heard.sequence.max(sequence);
+        heard.last_seen = now;
+        if self.weighs_evidence
+            && let Some(report) = &mut self.devices[device].report
+        {
             report.evidence = evidence;
         }
     }
@@ -238,7 +253,7 @@ impl Hub {
     }
 
     pub(crate) fn seen(&mut self, now: Time, device: usize) {
-        self.devices[device].last_seen = now.timestamp();
+        self.heard[device].last_seen = now;
     }
 
     /// Takes in a report. True: it is stored, or was before. Otherwise the hub crashed for so long,
@@ -274,12 +289,12 @@ impl Hub {
         evidence: Option<Evidence>,
         sequence: u64,
     ) {
-        let place = &mut self.devices[device];
-        place.last_seen = now.timestamp();
-        if sequence <= self.sequences[device] {
+        let (place, heard) = (&mut self.devices[device], &mut self.heard[device]);
+        heard.last_seen = now;
+        if sequence <= heard.sequence {
             return;
         }
-        self.sequences[device] = sequence;
+        heard.sequence = sequence;
         let downloading = |phase: &Phase| matches!(phase, Phase::Downloading { .. });
         let news = place.report.as_ref().is_none_or(|before| {
             before.generation != snapshot.generation
@@ -316,10 +331,17 @@ impl Hub {
             self.changed.insert(place.id.clone());
             self.wake(now);
         }
-        self.snapshots[device] = Some(snapshot);
+        self.heard[device].snapshot = Some(snapshot);
     }
 
     // --- deciding
+
+    /// Tells decisions when devices were last heard of.
+    fn catch_up(&mut self) {
+        for (device, heard) in self.devices.iter_mut().zip(&self.heard) {
+            device.last_seen = heard.last_seen.timestamp();
+        }
+    }
 
     /// Decides until nothing changes any more, each time in one transaction.
     pub(crate) fn decide(&mut self, now: Time, catalog: &Catalog, watch: &mut Watch) -> Done {
@@ -327,6 +349,7 @@ impl Hub {
         for (device, snapshot, evidence, sequence) in std::mem::take(&mut self.unstored) {
             self.store(now, device, snapshot, evidence, sequence);
         }
+        self.catch_up();
         let mut told = Vec::new();
         for _ in 0..MAX_ROUNDS {
             self.decisions += 1;
@@ -457,6 +480,7 @@ impl Hub {
             }
             let number = number_of(&assignment.device);
             watch.assignment(now, number, &assignment, self, catalog);
+            self.heard[number].generation = assignment.desired.generation;
             self.devices[number].desired = assignment.desired;
             self.changed.insert(assignment.device);
             told.push(number);
@@ -506,6 +530,7 @@ impl Hub {
         catalog: &Catalog,
         watch: &mut Watch,
     ) -> Result<Vec<usize>, String> {
+        self.catch_up();
         let world = self.world(now, catalog);
         let created = rollout::create(rollout_id(rollout), asked, OPERATOR, &world, &self.active)
             .map_err(|error| error.to_string())?;
@@ -574,6 +599,7 @@ impl Hub {
         catalog: &Catalog,
         watch: &mut Watch,
     ) -> Vec<usize> {
+        self.catch_up();
         let world = self.world(now, catalog);
         let Ok((changed, targets)) = rollout::command(record, command, by, &world) else {
             return Vec::new();

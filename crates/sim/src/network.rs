@@ -176,7 +176,7 @@ impl Simulation<'_> {
                 if !reply {
                     return;
                 }
-                if known == Some(self.hub.devices[number].desired.generation) {
+                if known == Some(self.hub.heard[number].generation) {
                     let at = Time(there_and_back + u64::from(wait_s) * SECOND);
                     return self.later(number, at, id, Work::Held);
                 }

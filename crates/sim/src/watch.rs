@@ -61,7 +61,7 @@ struct Seen {
     /// The newest generation that it reported.
     reported: u64,
     /// What this very process was told, and under which rules.
-    wanted: Option<(Digest, DeviceRules)>,
+    wanted: Option<Box<(Digest, DeviceRules)>>,
 }
 
 /// A rollout's waves, as its policy means them.
@@ -302,13 +302,14 @@ impl Watch {
         if desired.generation >= seen.told {
             seen.told = desired.generation;
             let manifest = desired.model.as_ref().map(|model| model.manifest);
-            seen.wanted = manifest.map(|manifest| (manifest, desired.rules.clone()));
+            seen.wanted = manifest.map(|manifest| Box::new((manifest, desired.rules.clone())));
         }
     }
 
     /// A device starts: it knows what its ledger says.
     pub(crate) fn booted(&mut self, device: &Device) {
-        self.seen[device.number as usize].wanted.clone_from(&device.durable.wanted);
+        let wanted = device.durable.wanted.clone().map(Box::new);
+        self.seen[device.number as usize].wanted = wanted;
     }
 
     /// The hub is back: whatever it has told or thanked for is there.
@@ -333,7 +334,7 @@ impl Watch {
     }
 
     fn stored(&mut self, now: Time, device: usize, hub: &Hub) {
-        let (thanked, stored) = (self.seen[device].acknowledged, hub.sequences[device]);
+        let (thanked, stored) = (self.seen[device].acknowledged, hub.heard[device].sequence);
         // A sabotaged hub may still be going to store it.
         if stored < thanked && !hub.is_waiting_to_store() {
             let what =
@@ -439,7 +440,7 @@ impl Watch {
     ) -> bool {
         // What it was told counts, durable or not.
         let seen = &self.seen[device.number as usize];
-        let wanted = [device.durable.wanted.as_ref(), seen.wanted.as_ref()];
+        let wanted = [device.durable.wanted.as_ref(), seen.wanted.as_deref()];
         let mut rules = wanted.into_iter().flatten().filter(|(what, _)| *what == manifest);
         !kept(device, manifest) && rules.any(|(_, rules)| broken(rules))
     }
