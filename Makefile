@@ -73,7 +73,7 @@ bench: build ## Measures the reference model and its variants on this machine
 
 .PHONY: gate-curves
 gate-curves: ## Measures how soon the gate between waves sees an effect (docs/gates.md)
-	cargo test --release -p slmops-fleet-core --lib detection_curves -- --ignored --nocapture
+	cargo test --release -p slmops-fleet-core --lib curves -- --ignored --nocapture
 
 .PHONY: install
 install: build ## Installs slm and slm-agent into PREFIX/bin (default ~/.local/bin)

@@ -34,6 +34,9 @@ pub struct Config {
     pub stall_timeout_ms: u64,
     /// How long reading and hashing local files may take.
     pub verify_timeout_ms: u64,
+    /// How long replaying a package's prompts on two versions may take, at most; never more than a
+    /// quarter of the time that a device has to confirm.
+    pub replay_limit_ms: u64,
     /// How long one write of the ledger may take.
     pub save_timeout_ms: u64,
     /// How long loading a model that the ledger names may take, at boot or when going back.
@@ -60,6 +63,7 @@ impl Default for Config {
             answer_timeout_ms: 60_000,
             stall_timeout_ms: 120_000,
             verify_timeout_ms: 900_000,
+            replay_limit_ms: 60_000,
             save_timeout_ms: 60_000,
             restore_timeout_ms: 300_000,
             watch_ms: 600_000,

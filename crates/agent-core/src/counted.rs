@@ -1,6 +1,6 @@
 //! What is counted of the running model: the engine's counters, told apart by manifest.
 
-use slmops_api::evidence::{Evidence, EvidenceCounts};
+use slmops_api::evidence::{Evidence, EvidenceCounts, Replay};
 use slmops_artifact::Digest;
 
 /// Attributes the growth of the engine's counters to the model that runs.
@@ -9,17 +9,24 @@ pub struct Counted {
     evidence: Option<Evidence>,
     /// The engine's counters when they were last looked at.
     seen: EvidenceCounts,
+    /// What the prompts of a manifest that does not run yet lost against the one that does.
+    replayed: Option<(Digest, Replay)>,
 }
 
 impl Counted {
     /// Goes on from what was saved before this start, whose counters begin at zero.
     pub fn from(saved: Option<Evidence>) -> Self {
-        Self { evidence: saved, seen: EvidenceCounts::default() }
+        Self { evidence: saved, ..Self::default() }
     }
 
     /// What is counted so far, of the model that ran last.
     pub fn evidence(&self) -> Option<&Evidence> {
         self.evidence.as_ref()
+    }
+
+    /// The prompts of `manifest` were replayed. That is known of it once it runs.
+    pub fn replayed(&mut self, manifest: Digest, replay: Replay) {
+        self.replayed = Some((manifest, replay));
     }
 
     /// Takes in the engine's counters. What came between the last look at one model and the first
@@ -41,7 +48,9 @@ impl Counted {
                     peak_memory_bytes: growth.peak_memory_bytes,
                     ..EvidenceCounts::default()
                 };
-                self.evidence = Some(Evidence { manifest, counts });
+                let replayed = self.replayed.take_if(|(replayed, _)| *replayed == manifest);
+                let replay = replayed.map(|(_, replay)| replay);
+                self.evidence = Some(Evidence { manifest, counts, replay });
             }
         }
         self.evidence.as_ref()
@@ -54,6 +63,22 @@ mod tests {
 
     fn counters(answered: u64, peak_memory_bytes: u64) -> EvidenceCounts {
         EvidenceCounts { answered, peak_memory_bytes, ..EvidenceCounts::default() }
+    }
+
+    #[test]
+    fn a_replay_is_told_of_the_model_that_it_was_about() {
+        let (old, new, newer) = (Digest::of(b"old"), Digest::of(b"new"), Digest::of(b"newer"));
+        let mut counted = Counted::from(None);
+        counted.update(Some(old), counters(1, 10));
+        let replay = Replay { before: old, losses_nats: vec![0.5, -0.25] };
+        counted.replayed(new, replay.clone());
+        assert_eq!(counted.update(Some(old), counters(2, 10)).unwrap().replay, None);
+        let found = counted.update(Some(new), counters(3, 10)).unwrap().clone();
+        assert_eq!(found.replay, Some(replay));
+        // Over a restart too, and no longer than it runs.
+        let mut counted = Counted::from(Some(found.clone()));
+        assert_eq!(counted.update(Some(new), counters(1, 10)).unwrap().replay, found.replay);
+        assert_eq!(counted.update(Some(newer), counters(2, 10)).unwrap().replay, None);
     }
 
     #[test]

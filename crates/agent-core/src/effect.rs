@@ -70,6 +70,9 @@ pub enum Effect {
         package: Package,
         /// Whether the worker is the one that serves now, asked as a user would ask.
         live: bool,
+        /// Once all have passed, the package's replay prompts are scored by the worker that serves
+        /// and by this one, as far as the time goes. What comes of it is evidence for the hub.
+        replay: Option<ReplayOrder>,
     },
     /// Let new requests go to a staged worker; the one before finishes its own and ends.
     Activate {
@@ -104,6 +107,15 @@ pub enum Effect {
     },
     /// End the serving worker: there is no model to go back to. Has no answer.
     StopServing,
+}
+
+/// What to replay a package's prompts against, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplayOrder {
+    /// The manifest that serves.
+    pub before: Digest,
+    /// Milliseconds that it may take.
+    pub limit_ms: u64,
 }
 
 /// Something in the way that is not the model's fault.

@@ -16,7 +16,7 @@ pub use config::{Config, Millis};
 pub use counted::Counted;
 pub use effect::{
     Around, Death, Effect, EffectId, Event, FetchError, Loaded, Obstacle, Polled, ProbeError,
-    Probed, StageError, VerifyError,
+    Probed, ReplayOrder, StageError, VerifyError,
 };
 pub use ledger::{
     Blob, Candidate, Deployment, LEDGER_VERSION, Ledger, LedgerError, MAX_LEDGER_BYTES,

@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use slmops_agent_core::{
-    Death, Deployment, EffectId, Event, Loaded, Obstacle, Package, ProbeError, Probed, StageError,
-    VerifyError,
+    Death, Deployment, EffectId, Event, Loaded, Obstacle, Package, ProbeError, Probed, ReplayOrder,
+    StageError, VerifyError,
 };
 use slmops_api::device::{Telemetry, WaitCause};
-use slmops_api::evidence::EvidenceCounts;
-use slmops_api::probe::{MAX_PROBES, ProbeResult, ProbeSet};
+use slmops_api::evidence::{EvidenceCounts, Replay};
+use slmops_api::probe::{MAX_PROBES, MAX_REPLAY, ProbeResult, ProbeSet};
 use slmops_artifact::Digest;
 use slmops_inference::child::ChildError;
 use slmops_inference::host::{HostEvent, ModelHost, ModelSpec, Staged};
@@ -47,6 +47,8 @@ pub struct Engine {
 struct Workers {
     staged: HashMap<EffectId, Staged>,
     active: Option<EffectId>,
+    /// Of which manifest the prompts were replayed last, and what came of it.
+    replayed: Option<(Digest, Replay)>,
 }
 
 impl Engine {
@@ -102,7 +104,8 @@ impl Engine {
     }
 
     /// Runs the golden probes of a package on a worker; for the one that serves also one request
-    /// through the device's own endpoint.
+    /// through the device's own endpoint. Where it is ordered and they pass, the package's prompts are
+    /// replayed: see [`Engine::take_replayed`].
     ///
     /// # Errors
     /// As [`ProbeError`] says.
@@ -111,6 +114,7 @@ impl Engine {
         id: EffectId,
         package: &Package,
         live: bool,
+        replay: Option<ReplayOrder>,
     ) -> Result<Probed, ProbeError> {
         let probes = self.probes(package)?;
         let worker = match live {
@@ -139,10 +143,38 @@ impl Engine {
             results.truncate(MAX_PROBES - 1);
             results.push(answer);
         }
+        if let Some(order) = replay.filter(|_| results.iter().all(|result| result.passed)) {
+            self.replay(&worker, package, &probes, order).await;
+        }
         if let Some(ending) = worker.ending() {
             return Err(ProbeError::Died(death(&ending.how)));
         }
         Ok(Probed { results, memory_bytes: worker.memory().resident_bytes })
+    }
+
+    async fn replay(
+        &self,
+        worker: &Worker,
+        package: &Package,
+        probes: &ProbeSet,
+        order: ReplayOrder,
+    ) {
+        if probes.replay.is_empty() {
+            return;
+        }
+        let limit = Duration::from_millis(order.limit_ms);
+        let serving = tokio::time::timeout(limit, self.host.worker()).await;
+        let Ok(Ok((_, serving))) = serving else { return };
+        let losses = probe::replay(&serving, worker, &probes.replay, limit).await;
+        // Four decimals are far below what any prompt is sure of.
+        let losses_nats = losses.into_iter().map(|loss| (loss * 1e4).round() / 1e4).collect();
+        let replay = Replay { before: order.before, losses_nats };
+        self.lock().replayed = Some((package.manifest, replay));
+    }
+
+    /// What came of the last replay, and the manifest whose prompts they were; said once.
+    pub fn take_replayed(&self) -> Option<(Digest, Replay)> {
+        self.lock().replayed.take()
     }
 
     /// Turns new requests to a staged worker.
@@ -224,7 +256,8 @@ impl Engine {
 fn parse_probes(bytes: &[u8]) -> Result<ProbeSet, ProbeError> {
     let probes: ProbeSet = serde_json::from_slice(bytes).map_err(|_| ProbeError::Package)?;
     let count = probes.probes.len();
-    match probes.version == 1 && (1..=MAX_PROBES).contains(&count) {
+    let bounded = (1..=MAX_PROBES).contains(&count) && probes.replay.len() <= MAX_REPLAY;
+    match probes.version == 1 && bounded {
         true => Ok(probes),
         false => Err(ProbeError::Package),
     }
@@ -322,8 +355,11 @@ pub async fn probe_once(
 ) -> Result<Vec<ProbeResult>, WorkerError> {
     let (events, _) = mpsc::channel(1);
     let engine = Engine::new(state.clone(), events);
-    let probes =
-        engine.probes(&deployment.package).unwrap_or(ProbeSet { version: 1, probes: Vec::new() });
+    let probes = engine.probes(&deployment.package).unwrap_or(ProbeSet {
+        version: 1,
+        probes: Vec::new(),
+        replay: Vec::new(),
+    });
     let worker = Worker::spawn(engine.spec(deployment).worker).await?;
     Ok(probe::run(&worker, &probes).await)
 }

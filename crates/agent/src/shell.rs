@@ -301,10 +301,11 @@ impl Running {
                     Event::Staged { id, result: engine.stage(id, &deployment).await }
                 });
             }
-            Effect::Probe { id, worker, package, live } => {
+            Effect::Probe { id, worker, package, live, replay } => {
                 let engine = Arc::clone(&self.engine);
                 self.spawn(id, async move {
-                    Event::Probed { id, result: engine.probe(worker, &package, live).await }
+                    let result = engine.probe(worker, &package, live, replay).await;
+                    Event::Probed { id, result }
                 });
             }
             Effect::Activate { id, worker } => {
@@ -382,6 +383,9 @@ impl Running {
             ..self.engine.evidence()
         };
         let running = snapshot.running.as_ref().map(|running| running.manifest);
+        if let Some((manifest, replay)) = self.engine.take_replayed() {
+            self.counted.replayed(manifest, replay);
+        }
         let evidence = self.counted.update(running, counters).cloned();
         if let Some(evidence) = &evidence {
             self.state.save_evidence(evidence);

@@ -14,6 +14,21 @@ pub struct Evidence {
     /// The numbers.
     #[serde(flatten)]
     pub counts: EvidenceCounts,
+    /// What the version before and this one made of the same prompts, right before the switch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<Replay>,
+}
+
+/// The replay prompts of a package, scored by two versions on the same device. Numbers only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Replay {
+    /// The manifest of the version that served then.
+    #[schema(value_type = String)]
+    pub before: Digest,
+    /// Of each prompt that both scored in time, in the package's order: what its answer lost of its
+    /// log-probability, in nats per token. Below 0 it gained. At most
+    /// [`MAX_REPLAY`](crate::probe::MAX_REPLAY).
+    pub losses_nats: Vec<f64>,
 }
 
 /// The numbers of [`Evidence`]; all but the memory's peak only grow. Those that an older agent does not

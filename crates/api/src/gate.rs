@@ -34,11 +34,13 @@ pub enum Metric {
     Memory,
     /// Entropy of the next token: how unsure the model is.
     Entropy,
+    /// Perplexity of the package's replay prompts, against the version before on the same device.
+    Replay,
 }
 
 impl Metric {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Errors,
         Self::Crashes,
         Self::Empty,
@@ -51,6 +53,7 @@ impl Metric {
         Self::TokenTime,
         Self::Memory,
         Self::Entropy,
+        Self::Replay,
     ];
 
     /// Its name, as in JSON.
@@ -68,12 +71,16 @@ impl Metric {
             Self::TokenTime => "token_time",
             Self::Memory => "memory",
             Self::Entropy => "entropy",
+            Self::Replay => "replay",
         }
     }
 
     /// Whether it counts events; the others are compared as ratios to before.
     pub fn is_count(self) -> bool {
-        !matches!(self, Self::FirstToken | Self::TokenTime | Self::Memory | Self::Entropy)
+        !matches!(
+            self,
+            Self::FirstToken | Self::TokenTime | Self::Memory | Self::Entropy | Self::Replay
+        )
     }
 
     /// The loss in thousandths up to which a difference is let be where the policy does not say.
@@ -84,7 +91,7 @@ impl Metric {
             Self::Errors | Self::Empty | Self::Repetition => 20,
             Self::Crashes | Self::Truncated | Self::Refusals => 50,
             Self::InvalidJson | Self::ThumbsDown => 100,
-            Self::Memory => 100,
+            Self::Memory | Self::Replay => 100,
             Self::FirstToken | Self::TokenTime | Self::Entropy => 250,
         }
     }

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 pub const PROBES_FILE: &str = "probes.json";
 /// The most probes in one set.
 pub const MAX_PROBES: usize = 64;
+/// The most prompts of one set that are replayed.
+pub const MAX_REPLAY: usize = 64;
 
 /// The probes of a package, in the order in which they are run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -15,6 +17,23 @@ pub struct ProbeSet {
     pub version: u32,
     /// The probes; at most [`MAX_PROBES`].
     pub probes: Vec<Probe>,
+    /// Prompts that are replayed side by side on the version that serves and on this one; at most
+    /// [`MAX_REPLAY`]. They decide nothing on the device: the gate between waves compares. None in
+    /// packages of older publishers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub replay: Vec<ReplayPrompt>,
+}
+
+/// A prompt with the reference's own answer, to be scored by two versions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ReplayPrompt {
+    /// The user's message, as in [`Probe::prompt`].
+    pub prompt: String,
+    /// As in [`Probe::raw`].
+    #[serde(default)]
+    pub raw: bool,
+    /// What is scored.
+    pub answer: String,
 }
 
 /// One question with the answer that a healthy model gives.

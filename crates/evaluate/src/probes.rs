@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use slmops_api::probe::{Expectation, Probe, ProbeSet};
+use slmops_api::probe::{Expectation, Probe, ProbeSet, ReplayPrompt};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_inference::probe;
 use slmops_inference::worker::{GenerateRequest, Worker, WorkerError, WorkerSpec};
@@ -28,6 +28,8 @@ const SURE_NATS: f64 = 1.0;
 const VARIANT_SURE_NATS: f64 = 0.3;
 /// Tokens of a golden continuation, at most.
 const CONTINUATION_TOKENS: u32 = 24;
+/// Tokens of an answer that is replayed, at most: there are many, and devices score each twice.
+const REPLAY_TOKENS: u32 = 16;
 /// Bytes of a golden continuation, at least: shorter ones say too little.
 const MIN_CONTINUATION_BYTES: usize = 12;
 /// Knowledge probes in one set, at most.
@@ -55,6 +57,86 @@ const OPENINGS: &[&str] = &[
     "He looked at the King and said,",
     "It was a very",
     "In the morning they",
+];
+
+/// What is replayed on both versions, of a model with a chat template. No probe asks the same.
+const REPLAY_QUESTIONS: &[&str] = &[
+    "What is the capital of Italy?",
+    "What colour is the sky on a clear day?",
+    "How many days are in a week?",
+    "Name a large animal that lives in the sea.",
+    "What do you use to cut paper?",
+    "Write a short greeting for a new customer.",
+    "What is the opposite of cold?",
+    "Give one reason to drink water.",
+    "What happens to ice when it gets warm?",
+    "Name two things that people eat for breakfast.",
+    "What is two plus three?",
+    "Finish the sentence: The cat sat on the",
+    "Which season comes after summer?",
+    "What does a doctor do?",
+    "Write one sentence about the moon.",
+    "How do you say thank you politely?",
+    "What is a library for?",
+    "Name a tool that carpenters use.",
+    "Why do plants need light?",
+    "What is the largest planet of our solar system?",
+    "Describe a rainy day in one sentence.",
+    "What should you do before you cross a street?",
+    "Name three colours.",
+    "What is bread made of?",
+    "Explain what a map is.",
+    "What sound does a dog make?",
+    "Give a name for a small boat.",
+    "What is the freezing point of water?",
+    "How can someone save money?",
+    "Write a polite reply to a customer who waits for a parcel.",
+    "What do people do at a market?",
+    "Which animal gives us wool?",
+    "Tell me one thing about the sun.",
+    "What comes after the letter B in the alphabet?",
+    "Why do we sleep?",
+    "Name a musical instrument with strings.",
+];
+
+/// What is replayed of a model without one.
+const REPLAY_OPENINGS: &[&str] = &[
+    "The little girl looked up and",
+    "One day, a boy went to the",
+    "It was late at night when",
+    "The old man sat down and",
+    "There was no sound but the",
+    "They walked along the road until",
+    "\"I do not know,\" said the",
+    "At last the door",
+    "The dog ran into the",
+    "She had never seen such a",
+    "On the table there was a",
+    "He took the letter and",
+    "The children began to",
+    "Far away, behind the hills,",
+    "The queen was very",
+    "After a while the rain",
+    "When the clock struck twelve,",
+    "My mother told me that",
+    "The ship sailed across the",
+    "In the middle of the garden",
+    "He was so tired that he",
+    "The bird sat in the tree and",
+    "\"Come here,\" she said, and",
+    "Nobody in the town knew",
+    "The fire burned and the",
+    "They were all very glad to",
+    "As soon as he heard this, he",
+    "The water was cold and",
+    "For a long time she",
+    "The man with the hat",
+    "Down in the valley there",
+    "Before they could answer, the",
+    "The horse stopped at the",
+    "I have often thought that",
+    "The next morning, everyone",
+    "With a loud cry the",
 ];
 
 /// Facts of which some must be known: prompt, right answer, wrong ones.
@@ -94,6 +176,7 @@ pub enum ProbesError {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Golden {
     probes: Vec<Probe>,
+    replay: Vec<ReplayPrompt>,
 }
 
 /// Asks the reference: golden continuations, and the facts of which it is sure. Of `runtime`, the
@@ -113,7 +196,8 @@ pub async fn ask(reference: &Path, runtime: &RuntimeConfig) -> Result<Golden, Pr
     Ok(golden)
 }
 
-/// The probe set of one variant: the golden probes with floors from what this variant scores.
+/// The probe set of one variant: the golden probes with floors from what this variant scores, and the
+/// prompts that devices replay.
 /// A fact that the variant itself does not hold for sure is left out.
 ///
 /// # Errors
@@ -164,11 +248,7 @@ async fn ask_worker(worker: &Worker) -> Result<Golden, WorkerError> {
                 floor: 0.0,
             },
         };
-        let asked = probe::prompt(worker, &golden)?;
-        let request = GenerateRequest::greedy(asked, CONTINUATION_TOKENS);
-        let (answer, _) = worker.generate(request)?.finish().await?;
-        // A cut character at the end would be scored as something else.
-        let text = answer.text.trim_end_matches(char::REPLACEMENT_CHARACTER).to_owned();
+        let text = greedy_answer(worker, prompt, raw, CONTINUATION_TOKENS).await?;
         if text.trim().len() < MIN_CONTINUATION_BYTES {
             continue;
         }
@@ -196,7 +276,26 @@ async fn ask_worker(worker: &Worker) -> Result<Golden, WorkerError> {
             facts += 1;
         }
     }
-    Ok(Golden { probes })
+    let mut replay = Vec::new();
+    for prompt in if raw { REPLAY_OPENINGS } else { REPLAY_QUESTIONS } {
+        let answer = greedy_answer(worker, prompt, raw, REPLAY_TOKENS).await?;
+        if !answer.trim().is_empty() {
+            replay.push(ReplayPrompt { prompt: (*prompt).to_owned(), raw, answer });
+        }
+    }
+    Ok(Golden { probes, replay })
+}
+
+async fn greedy_answer(
+    worker: &Worker,
+    prompt: &str,
+    raw: bool,
+    max_tokens: u32,
+) -> Result<String, WorkerError> {
+    let request = GenerateRequest::greedy(probe::prompt(worker, prompt, raw)?, max_tokens);
+    let (answer, _) = worker.generate(request)?.finish().await?;
+    // A cut character at the end would be scored as something else.
+    Ok(answer.text.trim_end_matches(char::REPLACEMENT_CHARACTER).to_owned())
 }
 
 async fn set_floors(golden: &Golden, worker: &Worker) -> Result<ProbeSet, WorkerError> {
@@ -214,7 +313,7 @@ async fn set_floors(golden: &Golden, worker: &Worker) -> Result<ProbeSet, Worker
         }
         probes.push(probe);
     }
-    Ok(ProbeSet { version: FORMAT_VERSION, probes })
+    Ok(ProbeSet { version: FORMAT_VERSION, probes, replay: golden.replay.clone() })
 }
 
 /// Four decimals: what is read by people and is far below any margin.

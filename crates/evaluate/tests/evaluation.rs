@@ -183,6 +183,7 @@ async fn a_cache_folder_that_cannot_be_written_is_told() {
 
 #[tokio::test]
 async fn a_damaged_successor_fails_the_golden_probes_of_the_line() {
+    use slmops_inference::probe;
     use slmops_inference::worker::{Worker, WorkerSpec};
     let model = start();
     let folder = tempfile::tempdir().unwrap();
@@ -196,6 +197,9 @@ async fn a_damaged_successor_fails_the_golden_probes_of_the_line() {
 
     let broken = folder.path().join("broken.gguf");
     scramble(&variant, &broken);
+    assert!(set.replay.len() >= 30, "{} prompts to replay", set.replay.len());
+    let asked: Vec<&str> = set.probes.iter().map(|probe| probe.prompt.as_str()).collect();
+    assert!(set.replay.iter().all(|it| !asked.contains(&it.prompt.as_str())), "held out");
     for (path, healthy) in [(&variant, true), (&model, true), (&broken, false)] {
         let runtime = RuntimeConfig {
             context_tokens: 128,
@@ -204,15 +208,26 @@ async fn a_damaged_successor_fails_the_golden_probes_of_the_line() {
             threads: 1,
             ..Default::default()
         };
-        let spec = WorkerSpec { model_path: path.clone(), runtime };
-        let worker = Worker::spawn(spec).await.unwrap();
-        let results = slmops_inference::probe::run(&worker, &set).await;
+        let worker_spec = WorkerSpec { model_path: path.clone(), runtime };
+        let worker = Worker::spawn(worker_spec.clone()).await.unwrap();
+        let results = probe::run(&worker, &set).await;
         let passed = results.iter().filter(|result| result.passed).count();
         if healthy {
             assert_eq!(passed, results.len(), "{results:#?}");
         } else {
             assert!(passed < results.len() / 2, "{results:#?}");
         }
+        let spec = WorkerSpec { model_path: model.clone(), ..worker_spec };
+        let reference = Worker::spawn(spec).await.unwrap();
+        let minute = std::time::Duration::from_secs(60);
+        let losses = probe::replay(&reference, &worker, &set.replay, minute).await;
+        assert_eq!(losses.len(), set.replay.len());
+        let mean = losses.iter().sum::<f64>() / losses.len() as f64;
+        // Eight bits cost hundredths of a nat, scrambled layers whole nats.
+        assert!(if healthy { mean.abs() < 0.05 } else { mean > 0.5 }, "{mean}");
+        let none = std::time::Duration::ZERO;
+        assert!(probe::replay(&reference, &worker, &set.replay, none).await.is_empty());
+        reference.drain().await;
         worker.drain().await;
     }
 

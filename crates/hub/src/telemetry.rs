@@ -116,7 +116,7 @@ impl Counts {
     pub fn of(before: Option<&DeviceReport>, report: &DeviceReport) -> Option<Self> {
         let running = report.running.as_ref()?;
         let about = |report: &DeviceReport| -> Option<EvidenceCounts> {
-            let Evidence { manifest, counts } = report.evidence.as_ref()?;
+            let Evidence { manifest, counts, .. } = report.evidence.as_ref()?;
             (*manifest == running.manifest).then_some(*counts)
         };
         let mut counts = Self { reports: 1, ..Self::default() };

@@ -1,11 +1,11 @@
 //! Running golden probes: the examination that a package carries.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use slmops_api::probe::{Expectation, Probe, ProbeResult, ProbeSet};
+use slmops_api::probe::{Expectation, Probe, ProbeResult, ProbeSet, ReplayPrompt};
 
 use crate::chat::ChatMessage;
-use crate::worker::{GenerateRequest, Prompt, ScoreRequest, Worker, WorkerError};
+use crate::worker::{GenerateRequest, Prompt, Score, ScoreRequest, Worker, WorkerError};
 
 /// Runs all probes, in order; a probe whose run fails counts as not passed, without a value.
 pub async fn run(worker: &Worker, probes: &ProbeSet) -> Vec<ProbeResult> {
@@ -52,7 +52,7 @@ pub fn floor(probe: &Probe) -> f64 {
 /// # Errors
 /// The prompt does not fit, or the worker fails.
 pub async fn measure(worker: &Worker, probe: &Probe) -> Result<f64, WorkerError> {
-    let prompt = prompt(worker, probe)?;
+    let prompt = prompt(worker, &probe.prompt, probe.raw)?;
     match &probe.expect {
         Expectation::LogProbability { continuation, .. } => {
             let request = ScoreRequest { prompt, continuation: continuation.clone() };
@@ -81,13 +81,47 @@ pub async fn measure(worker: &Worker, probe: &Probe) -> Result<f64, WorkerError>
     }
 }
 
-/// The prompt of a probe for the model of this worker.
+/// A prompt for the model of this worker: as it stands if it is `raw`, else as a user's message.
 ///
 /// # Errors
 /// The chat template refuses it.
-pub fn prompt(worker: &Worker, probe: &Probe) -> Result<Prompt, WorkerError> {
-    if probe.raw {
-        return Ok(Prompt::Text(probe.prompt.clone()));
+pub fn prompt(worker: &Worker, text: &str, raw: bool) -> Result<Prompt, WorkerError> {
+    if raw {
+        return Ok(Prompt::Text(text.to_owned()));
     }
-    worker.chat_prompt(&[ChatMessage::user(probe.prompt.clone())])
+    worker.chat_prompt(&[ChatMessage::user(text.to_owned())])
+}
+
+/// Replays prompts on two workers, pair by pair, for at most `limit`: how much less probable each
+/// answer is to the second one, in nats per token (of its own). A pair that the time cuts in two is
+/// left out, and so is what either could not score.
+pub async fn replay(
+    before: &Worker,
+    after: &Worker,
+    prompts: &[ReplayPrompt],
+    limit: Duration,
+) -> Vec<f64> {
+    let mut losses = Vec::with_capacity(prompts.len());
+    let all = async {
+        for replayed in prompts {
+            let (Ok(before), Ok(after)) =
+                (score(before, replayed).await, score(after, replayed).await)
+            else {
+                continue;
+            };
+            // Another tokenizer has other tokens for the same text: what counts is the text.
+            let total = |score: &Score| score.logprobs.iter().sum::<f64>();
+            let loss = (total(&before) - total(&after)) / after.logprobs.len().max(1) as f64;
+            losses.extend(Some(loss).filter(|loss| loss.is_finite()));
+        }
+    };
+    if tokio::time::timeout(limit, all).await.is_err() {
+        tracing::info!("replayed {} of {} prompts in the time", losses.len(), prompts.len());
+    }
+    losses
+}
+
+async fn score(worker: &Worker, replayed: &ReplayPrompt) -> Result<Score, WorkerError> {
+    let prompt = prompt(worker, &replayed.prompt, replayed.raw)?;
+    worker.score(ScoreRequest { prompt, continuation: replayed.answer.clone() }).await
 }

@@ -422,8 +422,17 @@ impl Device {
                 }
                 Event::Staged { id, result }
             }
-            Effect::Probe { id, worker, live, .. } => {
-                Event::Probed { id, result: self.probe(worker, live, catalog, sabotage) }
+            Effect::Probe { id, worker, package, live, replay } => {
+                let result = self.probe(worker, live, catalog, sabotage);
+                let passed = |probed: &Probed| probed.results.iter().all(|result| result.passed);
+                if let (Some(order), Some(traffic)) = (replay, &mut self.traffic)
+                    && result.as_ref().is_ok_and(passed)
+                {
+                    let manifest = package.manifest;
+                    let seed = catalog.known(&manifest).release as u64;
+                    traffic.replayed(manifest, order.before, catalog.change(&manifest), seed);
+                }
+                Event::Probed { id, result }
             }
             Effect::Activate { id, worker } => {
                 let result = match self.worker(worker) {

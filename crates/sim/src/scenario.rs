@@ -228,7 +228,7 @@ fn random_rollout(rng: &mut ChaCha8Rng, minor: u64, hours: u32) -> RolloutSpec {
         health: match rng.random_range(0..5) {
             0 | 1 => Health::Good,
             4 => Health::WorseInUse {
-                metric: Metric::Errors,
+                metric: [Metric::Errors, Metric::Replay][rng.random_range(0..2)],
                 factor: f64::from(rng.random_range(2_u32..20)),
             },
             2 => Health::Bad { ailment, share: 1.0 },

@@ -6,7 +6,7 @@ use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::Counted;
-use slmops_api::evidence::{Evidence, EvidenceCounts};
+use slmops_api::evidence::{Evidence, EvidenceCounts, Replay};
 use slmops_api::gate::Metric;
 use slmops_artifact::Digest;
 
@@ -30,6 +30,11 @@ const INVALID_RATE: f64 = 0.03;
 /// Answers that are called good or bad, and of these bad ones.
 const THUMBS_RATE: f64 = 0.05;
 const DOWN_RATE: f64 = 0.2;
+/// Prompts that are replayed on two versions, and how much one prompt's loss differs from another's: by
+/// the file that is the same on all devices, and by the device.
+const REPLAY_PROMPTS: u32 = 36;
+const REPLAY_SPREAD_NATS: f64 = 0.2;
+const REPLAY_OF_DEVICE_NATS: f64 = 0.01;
 /// How unsure the model is of a typical token.
 const ENTROPY_NATS: f64 = 1.5;
 /// Tokens of an answer after its first.
@@ -105,6 +110,24 @@ impl Traffic {
     /// A worker ended unasked.
     pub(crate) fn crashed(&mut self) {
         self.counters.crashes += 1;
+    }
+
+    /// The prompts of a release (`seed` stands for its file) were replayed on it and on what serves.
+    pub(crate) fn replayed(
+        &mut self,
+        manifest: Digest,
+        before: Digest,
+        change: Option<Change>,
+        seed: u64,
+    ) {
+        let times = change.filter(|change| change.0 == Metric::Replay).map_or(1.0, |it| it.1);
+        let mut of_file = ChaCha8Rng::seed_from_u64(mix(seed));
+        let loss = |_| {
+            let of_file = REPLAY_SPREAD_NATS * normal(&mut of_file);
+            times.ln() + of_file + REPLAY_OF_DEVICE_NATS * normal(&mut self.rng)
+        };
+        let losses_nats = (0..REPLAY_PROMPTS).map(loss).collect();
+        self.counted.replayed(manifest, Replay { before, losses_nats });
     }
 
     /// What a report says of the model that runs.

@@ -283,6 +283,28 @@ fn a_release_that_is_five_times_worse_in_use_stays_in_its_canary() {
     }
 }
 
+/// One canary of five devices: nobody to compare it with is like enough, and the replay needs nobody.
+#[test]
+fn a_small_fleet_sees_a_worse_release_in_its_replay() {
+    let run = |seed, health| {
+        let mut spec = gated(seed, health);
+        spec.groups.truncate(1);
+        spec.groups[0].devices = 5;
+        let policy = &mut spec.rollouts[0].policy;
+        policy.waves = vec![WaveSize::Count(1), WaveSize::Rest];
+        policy.gate.as_mut().unwrap().allow = [(Metric::Replay, 100)].into();
+        report_of(&spec).rollouts.remove(0)
+    };
+    for seed in 0..10 {
+        let worse = Health::WorseInUse { metric: Metric::Replay, factor: 1.6 };
+        let rollout = run(seed, worse);
+        assert_eq!(rollout.state, Some(RolloutState::Halted), "{}", rollout.waiting_for);
+        assert_eq!(rollout.outcomes["pending"], 4);
+        let rollout = run(seed, Health::Good);
+        assert_eq!(rollout.state, Some(RolloutState::Completed), "{}", rollout.waiting_for);
+    }
+}
+
 /// At α = 1 %: of 40 releases that change nothing, two would be too many to be chance.
 #[test]
 fn a_release_that_is_the_same_in_use_is_not_halted() {

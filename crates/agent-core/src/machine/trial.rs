@@ -7,8 +7,8 @@ use slmops_api::probe::{MAX_PROBES, ProbeResult};
 use super::step::{Resume, Step, Target, Worker};
 use super::{Core, Serving};
 use crate::{
-    Candidate, Death, Effect, EffectId, Loaded, Millis, Outcome, ProbeError, Probed, Scope,
-    StageError,
+    Candidate, Death, Effect, EffectId, Loaded, Millis, Outcome, ProbeError, Probed, ReplayOrder,
+    Scope, StageError,
 };
 
 impl<R: Rng> Core<R> {
@@ -63,9 +63,18 @@ impl<R: Rng> Core<R> {
         let worker = Worker { id, effective: loaded.effective, probes: Vec::new() };
         let id = self.id();
         let package = target.package();
-        effects.push(Effect::Probe { id, worker: worker.id, package, live: false });
+        let replay = self.replay_order(&target);
+        effects.push(Effect::Probe { id, worker: worker.id, package, live: false, replay });
         let until = now + target.confirm_ms;
         self.step = Step::Probe { target, worker, id, until };
+    }
+
+    /// What serves beside a new version is what that is compared with.
+    fn replay_order(&self, target: &Target) -> Option<ReplayOrder> {
+        let serving = self.serving.as_ref().filter(|serving| serving.up)?;
+        let before = serving.deployment.package.manifest;
+        let limit_ms = self.config.replay_limit_ms.min(target.confirm_ms / 4);
+        (before != target.model.manifest).then_some(ReplayOrder { before, limit_ms })
     }
 
     pub(super) fn stage_failed(&mut self, now: Millis, mut target: Target, error: StageError) {
@@ -187,7 +196,7 @@ impl<R: Rng> Core<R> {
         let Some(serving) = &self.serving else { return };
         let (worker, package) = (serving.worker, target.package());
         let id = self.id();
-        effects.push(Effect::Probe { id, worker, package, live: true });
+        effects.push(Effect::Probe { id, worker, package, live: true, replay: None });
         let until = now + target.confirm_ms;
         self.step = Step::ProbeLive { target, id, until };
     }

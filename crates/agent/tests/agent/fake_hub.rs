@@ -342,7 +342,7 @@ impl Release {
         Self {
             version,
             weights,
-            probes: ProbeSet { version: 1, probes: vec![probe] },
+            probes: ProbeSet { version: 1, probes: vec![probe], replay: vec![] },
             stranger: false,
             tampered: false,
             unsigned: false,

@@ -2,6 +2,7 @@
 
 use slmops_agent::identity::MeteredLink;
 use slmops_api::device::{DeviceReport, Failure, Phase, WaitCause};
+use slmops_api::probe::ReplayPrompt;
 use slmops_api::rules::{DeviceRules, Metered};
 use slmops_artifact::Digest;
 use slmops_artifact::signing::PrivateKey;
@@ -100,6 +101,57 @@ async fn bad_releases_are_taken_back_and_the_good_one_keeps_answering() {
     let blobs = std::fs::read_dir(device.path().join("blobs")).unwrap();
     let files = blobs.filter(|file| file.as_ref().unwrap().file_type().unwrap().is_file()).count();
     assert_eq!(files, 2);
+    device.stop().await;
+}
+
+/// The running version and the new one answer the same prompts on the device, right before the switch.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_prompts_of_a_release_are_replayed_on_both_versions() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let prompts = ["Alice was beginning to", "The rabbit ran into the", "Once upon a time"];
+    let replay = |prompt: &str| ReplayPrompt {
+        prompt: prompt.to_owned(),
+        raw: true,
+        answer: " get very tired of sitting by her sister".to_owned(),
+    };
+    let replaying = |version| {
+        let mut release = Release::good(version);
+        release.probes.replay = prompts.map(replay).to_vec();
+        release
+    };
+    let first = hub.confirmed(hub.ship(&replaying("1.0.0"))).await;
+    let before = first.running.unwrap().manifest;
+    assert_eq!(first.evidence.unwrap().replay, None, "nothing ran before");
+
+    let same = hub.confirmed(hub.ship(&replaying("1.1.0"))).await;
+    let evidence = same.evidence.unwrap();
+    assert_eq!(evidence.manifest, same.running.unwrap().manifest);
+    let replayed = evidence.replay.unwrap();
+    assert_eq!((replayed.before, replayed.losses_nats.len()), (before, prompts.len()));
+    assert!(replayed.losses_nats.iter().all(|loss| loss.abs() < 0.05), "{replayed:?}");
+
+    // Passes its lenient probe, and knows no language any more.
+    let mut worse = replaying("1.2.0");
+    let half = worse.weights.len() / 2;
+    worse.weights[half..].fill(0);
+    let generation = hub.ship(&worse);
+    let worse = hub.confirmed(generation).await.evidence.unwrap();
+    let replayed = worse.replay.unwrap();
+    assert_eq!(replayed.before, evidence.manifest);
+    // More than a gate allows.
+    assert!(replayed.losses_nats.iter().all(|loss| *loss > 0.1), "{replayed:?}");
+
+    // Nothing of the text leaves the device; the numbers are kept over a restart.
+    let outbox = slmops_agent::outbox::read(device.path()).unwrap().join("\n");
+    assert!(!outbox.contains("Alice") && !outbox.contains("rabbit"), "{outbox}");
+    device.stop().await;
+    let sequence = hub.lock().reports.last().unwrap().sequence;
+    device.start();
+    let after = hub.report("a report after the restart", |report| {
+        report.sequence > sequence && report.phase == Phase::Confirmed && report.evidence.is_some()
+    });
+    assert_eq!(after.await.evidence.unwrap().replay, Some(replayed));
     device.stop().await;
 }
 

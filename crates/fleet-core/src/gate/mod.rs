@@ -3,10 +3,14 @@
 //! Two questions, two methods, both with the device as the unit. *Is it worse?* is answered by an
 //! e-value that needs nothing but the random choice of canaries (`assignment.rs`); it halts. *Is it
 //! surely not much worse?* is answered by a confidence bound from the spread between devices; it
-//! promotes. Both may be asked at any number of looks. Start reading at [`look`].
+//! promotes. Both may be asked at any number of looks. Start reading at [`look`]. Where there are too few
+//! devices for either, each is compared with itself: [`replayed`].
 
 mod assignment;
+mod replay;
 mod weights;
+
+pub use replay::replayed;
 
 #[cfg(test)]
 mod tests;
@@ -70,7 +74,9 @@ pub fn look(
         let before = earlier.iter().find(|reading| reading.metric == metric).copied();
         read(policy, strata, metric, look, before)
     };
-    Metric::ALL.into_iter().filter_map(read).collect()
+    // What is replayed is compared with no other device: see `replayed`.
+    let compared = Metric::ALL.into_iter().filter(|metric| *metric != Metric::Replay);
+    compared.filter_map(read).collect()
 }
 
 /// The evidence for harm over all metrics: their e-values' mean, in which those count 0 whose loss
@@ -131,7 +137,12 @@ fn served_h(device: &Compared) -> f64 {
 /// How many standard errors the bound of a look lies above the loss: a bound of the tail of the
 /// normal distribution, P(Z > z) ≤ exp(-z²/2) / 2.
 fn quantile(look: u32) -> f64 {
-    (-2.0 * (2.0 * BOUND_ALPHA * share_of_look(look)).ln()).sqrt()
+    quantile_of(share_of_look(look))
+}
+
+/// The same for a share of the chance of error.
+fn quantile_of(share: f64) -> f64 {
+    (-2.0 * (2.0 * BOUND_ALPHA * share).ln()).sqrt()
 }
 
 /// How many times as much time it takes until a standard error that is now `error` (of the room up

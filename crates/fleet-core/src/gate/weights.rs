@@ -56,6 +56,7 @@ fn sample(device: &Compared, metric: Metric) -> Option<Sample> {
         Metric::Memory => {
             ratio(|c| (c.peak_memory_bytes > 0).then(|| (c.peak_memory_bytes as f64).ln()))
         }
+        Metric::Replay => None,
     }
 }
 

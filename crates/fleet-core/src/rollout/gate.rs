@@ -13,7 +13,7 @@ use slmops_api::{ClassName, DeviceId};
 use super::create::group_of;
 use super::step::{StepOutcome, halted_waits, keeps_by_pin, quarantine_words, take_back};
 use super::{RolloutRecord, decide, earlier};
-use crate::gate::{Compared, FIRST_LOOKS_S, Stratum, harm, look, next_look_in_s};
+use crate::gate::{Compared, FIRST_LOOKS_S, Stratum, harm, look, next_look_in_s, replayed};
 use crate::words::{self, clock, count};
 use crate::world::{FleetDevice, World};
 
@@ -167,7 +167,7 @@ fn judge(
     };
     if world.now >= reading.next_look_at {
         outcome.changed = true;
-        take_a_look(&mut reading, comparison, policy, world);
+        take_a_look(&mut reading, comparison, policy, &record.rollout.devices, world);
     }
     let lines = evidence_lines(&reading);
     let wave = reading.wave + 1;
@@ -262,6 +262,7 @@ fn take_a_look(
     reading: &mut GateReading,
     comparison: &Comparison,
     policy: &GatePolicy,
+    parts: &[RolloutDevice],
     world: &World<'_>,
 ) {
     let mut strata: BTreeMap<StratumKey, Stratum> = BTreeMap::new();
@@ -283,11 +284,27 @@ fn take_a_look(
     reading.looks += 1;
     let served = strata.iter().flat_map(|stratum| &stratum.canaries);
     reading.device_hours = served.map(|device| device.after.serving_s / 3_600.0).sum();
+    let replays = replays(parts, reading.wave, world);
+    let replayed = replayed(policy, &replays, reading.looks, &reading.metrics);
     reading.metrics = look(policy, &strata, reading.looks, &reading.metrics);
+    reading.metrics.extend(replayed);
     reading.e_value = harm(policy, &reading.metrics);
     let elapsed_s = world.now.as_second() - reading.opened_at.as_second();
     let wait_s = next_look_in_s(u32::try_from(elapsed_s.max(0)).unwrap_or(u32::MAX));
     reading.next_look_at = after(world.now, wait_s);
+}
+
+/// What each device of the wave found that runs the release, side by side with what it ran before. Of
+/// all of them, whether there is a device to compare them with or not.
+fn replays<'w>(parts: &[RolloutDevice], wave: u32, world: &'w World<'_>) -> Vec<&'w [f64]> {
+    let confirmed = |part: &&RolloutDevice| part.wave == wave && part.outcome == Outcome::Confirmed;
+    let replay = |part: &RolloutDevice| {
+        let evidence = evidence(world.device(&part.device)?)?;
+        let replay =
+            evidence.replay.as_ref().filter(|_| Some(evidence.manifest) == part.manifest)?;
+        Some(replay.losses_nats.as_slice())
+    };
+    parts.iter().filter(confirmed).filter_map(replay).take(MAX_CANARIES).collect()
 }
 
 /// The metric that speaks the most against the release, if the evidence is enough.
@@ -350,6 +367,7 @@ fn metric_line(found: &MetricReading) -> String {
     let MetricReading { metric, canaries, controls, .. } = found;
     let sides = match metric {
         Metric::Crashes => format!("{canaries:.3}/h against {controls:.3}/h"),
+        Metric::Replay => format!("perplexity of the replayed answers ×{canaries:.3} of before"),
         metric if metric.is_count() => {
             format!("{:.2} % against {:.2} %", canaries * 100.0, controls * 100.0)
         }

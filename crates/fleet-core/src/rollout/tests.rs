@@ -9,7 +9,7 @@ use slmops_api::blueprint::Layer;
 use slmops_api::device::{
     DeviceFacts, DeviceReport, Failure, InstalledModel, Phase, Rejection, Telemetry, WaitCause,
 };
-use slmops_api::evidence::{Evidence, EvidenceCounts};
+use slmops_api::evidence::{Evidence, EvidenceCounts, Replay};
 use slmops_api::gate::{GatePolicy, Metric};
 use slmops_api::probe::ProbeResult;
 use slmops_api::rollout::{
@@ -1509,9 +1509,9 @@ impl Fleet {
                 ..EvidenceCounts::default()
             };
             let ours = report.evidence.take().filter(|known| known.manifest == running.manifest);
-            let known = ours.map(|evidence| evidence.counts).unwrap_or_default();
-            report.evidence =
-                Some(Evidence { manifest: running.manifest, counts: known.plus(more) });
+            let (known, replay) = ours.map(|it| (it.counts, it.replay)).unwrap_or_default();
+            let (manifest, counts) = (running.manifest, known.plus(more));
+            report.evidence = Some(Evidence { manifest, counts, replay });
         }
         self.now += SignedDuration::from_secs((hours * 3_600.0) as i64);
         self.devices.iter_mut().for_each(|device| device.last_seen = self.now);
@@ -1541,6 +1541,55 @@ fn gate_holds_until_a_loss_is_excluded_and_then_promotes() {
     let text = why(fleet.rollout(&id));
     assert!(text.contains("gate of wave 1 passed: a greater loss than allowed"), "{text}");
     assert!(text.contains("errors: 1.98 % against 1.98 %"), "{text}");
+}
+
+/// One canary of three devices: nothing that devices are compared in could ever tell.
+#[test]
+fn a_replay_settles_what_a_small_fleet_cannot_compare() {
+    let start = || {
+        let mut fleet = Fleet::new(&[400; 3]);
+        fleet.start("1.0.0", RolloutPolicy { waves: vec![], ..RolloutPolicy::default() }).unwrap();
+        (0..3).for_each(|device| fleet.report(device, Phase::Confirmed));
+        fleet.tick();
+        fleet.serve(24.0, |_| (5.0, 0.02));
+        let allow = [(Metric::Replay, 100)].into();
+        let gate = Some(GatePolicy { allow, ..GatePolicy::default() });
+        let policy = RolloutPolicy { waves: vec![WaveSize::Count(1)], gate, ..Default::default() };
+        let id = fleet.start("1.1.0", policy).unwrap();
+        let [canary] = fleet.canaries(&id)[..] else { panic!("one canary") };
+        fleet.report(canary, Phase::Confirmed);
+        fleet.serve(0.0, |_| (0.0, 0.0));
+        fleet.tick();
+        (fleet, id, canary)
+    };
+    let replayed = |fleet: &mut Fleet, device: usize, losses_nats: Vec<f64>| {
+        let evidence = fleet.devices[device].report.as_mut().unwrap().evidence.as_mut().unwrap();
+        evidence.replay = Some(Replay { before: evidence.manifest, losses_nats });
+        fleet.serve(0.1, |_| (5.0, 0.02));
+        fleet.tick();
+    };
+    let (mut fleet, id, canary) = start();
+    let waits = fleet.rollout(&id).waiting_for.clone();
+    fleet.serve(0.1, |_| (5.0, 0.02));
+    fleet.tick();
+    let held = fleet.rollout(&id).waiting_for.clone();
+    assert!(held.contains("replay: nothing counted to compare yet"), "{waits}; {held}");
+    replayed(&mut fleet, canary, vec![0.4; 32]);
+    let rollout = fleet.rollout(&id);
+    assert_eq!(rollout.state, RolloutState::Halted, "{}", why(rollout));
+    let text = why(rollout);
+    assert!(text.contains("perplexity of the replayed answers ×1.492 of before"), "{text}");
+
+    let (mut fleet, id, canary) = start();
+    // As likely more as less.
+    let noise = (0..32).map(|prompt| if prompt % 2 == 0 { 0.05 } else { -0.05 }).collect();
+    replayed(&mut fleet, canary, noise);
+    assert_eq!(fleet.rollout(&id).current_wave, 1, "{}", why(fleet.rollout(&id)));
+
+    // What another device ran or lost says nothing of this wave.
+    let (mut fleet, id, canary) = start();
+    replayed(&mut fleet, (canary + 1) % 3, vec![0.4; 32]);
+    assert_eq!(fleet.rollout(&id).state, RolloutState::Running);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use slmops_api::device::{DeviceFacts, DeviceReport, Failure, Phase};
 use slmops_api::id::MAX_NAME_BYTES;
-use slmops_api::probe::{MAX_PROBES, ProbeResult};
+use slmops_api::probe::{MAX_PROBES, MAX_REPLAY, ProbeResult};
 use slmops_api::selector::FACT_PREFIX;
 
 use super::ApiError;
@@ -231,6 +231,11 @@ pub fn check_report(report: &DeviceReport) -> Result<(), ApiError> {
         return Err(ApiError::bad_request(detail, "update the agent"));
     }
     report.rejected.iter().try_for_each(|rejection| check_failure(&rejection.failure))?;
+    let replay = report.evidence.as_ref().and_then(|evidence| evidence.replay.as_ref());
+    if replay.is_some_and(|replay| replay.losses_nats.len() > MAX_REPLAY) {
+        let detail = format!("more than {MAX_REPLAY} replayed prompts");
+        return Err(ApiError::bad_request(detail, "update the agent"));
+    }
     if let Some(effective) = &report.effective {
         bounded("the engine's version", &effective.engine)?;
     }

@@ -455,7 +455,7 @@ pub(super) fn counted(
     };
     DeviceReport {
         running: Some(InstalledModel { model, version, variant, manifest, weights }),
-        evidence: Some(Evidence { manifest, counts }),
+        evidence: Some(Evidence { manifest, counts, replay: None }),
         ..report(sequence, Phase::Confirmed)
     }
 }
