@@ -32,6 +32,8 @@ pub struct Config {
     pub answer_timeout_ms: u64,
     /// How long a download may stand still.
     pub stall_timeout_ms: u64,
+    /// How long a device waits at the hub's word for a better source, all together.
+    pub source_wait_ms: u64,
     /// How long reading and hashing local files may take.
     pub verify_timeout_ms: u64,
     /// How long replaying a package's prompts on two versions may take, at most; never more than a
@@ -62,6 +64,7 @@ impl Default for Config {
             progress_interval_ms: 1_000,
             answer_timeout_ms: 60_000,
             stall_timeout_ms: 120_000,
+            source_wait_ms: 3_600_000,
             verify_timeout_ms: 900_000,
             replay_limit_ms: 60_000,
             save_timeout_ms: 60_000,

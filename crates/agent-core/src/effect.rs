@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use slmops_api::delta::{Delta, Sources};
 use slmops_api::device::{DesiredModel, DesiredState, WaitCause};
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::EffectiveConfig;
@@ -28,7 +29,8 @@ pub enum Effect {
         wait_s: u32,
     },
     /// Get a manifest and its signature, and check both: the manifest against its digest, the
-    /// signature against the trusted keys and the manifest's files.
+    /// signature against the trusted keys and the manifest's files. Ask what there is to get it
+    /// from.
     FetchPackage {
         /// Answered by [`Event::PackageFetched`].
         id: EffectId,
@@ -43,6 +45,11 @@ pub enum Effect {
         model: Box<DesiredModel>,
         /// Which files.
         package: Package,
+        /// Deltas that give its weights, one after the other, the first one from a file that is
+        /// here. Where they do not do, or there are none, the weights are got whole.
+        route: Vec<Delta>,
+        /// Devices of the same site that have the weights. They come before everything else.
+        peers: Vec<String>,
         /// Bytes a second, at most.
         max_rate_bytes_per_s: Option<u64>,
     },
@@ -141,6 +148,21 @@ pub enum Polled {
     Desired(Box<DesiredState>),
     /// Still what it was.
     NotModified,
+}
+
+/// A package, and what there is to get it from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Offer {
+    /// The package.
+    pub package: Package,
+    /// How its weights can be had for less than their bytes.
+    pub sources: Sources,
+}
+
+impl From<Package> for Offer {
+    fn from(package: Package) -> Self {
+        Self { package, sources: Sources::default() }
+    }
 }
 
 /// Why a package or a file did not arrive.
@@ -253,8 +275,8 @@ pub enum Event {
     PackageFetched {
         /// Of which effect.
         id: EffectId,
-        /// The package, its signature checked.
-        result: Result<Package, FetchError>,
+        /// The package, its signature checked, and what there is to get it from.
+        result: Result<Offer, FetchError>,
     },
     /// A download moves.
     Progress {

@@ -10,16 +10,18 @@ mod counted;
 mod effect;
 mod ledger;
 mod machine;
+mod route;
 
 pub use backoff::MAX_RETRY_AFTER_MS;
 pub use config::{Config, Millis};
 pub use counted::Counted;
 pub use effect::{
-    Around, Death, Effect, EffectId, Event, FetchError, Loaded, Obstacle, Polled, ProbeError,
-    Probed, ReplayOrder, StageError, VerifyError,
+    Around, Death, Effect, EffectId, Event, FetchError, Loaded, Obstacle, Offer, Polled,
+    ProbeError, Probed, ReplayOrder, StageError, VerifyError,
 };
 pub use ledger::{
     Blob, Candidate, Deployment, LEDGER_VERSION, Ledger, LedgerError, MAX_LEDGER_BYTES,
     MAX_REJECTED, Outcome, Package, Rejected, Scope,
 };
 pub use machine::{Core, Snapshot, Status};
+pub use route::cheapest;

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{
     Around, Blob, Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger,
-    Loaded, Millis, Obstacle, Outcome, Package, Polled, ProbeError, Probed, StageError,
+    Loaded, Millis, Obstacle, Offer, Outcome, Package, Polled, ProbeError, Probed, StageError,
     VerifyError,
 };
 use slmops_api::device::{DesiredModel, DesiredState, Phase, WaitCause};
@@ -370,7 +370,7 @@ impl World {
                     Err(FetchError::Signature)
                 } else {
                     self.signed.insert(model.manifest);
-                    Ok(package(&model))
+                    Ok(Offer::from(package(&model)))
                 };
                 Event::PackageFetched { id, result }
             }

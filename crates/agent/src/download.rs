@@ -1,5 +1,6 @@
 //! Getting blobs: resumed where an earlier attempt ended, hashed as they arrive, bounded by their
-//! declared size, and in place only once they are whole and on the disk.
+//! declared size, and in place only once they are whole and on the disk. A model file is made from
+//! one that is here where deltas lead from it; where they do not do, the rest is got whole.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -11,16 +12,18 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use reqwest::StatusCode;
-use reqwest::header::CONTENT_RANGE;
+use reqwest::header::{CONTENT_RANGE, RANGE};
 use slmops_agent_core::{Blob, FetchError, Obstacle, Package, VerifyError};
 use slmops_api::ModelName;
+use slmops_api::delta::{Delta, Fallback, Transfer};
 use slmops_api::device::WaitCause;
 use slmops_artifact::Digest;
 use slmops_artifact::digest::Hasher;
 use tokio::sync::mpsc;
 
 use crate::durable;
-use crate::hub::DeviceHub;
+use crate::hub::{DeviceHub, HubError};
+use crate::patch::{self, End, Patch, Recipe};
 use crate::state::{StateFolder, wait_cause};
 
 /// Bytes that stay free for the ledger and for everyone else on the device.
@@ -33,6 +36,16 @@ const STALL_TIMEOUT_MS: u64 = 60_000;
 const BURST_S: f64 = 0.25;
 /// Times that bytes which are not what their digest says are asked for.
 const ATTEMPTS: u32 = 2;
+/// Frames of one delta that are got from the whole file because they came out wrong, at most; then
+/// all the rest is.
+const MAX_WRONG_FRAMES: u32 = 16;
+/// Milliseconds to reach a device of the same site, and to its answer.
+const PEER_CONNECT_MS: u64 = 2_000;
+const PEER_ANSWER_MS: u64 = 10_000;
+/// How often what was fetched is written down while more comes in.
+const NOTE_INTERVAL: Duration = Duration::from_secs(5);
+/// Milliseconds between two looks at how far a file in the making is.
+const LOOK_INTERVAL_MS: u64 = 200;
 
 /// Gets blobs into a state folder. At most one task writes a blob at a time.
 pub struct Downloads {
@@ -40,11 +53,80 @@ pub struct Downloads {
     hub: Arc<DeviceHub>,
     writers: Mutex<BTreeMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
     received_bytes: AtomicU64,
+    /// How the model file that was got last came here.
+    transfer: Mutex<Option<Transfer>>,
+    /// For devices of the same site, which speak plain HTTP.
+    peers: reqwest::Client,
+}
+
+/// What weights may be got from, besides the hub's whole file.
+#[derive(Clone, Copy, Default)]
+pub struct Sources<'a> {
+    /// Deltas from a file that is here, one after the other.
+    pub route: &'a [Delta],
+    /// Devices of the same site that have them.
+    pub peers: &'a [String],
+}
+
+/// Who is asked for a blob.
+#[derive(Clone, Copy)]
+enum Origin<'a> {
+    Hub(&'a ModelName),
+    Peer(&'a reqwest::Url),
+}
+
+/// What bytes that come in are part of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// A delta.
+    Delta,
+    /// The model file itself.
+    Whole,
+    /// The model file, from a device of the same site.
+    Peer,
+    /// A small file.
+    Other,
+}
+
+/// The bytes of one download as they come in: counted, and held back to a rate.
+struct Flow<'a> {
+    downloads: &'a Downloads,
+    bucket: Option<Bucket>,
+    part: Part,
+    noted: Instant,
+}
+
+impl Flow<'_> {
+    async fn take(&mut self, bytes: u64) {
+        if self.part != Part::Peer {
+            self.downloads.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        self.downloads.note(|transfer| match self.part {
+            Part::Delta => transfer.delta_bytes += bytes,
+            Part::Whole => transfer.whole_bytes += bytes,
+            Part::Peer => transfer.peer_bytes += bytes,
+            Part::Other => {}
+        });
+        if self.noted.elapsed() >= NOTE_INTERVAL {
+            self.noted = Instant::now();
+            self.downloads.save_transfer();
+        }
+        if let Some(bucket) = &mut self.bucket {
+            bucket.take(bytes).await;
+        }
+    }
+}
+
+impl Drop for Flow<'_> {
+    fn drop(&mut self) {
+        // Whatever ended it: what was fetched is counted over restarts.
+        self.downloads.save_transfer();
+    }
 }
 
 /// A token bucket: what is read over the rate is waited for before more is read, so that the sender
 /// is held back by the connection's own flow control.
-struct Bucket {
+pub(crate) struct Bucket {
     rate_bytes_per_s: u64,
     /// Bytes that may be read now; below zero they were read too early.
     tokens: f64,
@@ -52,12 +134,12 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn new(rate_bytes_per_s: u64) -> Self {
+    pub(crate) fn new(rate_bytes_per_s: u64) -> Self {
         Self { rate_bytes_per_s: rate_bytes_per_s.max(1), tokens: 0.0, filled: Instant::now() }
     }
 
     /// Takes out `bytes` that were read, and waits until the bucket is even again.
-    async fn take(&mut self, bytes: u64) {
+    pub(crate) async fn take(&mut self, bytes: u64) {
         let rate = self.rate_bytes_per_s as f64;
         let passed_s = self.filled.elapsed().as_secs_f64();
         self.filled = Instant::now();
@@ -74,6 +156,21 @@ enum Problem {
     Fetch(FetchError),
 }
 
+/// Why a delta did not give its file.
+enum Refusal {
+    /// It will not.
+    Fallback(Fallback),
+    /// Something is in the way of everything.
+    Fetch(FetchError),
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        tracing::warn!("cannot write the model: {error}");
+        Self::Fetch(FetchError::Obstacle(Obstacle::new(wait_cause(&error))))
+    }
+}
+
 impl From<io::Error> for Problem {
     fn from(error: io::Error) -> Self {
         tracing::warn!("cannot write the download: {error}");
@@ -85,7 +182,14 @@ impl Downloads {
     /// Downloads from `hub` into `state`.
     pub fn new(state: StateFolder, hub: Arc<DeviceHub>) -> Self {
         let writers = Mutex::default();
-        Self { state, hub, writers, received_bytes: AtomicU64::new(0) }
+        let transfer = Mutex::new(state.load_transfer());
+        let peers = reqwest::Client::builder()
+            .connect_timeout(Duration::from_millis(PEER_CONNECT_MS))
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()
+            .expect("a client of constant settings is made");
+        Self { state, hub, writers, received_bytes: AtomicU64::new(0), transfer, peers }
     }
 
     /// Bytes received since the process started.
@@ -93,8 +197,24 @@ impl Downloads {
         self.received_bytes.load(Ordering::Relaxed)
     }
 
-    /// Gets every file of a package, with at most so many bytes a second; `progress` hears the bytes
-    /// of all files that are here.
+    /// How the model file that was got last came here.
+    pub fn transfer(&self) -> Option<Transfer> {
+        self.transfer.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Transfer)) {
+        let mut transfer = self.transfer.lock().unwrap_or_else(PoisonError::into_inner);
+        transfer.as_mut().map(change);
+    }
+
+    fn save_transfer(&self) {
+        if let Some(transfer) = self.transfer() {
+            self.state.save_transfer(&transfer);
+        }
+    }
+
+    /// Gets every file of a package, its weights from `sources` as far as they do, with at most so
+    /// many bytes a second; `progress` hears how many bytes are here, and of how many.
     ///
     /// # Errors
     /// As [`FetchError`] says.
@@ -102,31 +222,282 @@ impl Downloads {
         &self,
         name: &ModelName,
         package: &Package,
+        sources: Sources<'_>,
         max_rate_bytes_per_s: Option<u64>,
-        mut progress: impl FnMut(u64),
+        mut progress: impl FnMut(u64, u64),
     ) -> Result<(), FetchError> {
-        let mut before = 0;
-        let mut bucket = max_rate_bytes_per_s.map(Bucket::new);
-        for blob in package.blobs() {
-            self.blob(name, blob, &mut bucket, |bytes| progress(before + bytes)).await?;
-            before += blob.size_bytes;
-            progress(before);
+        let bucket = max_rate_bytes_per_s.map(Bucket::new);
+        let mut flow = Flow { downloads: self, bucket, part: Part::Other, noted: Instant::now() };
+        let (probes, weights) = (package.probes, package.weights);
+        let total = package.total_bytes();
+        self.blob(name, probes, &mut flow, |bytes| progress(bytes, total)).await?;
+        let state = self.state.clone();
+        if blocking(move || check(&state, weights).is_ok()).await {
+            return Ok(());
         }
+        {
+            let mut transfer = self.transfer.lock().unwrap_or_else(PoisonError::into_inner);
+            if transfer.as_ref().is_none_or(|known| known.weights != weights.digest) {
+                *transfer = Some(Transfer {
+                    weights: weights.digest,
+                    size_bytes: weights.size_bytes,
+                    delta_bytes: 0,
+                    whole_bytes: 0,
+                    peer_bytes: 0,
+                    fallback: None,
+                });
+            }
+        }
+        flow.part = Part::Peer;
+        for peer in sources.peers {
+            if self.take_from_peer(peer, weights, &mut flow, |bytes| progress(bytes, total)).await {
+                progress(total, total);
+                return Ok(());
+            }
+        }
+        // What is made on the way counts as well: it takes its time.
+        let made: u64 = sources.route.iter().map(|delta| delta.to_bytes).sum();
+        let total = probes.size_bytes + made.max(weights.size_bytes);
+        let mut before = probes.size_bytes;
+        for delta in sources.route {
+            flow.part = Part::Delta;
+            match self.patch(name, delta, &mut flow, |bytes| progress(before + bytes, total)).await
+            {
+                Ok(()) => before += delta.to_bytes,
+                Err(Refusal::Fetch(error)) => return Err(error),
+                Err(Refusal::Fallback(cause)) => {
+                    tracing::warn!(
+                        "the delta {} does not do ({}); getting the rest of the model itself",
+                        delta.blob.short(),
+                        crate::words::fallback(cause)
+                    );
+                    self.note(|transfer| transfer.fallback = Some(cause));
+                    break;
+                }
+            }
+        }
+        flow.part = Part::Whole;
+        let before = total - weights.size_bytes;
+        self.blob(name, weights, &mut flow, |bytes| progress(before + bytes, total)).await?;
+        progress(total, total);
         Ok(())
+    }
+
+    /// Gets a file from a device of the same site; whether that worked. What came stays for others.
+    async fn take_from_peer(
+        &self,
+        peer: &str,
+        weights: Blob,
+        flow: &mut Flow<'_>,
+        mut progress: impl FnMut(u64),
+    ) -> bool {
+        let Some(url) = peer_url(peer, weights.digest) else { return false };
+        let guard = self.writer(weights.digest).lock_owned().await;
+        match self.attempt(Origin::Peer(&url), weights, guard, flow, &mut progress).await {
+            Ok(()) => true,
+            Err(_) => {
+                tracing::info!("{peer} does not give {}", weights.digest.short());
+                false
+            }
+        }
+    }
+
+    /// Makes a model file by a delta from one that is here, going on where an earlier attempt ended.
+    async fn patch(
+        &self,
+        name: &ModelName,
+        delta: &Delta,
+        flow: &mut Flow<'_>,
+        mut progress: impl FnMut(u64),
+    ) -> Result<(), Refusal> {
+        let guard = Arc::new(self.writer(delta.to).lock_owned().await);
+        let (state, blob) =
+            (self.state.clone(), Blob { digest: delta.to, size_bytes: delta.to_bytes });
+        if blocking(move || state.blob(blob.digest).exists() && check(&state, blob).is_ok()).await {
+            return Ok(());
+        }
+        if !patch::is_header_length(delta.header_bytes) {
+            return Err(Refusal::Fallback(Fallback::Unreadable));
+        }
+        let header = self.delta_header(name, delta, flow).await?;
+        let (state, expected) = (self.state.clone(), delta.clone());
+        let recipe = blocking(move || Recipe::new(&expected, &header, &state.blob(expected.from)));
+        let recipe = Arc::new(recipe.await.map_err(Refusal::Fallback)?);
+        let (state, with) = (self.state.clone(), Arc::clone(&recipe));
+        let mut made = blocking(move || {
+            let path = state.partial(blob.digest);
+            let mut options = OpenOptions::new();
+            let file = options.create(true).truncate(false).read(true).write(true).open(path)?;
+            Patch::resume(with, file)
+        })
+        .await?;
+        let written = made.written();
+        let needed = delta.to_bytes - written.load(Ordering::Relaxed);
+        if self.state.free_bytes() < needed.saturating_add(DISK_RESERVE_BYTES) {
+            let full = Obstacle::new(WaitCause::DiskFull);
+            return Err(Refusal::Fetch(FetchError::Obstacle(full)));
+        }
+        let mut wrong_frames = 0;
+        let damage = loop {
+            flow.part = Part::Delta;
+            let end;
+            let (blob, range) = (delta.blob, made.payloads());
+            (made, end) = self
+                .feed(name, blob, range, made, &guard, flow, &mut progress, Patch::apply)
+                .await?;
+            match end {
+                End::Complete => break None,
+                End::Cut => return Err(cut(&delta.blob)),
+                End::WrongFrame => {}
+            }
+            wrong_frames += 1;
+            if wrong_frames > MAX_WRONG_FRAMES {
+                break Some(());
+            }
+            // The frame's own bytes do as well.
+            flow.part = Part::Whole;
+            let end;
+            let range = made.next_output();
+            (made, end) = self
+                .feed(name, delta.to, range, made, &guard, flow, &mut progress, Patch::replace)
+                .await?;
+            if let End::Cut = end {
+                return Err(cut(&delta.to));
+            }
+        };
+        if wrong_frames > 0 {
+            let with = Arc::clone(&recipe);
+            let cause = match blocking(move || with.is_base_right()).await {
+                true => Fallback::DamagedDelta,
+                false => Fallback::DamagedBase,
+            };
+            tracing::warn!(
+                "{wrong_frames} frames of the delta {} came out wrong: {}",
+                delta.blob.short(),
+                crate::words::fallback(cause)
+            );
+            self.note(|transfer| transfer.fallback = Some(cause));
+            if damage.is_some() {
+                return Err(Refusal::Fallback(cause));
+            }
+        }
+        let digest = blocking(move || made.finish()).await?;
+        if digest != delta.to {
+            self.discard(delta.to);
+            return Err(Refusal::Fallback(Fallback::WrongResult));
+        }
+        let (from, to) = (self.state.partial(delta.to), self.state.blob(delta.to));
+        blocking(move || {
+            std::fs::rename(from, &to)?;
+            durable::sync_parent(&to)
+        })
+        .await?;
+        drop(guard);
+        Ok(())
+    }
+
+    /// The first bytes of a delta.
+    async fn delta_header(
+        &self,
+        name: &ModelName,
+        delta: &Delta,
+        flow: &mut Flow<'_>,
+    ) -> Result<Vec<u8>, Refusal> {
+        let range = 0..delta.header_bytes;
+        let response = self.hub.blob(name, delta.blob, range.clone()).await.map_err(refusal)?;
+        let mut pieces = response.bytes_stream();
+        let mut header = Vec::new();
+        while (header.len() as u64) < delta.header_bytes {
+            match next(&mut pieces).await {
+                Some(piece) => {
+                    flow.take(piece.len() as u64).await;
+                    header.extend_from_slice(&piece);
+                }
+                None => return Err(cut(&delta.blob)),
+            }
+        }
+        header.truncate(delta.header_bytes as usize);
+        Ok(header)
+    }
+
+    /// Gives a part of a blob, as it comes, to `work` on a thread of its own.
+    #[expect(clippy::too_many_arguments, reason = "each is another thing of one download")]
+    async fn feed(
+        &self,
+        name: &ModelName,
+        blob: Digest,
+        range: std::ops::Range<u64>,
+        mut made: Patch,
+        guard: &Arc<tokio::sync::OwnedMutexGuard<()>>,
+        flow: &mut Flow<'_>,
+        progress: &mut impl FnMut(u64),
+        work: fn(&mut Patch, mpsc::Receiver<Bytes>) -> io::Result<End>,
+    ) -> Result<(Patch, End), Refusal> {
+        let mut left = range.end - range.start;
+        let mut pieces = match left {
+            0 => None,
+            _ => {
+                let response = self.hub.blob(name, blob, range.clone()).await.map_err(refusal)?;
+                // A server that knows no ranges would send what is not asked for.
+                if !continues_at(&response, range.start) {
+                    return Err(Refusal::Fallback(Fallback::Unreadable));
+                }
+                Some(response.bytes_stream())
+            }
+        };
+        let written = made.written();
+        let (sender, receiver) = mpsc::channel(QUEUED_PIECES);
+        // It keeps the guard: a cancelled download must not write beside its successor.
+        let guard = Arc::clone(guard);
+        let mut working = tokio::task::spawn_blocking(move || {
+            let _guard = guard;
+            let end = work(&mut made, receiver);
+            (made, end)
+        });
+        let mut sender = Some(sender);
+        let look = Duration::from_millis(LOOK_INTERVAL_MS);
+        let (made, end) = loop {
+            progress(written.load(Ordering::Relaxed));
+            let Some(stream) = pieces.as_mut().filter(|_| left > 0) else {
+                sender = None;
+                match tokio::time::timeout(look, &mut working).await {
+                    Ok(done) => break done.map_err(io::Error::other)?,
+                    Err(_) => continue,
+                }
+            };
+            let Some(piece) = next(stream).await else {
+                pieces = None;
+                continue;
+            };
+            flow.take(piece.len() as u64).await;
+            left = left.saturating_sub(piece.len() as u64);
+            let sent = match &sender {
+                Some(sender) => sender.send(piece).await.is_ok(),
+                None => false,
+            };
+            if !sent {
+                // It has found something wrong, and wants no more.
+                pieces = None;
+            }
+        };
+        progress(written.load(Ordering::Relaxed));
+        Ok((made, end?))
+    }
+
+    fn writer(&self, digest: Digest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
+        writers.retain(|_, writer| Arc::strong_count(writer) > 1);
+        Arc::clone(writers.entry(digest).or_default())
     }
 
     async fn blob(
         &self,
         name: &ModelName,
         blob: Blob,
-        bucket: &mut Option<Bucket>,
+        flow: &mut Flow<'_>,
         mut progress: impl FnMut(u64),
     ) -> Result<(), FetchError> {
-        let writer = {
-            let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
-            writers.retain(|_, writer| Arc::strong_count(writer) > 1);
-            Arc::clone(writers.entry(blob.digest).or_default())
-        };
+        let writer = self.writer(blob.digest);
         for attempt in 1..=ATTEMPTS {
             let guard = Arc::clone(&writer).lock_owned().await;
             let state = self.state.clone();
@@ -134,7 +505,7 @@ impl Downloads {
             if whole {
                 return Ok(());
             }
-            match self.attempt(name, blob, guard, bucket, &mut progress).await {
+            match self.attempt(Origin::Hub(name), blob, guard, flow, &mut progress).await {
                 Ok(()) => return Ok(()),
                 Err(Problem::Fetch(error)) => return Err(error),
                 Err(Problem::Wrong) => tracing::warn!(
@@ -148,10 +519,10 @@ impl Downloads {
 
     async fn attempt(
         &self,
-        name: &ModelName,
+        from: Origin<'_>,
         blob: Blob,
         guard: tokio::sync::OwnedMutexGuard<()>,
-        bucket: &mut Option<Bucket>,
+        flow: &mut Flow<'_>,
         progress: &mut impl FnMut(u64),
     ) -> Result<(), Problem> {
         let state = self.state.clone();
@@ -161,8 +532,11 @@ impl Downloads {
             let full = Obstacle::new(WaitCause::DiskFull);
             return Err(Problem::Fetch(FetchError::Obstacle(full)));
         }
-        let network = || Problem::Fetch(FetchError::Obstacle(Obstacle::new(WaitCause::Network)));
-        let response = match self.hub.blob(name, blob.digest, have).await {
+        let asked = match from {
+            Origin::Hub(name) => self.hub.blob(name, blob.digest, have..blob.size_bytes).await,
+            Origin::Peer(url) => ask_peer(&self.peers, url, have).await,
+        };
+        let response = match asked {
             Ok(response) => response,
             Err(error) if error.is(StatusCode::NOT_FOUND) => {
                 return Err(Problem::Fetch(FetchError::Missing));
@@ -190,37 +564,23 @@ impl Downloads {
             write_all(file, hasher, receiver)
         });
         let mut pieces = response.bytes_stream();
-        let mut broken = false;
         loop {
-            let next = tokio::time::timeout(Duration::from_millis(STALL_TIMEOUT_MS), pieces.next());
-            let piece = match next.await {
-                Ok(Some(Ok(piece))) => piece,
-                Ok(None) => break,
-                Ok(Some(Err(_))) | Err(_) => {
-                    broken = true;
-                    break;
-                }
-            };
+            let Some(piece) = next(&mut pieces).await else { break };
             let received = piece.len() as u64;
-            self.received_bytes.fetch_add(received, Ordering::Relaxed);
             have += received;
             if have > blob.size_bytes || sender.send(piece).await.is_err() {
                 break;
             }
             progress(have);
-            if let Some(bucket) = bucket {
-                bucket.take(received).await;
-            }
+            flow.take(received).await;
         }
         drop(sender);
         let (digest, written) =
             writing.await.map_err(|error| Problem::from(io::Error::other(error)))??;
         if written < blob.size_bytes && have <= blob.size_bytes {
             // Cut off, or ended early: what is here stays for the next attempt.
-            if !broken {
-                tracing::warn!("{} ended after {written} bytes", blob.digest.short());
-            }
-            return Err(network());
+            tracing::debug!("{} ended after {written} bytes", blob.digest.short());
+            return Err(Problem::Fetch(network()));
         }
         if have > blob.size_bytes || digest != blob.digest {
             self.discard(blob.digest);
@@ -241,6 +601,51 @@ impl Downloads {
             tracing::debug!("delete {}: {error}", path.display());
         }
     }
+}
+
+async fn ask_peer(
+    client: &reqwest::Client,
+    url: &reqwest::Url,
+    have: u64,
+) -> Result<reqwest::Response, HubError> {
+    let request = client.get(url.clone()).header(RANGE, format!("bytes={have}-"));
+    let answer = tokio::time::timeout(Duration::from_millis(PEER_ANSWER_MS), request.send());
+    let response = answer.await.map_err(|_| HubError::Answer("did not come in time"))??;
+    Ok(response.error_for_status()?)
+}
+
+/// Where a device of the site has a file: an address in plain HTTP, and nothing else.
+fn peer_url(peer: &str, digest: Digest) -> Option<reqwest::Url> {
+    let address: std::net::SocketAddr = peer.strip_prefix("http://")?.parse().ok()?;
+    format!("http://{address}/blobs/{digest}").parse().ok()
+}
+
+fn network() -> FetchError {
+    FetchError::Obstacle(Obstacle::new(WaitCause::Network))
+}
+
+/// A blob that ended too early.
+fn cut(blob: &Digest) -> Refusal {
+    tracing::debug!("{} ended too early", blob.short());
+    Refusal::Fetch(network())
+}
+
+fn refusal(error: HubError) -> Refusal {
+    if error.is(StatusCode::NOT_FOUND) {
+        return Refusal::Fallback(Fallback::Missing);
+    }
+    if error.is(StatusCode::RANGE_NOT_SATISFIABLE) {
+        return Refusal::Fallback(Fallback::Unreadable);
+    }
+    Refusal::Fetch(FetchError::Obstacle(error.obstacle()))
+}
+
+/// The next piece of an answer; none when it ends, breaks or stands still.
+async fn next(
+    pieces: &mut (impl futures_util::Stream<Item = reqwest::Result<Bytes>> + Unpin),
+) -> Option<Bytes> {
+    let next = tokio::time::timeout(Duration::from_millis(STALL_TIMEOUT_MS), pieces.next());
+    next.await.ok()??.ok()
 }
 
 /// Hashes the files of a package on disk. Damaged ones are deleted.

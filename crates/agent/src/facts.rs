@@ -63,6 +63,7 @@ pub fn read(
         endpoint,
         time_zone: time_zone(),
         metered: is_metered(),
+        shares_at: None,
         obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
 }

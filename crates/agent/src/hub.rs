@@ -1,15 +1,17 @@
 //! Talking to the hub: enrolling, tokens, the desired state, reports, and the registry.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use jiff::Timestamp;
-use reqwest::header::{ACCEPT, DATE, ETAG, HeaderMap, IF_NONE_MATCH, RETRY_AFTER};
+use reqwest::header::{ACCEPT, DATE, ETAG, HeaderMap, IF_NONE_MATCH, RANGE, RETRY_AFTER};
 use reqwest::{RequestBuilder, Response, StatusCode};
 use rustls::time_provider::TimeProvider;
 use serde::de::DeserializeOwned;
-use slmops_agent_core::{FetchError, MAX_RETRY_AFTER_MS, Obstacle, Package, Polled};
+use slmops_agent_core::{FetchError, MAX_RETRY_AFTER_MS, Obstacle, Offer, Package, Polled};
+use slmops_api::delta::{MAX_OFFERED, MAX_PEERS, Sources};
 use slmops_api::device::{
     Challenge, ChallengeRequest, DesiredModel, DesiredState, DeviceReport, DeviceToken,
     DeviceTokenRequest, EnrolRequest, EnrolResponse, PublisherKey, WaitCause,
@@ -262,15 +264,21 @@ impl DeviceHub {
         Ok(())
     }
 
+    /// Gets a manifest and its signature, checks both with the keys that count now, and asks what
+    /// there is to get the model from.
+    ///
+    /// # Errors
+    /// As [`FetchError`] says.
+    pub async fn offer(&self, model: &DesiredModel, trust: &Trust) -> Result<Offer, FetchError> {
+        let package = self.package(model, trust).await?;
+        Ok(Offer { package, sources: self.sources(model.weights).await })
+    }
+
     /// Gets a manifest and its signature and checks both, with the keys that count now.
     ///
     /// # Errors
     /// As [`FetchError`] says.
-    pub async fn package(
-        &self,
-        model: &DesiredModel,
-        trust: &Trust,
-    ) -> Result<Package, FetchError> {
+    async fn package(&self, model: &DesiredModel, trust: &Trust) -> Result<Package, FetchError> {
         // The release may be signed by a key that is newer than this device's list. Without an
         // answer the keys it has will do.
         if let Err(error) = self.refresh(trust).await {
@@ -310,7 +318,7 @@ impl DeviceHub {
         Err(FetchError::Signature)
     }
 
-    /// Starts or continues the download of a blob at `offset_bytes`.
+    /// Starts the download of a part of a blob, which is not empty.
     ///
     /// # Errors
     /// [`HubError`].
@@ -318,17 +326,35 @@ impl DeviceHub {
         &self,
         name: &ModelName,
         digest: Digest,
-        offset_bytes: u64,
+        range: Range<u64>,
     ) -> Result<Response, HubError> {
         let url = self.hub.url.join(&format!("/v2/{name}/blobs/{digest}"));
-        let request = || {
-            let request = self.hub.http.get(url.clone());
-            match offset_bytes {
-                0 => request,
-                offset => request.header(reqwest::header::RANGE, format!("bytes={offset}-")),
+        let (start, last) = (range.start, range.end.saturating_sub(1));
+        let request =
+            || self.hub.http.get(url.clone()).header(RANGE, format!("bytes={start}-{last}"));
+        self.authorised(request, READ_TIMEOUT_MS).await
+    }
+
+    /// What there is to get a model file from, besides itself. A hub that does not know is no
+    /// obstacle: then it is got whole.
+    pub async fn sources(&self, weights: Digest) -> Sources {
+        let mut url = self.hub.url.join("/v1/device/sources");
+        url.query_pairs_mut().append_pair("weights", &weights.to_string());
+        self.hub.outbox.sent("GET /v1/device/sources", &serde_json::json!({ "weights": weights }));
+        let answer = async {
+            let request = || self.hub.http.get(url.clone());
+            json(self.authorised(request, READ_TIMEOUT_MS).await?).await
+        };
+        let mut sources: Sources = match answer.await {
+            Ok(sources) => sources,
+            Err(error) => {
+                tracing::debug!("ask for deltas: {error}");
+                return Sources::default();
             }
         };
-        self.authorised(request, READ_TIMEOUT_MS).await
+        sources.deltas.truncate(MAX_OFFERED);
+        sources.peers.truncate(MAX_PEERS);
+        sources
     }
 
     /// The digests of the signature manifests that refer to a manifest: by the referrers API, or

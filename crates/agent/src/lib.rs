@@ -13,6 +13,8 @@ pub mod facts;
 pub mod hub;
 pub mod identity;
 pub mod outbox;
+mod patch;
+pub mod peers;
 pub mod shell;
 pub mod state;
 pub mod status;

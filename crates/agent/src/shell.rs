@@ -19,12 +19,13 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use crate::clock::Clock;
-use crate::download::{self, Downloads};
+use crate::download::{self, Downloads, Sources};
 use crate::engine::Engine;
 use crate::error::AgentError;
 use crate::hub::{DeviceHub, Hub, HubError};
 use crate::identity::{self, DeviceKey, Identity, MeteredLink};
 use crate::outbox::Outbox;
+use crate::peers::Sharing;
 use crate::state::{Sequence, StateFolder, StateLock, wait_cause};
 use crate::status::StatusFile;
 use crate::tls::PinnedAuthority;
@@ -86,6 +87,7 @@ struct Running {
     hub: Arc<DeviceHub>,
     authority: Arc<PinnedAuthority>,
     downloads: Arc<Downloads>,
+    sharing: Sharing,
     engine: Arc<Engine>,
     server: tokio::task::JoinHandle<()>,
     stop_server: Arc<tokio::sync::Notify>,
@@ -150,6 +152,7 @@ impl Running {
             _lock: lock,
             core: Core::new(ledger, config, ChaCha8Rng::from_os_rng()),
             started: Instant::now(),
+            sharing: Sharing::new(state.clone(), identity.url.clone()),
             downloads: Arc::new(Downloads::new(state.clone(), Arc::clone(&hub))),
             sequence: state.sequence(),
             earlier: state.load_telemetry(),
@@ -230,6 +233,7 @@ impl Running {
         for effect in effects {
             self.perform(effect);
         }
+        self.facts.shares_at = self.sharing.keep_to(self.core.sharing());
         self.tasks.retain(|_, task| !task.is_finished());
         let status = self.core.status();
         self.voice.tell(&status);
@@ -262,28 +266,35 @@ impl Running {
             Effect::FetchPackage { id, model } => {
                 let (hub, trust) = (Arc::clone(&self.hub), Arc::clone(&self.trust));
                 self.spawn(id, async move {
-                    let result = hub.package(&model, &trust).await;
+                    let result = hub.offer(&model, &trust).await;
                     Event::PackageFetched { id, result }
                 });
             }
-            Effect::Download { id, model, package, max_rate_bytes_per_s } => {
+            Effect::Download { id, model, package, route, peers, max_rate_bytes_per_s } => {
                 let (downloads, events) = (Arc::clone(&self.downloads), self.events.clone());
                 self.spawn(id, async move {
-                    let total_bytes = package.total_bytes();
                     let mut last = None::<Instant>;
+                    let sources = Sources { route: &route, peers: &peers };
+                    let rate = max_rate_bytes_per_s;
                     let result = downloads
-                        .package(&model.model, &package, max_rate_bytes_per_s, |done_bytes| {
-                            let soon = Duration::from_millis(PROGRESS_EVENT_MS);
-                            if last.is_none_or(|at| at.elapsed() >= soon) {
-                                last = Some(Instant::now());
-                                // A full queue has newer things to tell.
-                                let _ = events.try_send(Event::Progress {
-                                    id,
-                                    done_bytes,
-                                    total_bytes,
-                                });
-                            }
-                        })
+                        .package(
+                            &model.model,
+                            &package,
+                            sources,
+                            rate,
+                            |done_bytes, total_bytes| {
+                                let soon = Duration::from_millis(PROGRESS_EVENT_MS);
+                                if last.is_none_or(|at| at.elapsed() >= soon) {
+                                    last = Some(Instant::now());
+                                    // A full queue has newer things to tell.
+                                    let _ = events.try_send(Event::Progress {
+                                        id,
+                                        done_bytes,
+                                        total_bytes,
+                                    });
+                                }
+                            },
+                        )
                         .await;
                     Event::Downloaded { id, result }
                 });
@@ -371,6 +382,7 @@ impl Running {
             generated_tokens: self.earlier.generated_tokens + now.generated_tokens,
             worker_crashes: self.earlier.worker_crashes + now.worker_crashes,
             downloaded_bytes: self.earlier.downloaded_bytes + self.downloads.received_bytes(),
+            transfer: self.downloads.transfer(),
             ..now
         }
     }

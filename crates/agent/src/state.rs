@@ -7,6 +7,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use slmops_agent_core::{LEDGER_VERSION, Ledger, LedgerError, MAX_LEDGER_BYTES};
+use slmops_api::delta::Transfer;
 use slmops_api::device::{Telemetry, WaitCause};
 use slmops_api::evidence::Evidence;
 use slmops_artifact::Digest;
@@ -19,6 +20,7 @@ const LEDGER_FILE: &str = "ledger.json";
 const SEQUENCE_FILE: &str = "sequence";
 const TELEMETRY_FILE: &str = "telemetry.json";
 const EVIDENCE_FILE: &str = "evidence.json";
+const TRANSFER_FILE: &str = "transfer.json";
 const STATUS_FILE: &str = "status.json";
 const BLOBS_FOLDER: &str = "blobs";
 const PARTIAL_FOLDER: &str = "partial";
@@ -238,6 +240,18 @@ impl StateFolder {
     /// Saves what is counted of the running model. Losing the latest numbers is harmless.
     pub fn save_evidence(&self, evidence: &Evidence) {
         self.save_numbers(EVIDENCE_FILE, evidence);
+    }
+
+    /// How the model file that was got last came here, as far as it was saved.
+    pub fn load_transfer(&self) -> Option<Transfer> {
+        let path = self.root.join(TRANSFER_FILE);
+        let bytes = durable::read(&path, MAX_SMALL_BYTES).ok().flatten()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    /// Saves how a model file comes here. Losing the latest numbers is harmless.
+    pub fn save_transfer(&self, transfer: &Transfer) {
+        self.save_numbers(TRANSFER_FILE, transfer);
     }
 
     fn save_numbers(&self, name: &str, numbers: &impl serde::Serialize) {

@@ -189,6 +189,9 @@ impl StatusFile {
             line("probes", format!("{passed} of {} passed", self.probes.len()));
         }
         let telemetry = &self.telemetry;
+        if let Some(transfer) = &telemetry.transfer {
+            line("fetched", words::transfer(transfer));
+        }
         line(
             "use",
             format!(

@@ -1,5 +1,6 @@
 //! The agent's state in words.
 
+use slmops_api::delta::{Fallback, Transfer};
 use slmops_api::device::{DesiredModel, Failure, InstalledModel, Phase, WaitCause};
 use slmops_api::probe::ProbeResult;
 
@@ -8,6 +9,38 @@ use crate::units;
 /// `smollm2 1.0.0 (q4_k_m)`.
 pub fn model(model: &InstalledModel) -> String {
     format!("{} {} ({})", model.model, model.version, model.variant)
+}
+
+/// Why a delta was not used, or not for all of it.
+pub fn fallback(cause: Fallback) -> &'static str {
+    match cause {
+        Fallback::Missing => "the hub does not have it",
+        Fallback::Unreadable => "it cannot be read, or is about other files",
+        Fallback::NoBase => "the model that it changes is not here",
+        Fallback::DamagedBase => "the model that it changes is damaged on this disk",
+        Fallback::DamagedDelta => "the delta itself is damaged",
+        Fallback::WrongResult => "what came out is not what was signed",
+    }
+}
+
+/// How a model file came here: `delta 3.1 MB of 98 MB`.
+pub fn transfer(transfer: &Transfer) -> String {
+    let mut parts = Vec::new();
+    if transfer.peer_bytes > 0 {
+        parts.push(format!("{} from its site", units::size(transfer.peer_bytes)));
+    }
+    if transfer.delta_bytes > 0 {
+        parts.push(format!("{} of deltas", units::size(transfer.delta_bytes)));
+    }
+    if transfer.whole_bytes > 0 {
+        parts.push(format!("{} of the file itself", units::size(transfer.whole_bytes)));
+    }
+    let of = units::size(transfer.size_bytes);
+    let mut text = format!("{} for a model of {of}", parts.join(" and "));
+    if let Some(cause) = transfer.fallback {
+        text += &format!("; a delta did not do: {}", fallback(cause));
+    }
+    text
 }
 
 /// The same of what is desired.

@@ -95,6 +95,9 @@ pub struct PolicyLayer {
     /// Bytes a second with which a device fetches models, at most; 0: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_rate_bytes_per_s: Option<u32>,
+    /// Bytes a second with which a device shares its models with its site; 0: it does not.
+    #[serde(default)]
+    pub share_bytes_per_s: Option<u32>,
 }
 
 /// A stored layer.

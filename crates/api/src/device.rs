@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use slmops_artifact::Digest;
 use slmops_artifact::signing::{PrivateKey, PublicKey};
 
+use crate::delta::Transfer;
 use crate::evidence::Evidence;
 use crate::gate::Metric;
 use crate::orders::Orders;
@@ -227,6 +228,9 @@ pub struct DeviceFacts {
     /// Whether every byte over its link costs, as its owner or its system says.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub metered: bool,
+    /// Where it shares its models with devices of its site: `http://ADDRESS:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares_at: Option<String>,
     /// The rules that the agent obeys, by name: what it does not know it would ignore, so the hub
     /// asks it of no device that does not name it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -523,6 +527,9 @@ pub struct Telemetry {
     pub worker_crashes: u64,
     /// Bytes pulled from the hub.
     pub downloaded_bytes: u64,
+    /// How the model file that was got last came here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Transfer>,
     /// Generated tokens per second over the last minute; 0 when idle.
     pub tokens_per_s: f64,
     /// Median time to first token of the last 100 requests, milliseconds; 0 when there were none.

@@ -6,6 +6,7 @@
 pub mod audit;
 pub mod blueprint;
 pub mod channel;
+pub mod delta;
 pub mod device;
 pub mod evidence;
 pub mod fleet;

@@ -34,6 +34,10 @@ pub struct DeviceRules {
     /// Fetched with at most so many bytes a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_rate_bytes_per_s: Option<u64>,
+    /// Models that the device has are shared with devices of its site, which need not get them over
+    /// the site's line, at so many bytes a second together; they are not if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share_bytes_per_s: Option<u64>,
 }
 
 /// Hours of the week in a time zone.
@@ -77,15 +81,17 @@ impl DeviceRules {
     const DOWNLOAD_IN: &str = "download_in";
     const METERED: &str = "metered";
     const MAX_RATE: &str = "max_rate";
+    const SHARE: &str = "share";
     /// Every rule that an agent of this version obeys, by name; see
     /// [`crate::device::DeviceFacts::obeys`].
-    pub const ALL: [&str; 6] = [
+    pub const ALL: [&str; 7] = [
         Self::HOLD,
         Self::ACTIVATE_AT,
         Self::ACTIVATE_IN,
         Self::DOWNLOAD_IN,
         Self::METERED,
         Self::MAX_RATE,
+        Self::SHARE,
     ];
 
     /// Whether there are no rules at all.
@@ -102,6 +108,7 @@ impl DeviceRules {
             (Self::DOWNLOAD_IN, !self.download_in.is_empty()),
             (Self::METERED, !self.metered.is_allow()),
             (Self::MAX_RATE, self.max_rate_bytes_per_s.is_some()),
+            (Self::SHARE, self.share_bytes_per_s.is_some()),
         ];
         given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
     }
@@ -114,16 +121,18 @@ impl DeviceRules {
             all.extend(b.iter().filter(|hours| !a.contains(hours)).cloned());
             all
         };
+        let least = |a: Option<u64>, b: Option<u64>| match (a, b) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (one, other) => one.or(other),
+        };
         Self {
             hold: self.hold || other.hold,
             activate_at: self.activate_at.max(other.activate_at),
             activate_in: hours(&self.activate_in, &other.activate_in),
             download_in: hours(&self.download_in, &other.download_in),
             metered: self.metered.and(other.metered),
-            max_rate_bytes_per_s: match (self.max_rate_bytes_per_s, other.max_rate_bytes_per_s) {
-                (Some(a), Some(b)) => Some(a.min(b)),
-                (one, other) => one.or(other),
-            },
+            max_rate_bytes_per_s: least(self.max_rate_bytes_per_s, other.max_rate_bytes_per_s),
+            share_bytes_per_s: least(self.share_bytes_per_s, other.share_bytes_per_s),
         }
     }
 }
@@ -171,6 +180,8 @@ impl fmt::Display for DeviceRules {
         }
         let rate = self.max_rate_bytes_per_s;
         words.extend(rate.map(|bytes| format!("fetches at most {bytes} bytes/s")));
+        let share = self.share_bytes_per_s;
+        words.extend(share.map(|bytes| format!("shares with its site at {bytes} bytes/s")));
         f.write_str(&words.join("; "))
     }
 }

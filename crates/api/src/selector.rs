@@ -352,6 +352,7 @@ mod tests {
             endpoint: None,
             time_zone: None,
             metered: false,
+            shares_at: None,
             obeys: vec![],
         }
     }

@@ -15,3 +15,4 @@ pub mod signing;
 pub mod title;
 
 pub use digest::Digest;
+pub use map::MappedFile;

@@ -7,6 +7,31 @@ use std::path::Path;
 
 use memmap2::Mmap;
 
+/// A file's bytes as a read-only memory map.
+///
+/// The file must not be shortened while it is mapped: reading a page that is gone kills the
+/// process (`SIGBUS`). Model files here are written under another name and renamed, never changed.
+#[derive(Debug)]
+pub struct MappedFile(Mmap);
+
+impl MappedFile {
+    /// Maps the file at `path`.
+    ///
+    /// # Errors
+    /// Where it cannot be opened or mapped.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        map(path).map(Self)
+    }
+}
+
+impl std::ops::Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 /// Maps a file for reading.
 ///
 /// The file must not be shortened while it is mapped: reading a page that is gone kills the

@@ -98,6 +98,13 @@ pub(crate) type Priors = Vec<Option<u8>>;
 
 const UNTYPED: u8 = 255;
 
+impl Frame {
+    /// Whether bytes with this digest are this frame's output.
+    pub fn gives(&self, digest: &Digest) -> bool {
+        digest.as_bytes().starts_with(&self.check)
+    }
+}
+
 impl Header {
     /// The frames, in the order of their output and of their payloads.
     pub fn frames(&self) -> &[Frame] {

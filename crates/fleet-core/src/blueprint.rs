@@ -23,7 +23,7 @@ pub const QUEUE_LIMIT: (u32, u32) = (0, 4096);
 /// Bounds of `policy.confirm_timeout_s`.
 pub const CONFIRM_TIMEOUT_S: (u32, u32) = (5, 604_800);
 /// Every key, in the order in which they are explained.
-const KEYS: [&str; 16] = [
+const KEYS: [&str; 17] = [
     "model",
     "channel",
     "runtime.context_tokens",
@@ -40,6 +40,7 @@ const KEYS: [&str; 16] = [
     "policy.time_zone",
     "policy.max_rate_bytes_per_s",
     "policy.metered",
+    "policy.share_bytes_per_s",
 ];
 /// `policy.time_zone` for each device's own.
 const DEVICE_TIME_ZONE: &str = "device";
@@ -115,7 +116,8 @@ impl BlueprintError {
             Self::Syntax { .. } => {
                 "keys are overridable, model, channel, runtime.{context_tokens, parallel, threads, batch_tokens, kv_type, \
                  flash_attention, queue_limit} and policy.{confirm_timeout_s, frozen, activate_in, \
-                 download_in, time_zone, metered, max_rate_bytes_per_s}"
+                 download_in, time_zone, metered, max_rate_bytes_per_s, \
+                 share_bytes_per_s}"
             }
             Self::Bounds { .. } => "choose a value within the bounds",
             Self::TimeZone { .. } => {
@@ -302,6 +304,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut time_zone = DEVICE_TIME_ZONE.to_owned();
     let mut metered = Metered::default();
     let mut max_rate = 0;
+    let mut share = 0;
 
     let mut model_is = Setting::new("model", "(none)");
     let mut channel_is = Setting::new("channel", "(none)");
@@ -319,6 +322,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut zone_is = Setting::new("policy.time_zone", quoted(&time_zone));
     let mut rate_is = Setting::new("policy.max_rate_bytes_per_s", max_rate);
     let mut metered_is = Setting::new("policy.metered", quoted(metered));
+    let mut share_is = Setting::new("policy.share_bytes_per_s", share);
 
     // What sites and devices may override, and who says so.
     let mut overridable: Option<(Vec<String>, String)> = None;
@@ -396,6 +400,8 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
             &layer,
             shown(policy.metered.as_ref()),
         );
+        let given = policy.share_bytes_per_s;
+        share_is.set(&mut share, given.as_ref(), &layer, number(given));
     }
 
     if runtime.kv_type == KvType::Q8_0 && !runtime.flash_attention {
@@ -411,6 +417,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
         download_in: Hours::of(&download_in, zone).into_iter().collect(),
         metered,
         max_rate_bytes_per_s: (max_rate > 0).then_some(u64::from(max_rate)),
+        share_bytes_per_s: (share > 0).then_some(u64::from(share)),
         ..DeviceRules::default()
     };
     let settings = [
@@ -430,6 +437,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
         zone_is,
         rate_is,
         metered_is,
+        share_is,
     ];
     debug_assert!(settings.iter().map(|setting| setting.key).eq(KEYS), "every key is explained");
     let mut conflicts = Vec::new();

@@ -5,6 +5,7 @@
 
 pub mod blueprint;
 pub mod class;
+pub mod deltas;
 pub mod fit;
 pub mod gate;
 pub mod labels;

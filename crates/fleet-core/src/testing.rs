@@ -32,6 +32,7 @@ pub fn facts(budget_mib: u64) -> DeviceFacts {
         endpoint: None,
         time_zone: None,
         metered: false,
+        shares_at: None,
         obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
 }

@@ -551,6 +551,36 @@ impl Blobs {
         }
     }
 
+    /// A blob as a file on this machine: its own one, or a copy that goes with the answer. Its bytes
+    /// are not checked.
+    ///
+    /// # Errors
+    /// As [`Blobs::get`], and a disk without room for the copy.
+    pub async fn file(&self, digest: &Digest) -> Result<BlobFile, BlobError> {
+        if let Some(root) = &self.inner.local {
+            if self.size(digest).await?.is_none() {
+                return Err(BlobError::NotFound(*digest));
+            }
+            return Ok(BlobFile::Own(root.join(location(digest).as_ref())));
+        }
+        let name = format!("{OWN_PREFIX}{}", hex::encode(rand::random::<[u8; 16]>()));
+        let path = self.staged_path(&name);
+        let made = File::create_new(&path).map_err(BlobError::file("make", &path))?;
+        let copy = tempfile::TempPath::try_from_path(path.clone())
+            .map_err(BlobError::file("make", &path))?;
+        let mut reader = self.get(digest, None).await?;
+        let mut file = made;
+        while let Some(piece) = reader.stream.try_next().await? {
+            let path = path.clone();
+            file = blocking(move || {
+                file.write_all(&piece).map_err(BlobError::file("write", &path))?;
+                Ok(file)
+            })
+            .await?;
+        }
+        Ok(BlobFile::Copy(copy))
+    }
+
     /// The size of a blob in bytes, if it is here.
     ///
     /// # Errors
@@ -653,9 +683,28 @@ async fn answered<T>(
         .map_err(|elapsed| BlobError::Unreachable { operation, source: elapsed.into() })
 }
 
-/// Whether a staging file is one of [`Blobs::put`], which nobody resumes.
+/// Whether a staging file is one of [`Blobs::put`] or [`Blobs::file`], which nobody resumes.
 pub fn is_own(name: &str) -> bool {
     name.starts_with(OWN_PREFIX)
+}
+
+/// A blob as a file; a copy is gone when this is dropped.
+#[derive(Debug)]
+pub enum BlobFile {
+    /// The store's own file, which is never changed.
+    Own(PathBuf),
+    /// A copy.
+    Copy(tempfile::TempPath),
+}
+
+impl BlobFile {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Own(path) => path,
+            Self::Copy(path) => path,
+        }
+    }
 }
 
 /// The blob at an object's place, if that names one.

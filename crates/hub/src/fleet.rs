@@ -449,6 +449,7 @@ fn no_facts() -> DeviceFacts {
         endpoint: None,
         time_zone: None,
         metered: false,
+        shares_at: None,
         obeys: Vec::new(),
     }
 }

@@ -8,12 +8,13 @@ pub mod backup;
 pub mod blobs;
 pub mod dashboard;
 pub mod db;
+pub mod deltas;
 pub mod durable;
 pub mod engine;
 pub mod events;
 pub mod fleet;
 mod listening;
-
+pub mod neighbours;
 pub mod registry;
 pub mod replicas;
 pub mod routes;

@@ -24,9 +24,11 @@ use crate::auth::{
 };
 use crate::blobs::{BlobError, Blobs, S3};
 use crate::db::{Database, DbError, FolderLock, Postgres, Schema, Tx, params};
+use crate::deltas::Maker;
 use crate::durable;
 use crate::engine::Engine;
 use crate::events::{Board, Events, Place};
+use crate::neighbours::Neighbours;
 use crate::registry::{self, Registry, RegistryError};
 use crate::replicas::{self, Lead, Replica};
 use crate::routes::{self, AppState, Metrics, Shared};
@@ -258,7 +260,16 @@ impl Hub {
             metrics: Metrics::default(),
             ca: tls.ca_digest(),
             url: OnceLock::new(),
+            neighbours: Neighbours::default(),
+            delta_wanted: Arc::default(),
         });
+        let maker = Maker {
+            store: Arc::clone(&store),
+            engine: engine.clone(),
+            registry: registry.clone(),
+            events: events.clone(),
+            wake: Arc::clone(&state.delta_wanted),
+        };
         let app = app(&state, registry);
 
         let bind = |address: SocketAddr| {
@@ -309,6 +320,7 @@ impl Hub {
             tokio::spawn(planner.run(stopped.clone())),
             tokio::spawn(webhooks.run(stopped.clone())),
             tokio::spawn(telemetry::tidy(Arc::clone(&store), config.keep, stopped.clone())),
+            tokio::spawn(maker.run(stopped.clone())),
         ];
         let mut id = None;
         if let Some((replica, feed)) = replica {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use slmops_agent_core::{Blob, Package};
+use slmops_api::delta::{Delta, MAX_CHAIN};
 use slmops_api::model::{ModelShape, NewRelease, Variant};
 use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere};
 use slmops_artifact::Digest;
@@ -30,6 +31,8 @@ pub(crate) struct Catalog {
     pub releases: Releases,
     pub versions: Vec<semver::Version>,
     known: HashMap<Digest, Known>,
+    /// By the manifest that it ends at: the delta from the release before.
+    deltas: HashMap<Digest, (Digest, Delta)>,
     seed: u64,
 }
 
@@ -39,6 +42,7 @@ impl Catalog {
             releases: Releases::new(),
             versions: Vec::new(),
             known: HashMap::new(),
+            deltas: HashMap::new(),
             seed: spec.seed,
         };
         catalog.add(spec, BEFORE, Health::Good);
@@ -62,6 +66,22 @@ impl Catalog {
                 weights: Blob { digest: weights, size_bytes: variant.size_bytes },
                 probes: Blob { digest: digest("probes", ""), size_bytes: PROBES_BYTES },
             };
+            let before = self.versions.last().map(|before| {
+                let digest =
+                    |what: &str| Digest::of(format!("{what} {before} {}", variant.name).as_bytes());
+                (digest("manifest"), digest("weights"))
+            });
+            if let (Some((before, from)), Some(bytes)) = (before, variant.delta_bytes) {
+                let delta = Delta {
+                    from,
+                    to: weights,
+                    to_bytes: variant.size_bytes,
+                    blob: digest("delta", variant.name.as_str()),
+                    bytes,
+                    header_bytes: 1,
+                };
+                self.deltas.insert(manifest, (before, delta));
+            }
             self.known.insert(manifest, Known { release: self.versions.len(), package, health });
             variants.push(Variant {
                 name: variant.name.clone(),
@@ -92,6 +112,17 @@ impl Catalog {
     /// What is known of a manifest.
     pub(crate) fn known(&self, manifest: &Digest) -> &Known {
         self.known.get(manifest).expect("devices are told of registered releases alone")
+    }
+
+    /// The deltas that end at a manifest's weights, by themselves or one after the other.
+    pub(crate) fn deltas(&self, manifest: &Digest) -> Vec<Delta> {
+        let mut at = *manifest;
+        let chain = std::iter::from_fn(|| {
+            let (before, delta) = self.deltas.get(&at)?;
+            at = *before;
+            Some(delta.clone())
+        });
+        chain.take(MAX_CHAIN).collect()
     }
 
     /// What is wrong with this manifest on this device, if something is.

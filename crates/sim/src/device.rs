@@ -44,9 +44,38 @@ pub(crate) struct Pending {
 /// A piece of a download.
 pub(crate) struct Piece {
     pub package: Package,
+    pub source: Source,
+    /// Bytes that went over the link.
+    pub wire_bytes: u64,
+    /// Bytes of the package's files that they give.
     pub bytes: u64,
     /// Bytes a second that the agent asked for at most.
     pub max_rate_bytes_per_s: Option<u64>,
+}
+
+/// Where a download comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The hub, whole.
+    Hub,
+    /// The hub, as deltas of so many bytes.
+    Deltas { bytes: u64 },
+    /// Another device of the group.
+    Peer,
+}
+
+impl Source {
+    /// Bytes that go over the link for `left` bytes of a package.
+    pub(crate) fn wire_bytes(self, package: &Package, left: u64) -> u64 {
+        match self {
+            Self::Hub | Self::Peer => left,
+            Self::Deltas { bytes } => {
+                let wire = u128::from(bytes + package.probes.size_bytes);
+                let scaled = (u128::from(left) * wire).div_ceil(u128::from(package.total_bytes()));
+                u64::try_from(scaled).unwrap_or(left).min(left)
+            }
+        }
+    }
 }
 
 pub(crate) enum Work {
@@ -364,11 +393,14 @@ impl Device {
         }
     }
 
+    /// Whether a file is here, and as it should be.
+    pub(crate) fn has(&self, digest: &Digest) -> bool {
+        let file = self.files.iter().find(|file| file.digest == *digest);
+        file.is_some_and(|file| file.have_bytes == file.size_bytes && file.intact)
+    }
+
     fn is_whole(&self, package: &Package) -> bool {
-        package.blobs().iter().all(|blob| {
-            let file = self.files.iter().find(|file| file.digest == blob.digest);
-            file.is_some_and(|file| file.have_bytes == file.size_bytes && file.intact)
-        })
+        package.blobs().iter().all(|blob| self.has(&blob.digest))
     }
 
     /// Hashes a package's files; damaged ones are deleted.

@@ -664,6 +664,7 @@ fn facts(memory_budget_bytes: u64) -> DeviceFacts {
         endpoint: None,
         time_zone: None,
         metered: false,
+        shares_at: None,
         obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
 }

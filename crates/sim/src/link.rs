@@ -19,6 +19,8 @@ pub(crate) struct Link {
     metered: bool,
     /// Until when every byte costs although it usually does not.
     metered_until: Time,
+    /// What devices get from each other goes through this.
+    pub lan: Option<Pipe>,
 }
 
 /// What several devices share. Its bytes go one piece after the other, in the order in which they
@@ -64,6 +66,7 @@ impl Link {
             site: spec.site_bits_per_s.map(Pipe::new),
             metered: spec.metered,
             metered_until: Time(0),
+            lan: spec.lan_bits_per_s.map(Pipe::new),
         }
     }
 
@@ -103,5 +106,13 @@ impl Link {
             there_at = there_at.max(pipe.carry(now.0, bytes));
         }
         (bytes, Time(there_at))
+    }
+
+    /// The same of a download from another device of the group.
+    pub(crate) fn peer_piece(&mut self, now: Time, left: u64) -> (u64, Time) {
+        let lan = self.lan.as_mut().expect("devices get models from each other over one");
+        let rate = lan.bits_per_s / lan.active.max(1);
+        let bytes = (rate / 8 * PIECE_MS / SECOND).max(MIN_PIECE_BYTES).min(left);
+        (bytes, Time(lan.carry(now.0, bytes)))
     }
 }

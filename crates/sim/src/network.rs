@@ -4,12 +4,15 @@ use std::sync::Arc;
 
 use rand::Rng as _;
 use slmops_agent_core::{
-    Death, Effect, EffectId, Event, FetchError, Obstacle, Package, Polled, Snapshot,
+    Death, Effect, EffectId, Event, FetchError, Obstacle, Offer, Package, Polled, Snapshot,
 };
+use slmops_api::delta::{Delta, Sources};
 use slmops_api::device::{DesiredModel, DesiredState, WaitCause};
 use slmops_api::evidence::Evidence;
+use slmops_artifact::Digest;
 
-use crate::device::{Armed, Device, Pending, Piece, Work};
+use crate::device::{Armed, Device, Pending, Piece, Source, Work};
+use crate::link::Pipe;
 use crate::operation::{EffectKind, Moment};
 use crate::run::Simulation;
 use crate::spec::Ailment;
@@ -25,6 +28,8 @@ const RESTART_MS: u64 = 3 * SECOND;
 /// One that cannot be started is tried again after this time.
 const RESTART_AGAIN_MS: u64 = MINUTE;
 
+/// Seconds until a device asks again that was told to wait for another one of its site.
+const SEED_WAIT_S: u32 = 5;
 /// Seconds of a device's rate that one piece of a capped download holds, at most.
 const CAPPED_PIECE_S: u64 = 30;
 
@@ -122,8 +127,8 @@ impl Simulation<'_> {
         match effect {
             Effect::Poll { id, known, wait_s } => self.poll(number, id, known, wait_s),
             Effect::FetchPackage { id, model } => self.fetch(number, id, &model),
-            Effect::Download { id, package, max_rate_bytes_per_s, .. } => {
-                self.download(number, id, package, max_rate_bytes_per_s);
+            Effect::Download { id, package, route, max_rate_bytes_per_s, .. } => {
+                self.download(number, id, package, &route, max_rate_bytes_per_s);
             }
             Effect::Report { id, snapshot } => self.send_report(number, id, snapshot),
             Effect::Collect { keep } => {
@@ -148,17 +153,19 @@ impl Simulation<'_> {
 
     fn cancel(&mut self, number: usize, id: EffectId) {
         let device = &mut self.devices[number];
-        let mut ended = 0;
+        let mut ended = Vec::new();
         device.pending.retain(|pending| {
             let cancelled = pending.id == id;
-            ended += usize::from(cancelled && matches!(pending.work, Work::Piece(_)));
+            if let (true, Work::Piece(piece)) = (cancelled, &pending.work) {
+                ended.push(piece.source);
+            }
             !cancelled
         });
         device.workers.retain(|worker| worker.id != id);
         if device.live == Some(id) {
             device.live = None;
         }
-        self.downloads_end(number, ended);
+        ended.into_iter().for_each(|source| self.download_ends(number, source));
     }
 
     // --- polls
@@ -294,11 +301,49 @@ impl Simulation<'_> {
             Fate::Lost | Fate::Arrives { reply: false } => return,
             Fate::Fails(at) => (at, Err(FetchError::Obstacle(network()))),
             Fate::Arrives { reply: true } => {
-                let result = self.devices[number].fetch(model.manifest, &self.catalog);
+                let fetched = self.devices[number].fetch(model.manifest, &self.catalog);
+                let sources = self.sources(number, model.manifest, model.weights);
+                let result = fetched.map(|package| Offer { package, sources });
                 (Time(self.now.0 + 2 * latency_ms), result)
             }
         };
         self.hear_at(number, at, id, Event::PackageFetched { id, result });
+    }
+
+    /// Another device of the group that has a file and is there.
+    fn peer_with(&self, number: usize, weights: &Digest) -> bool {
+        let group = self.devices[number].group;
+        let first = self.group_starts[group];
+        let count = self.scenario.spec.groups[group].devices as usize;
+        let has = |(other, device): (usize, &Device)| {
+            other != number && device.core.is_some() && device.has(weights)
+        };
+        (first..).zip(&self.devices[first..first + count]).any(has)
+    }
+
+    /// What the hub says of where a model can be had. One device of a group that shares gets it
+    /// first; the others wait for that one while it is on its way.
+    fn sources(&mut self, number: usize, manifest: Digest, weights: Digest) -> Sources {
+        let deltas = self.catalog.deltas(&manifest);
+        let group = self.devices[number].group;
+        let mut wait_s = None;
+        if self.links[group].lan.is_some() && !self.peer_with(number, &weights) {
+            let seed = self.seeds.get(&(group, manifest)).copied();
+            let on_its_way = seed.is_some_and(|seed| {
+                let device = &self.devices[seed];
+                let wanted = device.durable.wanted.as_ref().map(|(wanted, _)| *wanted);
+                seed != number
+                    && self.is_connected(seed)
+                    && wanted == Some(manifest)
+                    && device.core.is_some()
+                    && !device.durable.confirmed
+            });
+            match on_its_way {
+                true => wait_s = Some(SEED_WAIT_S),
+                false => drop(self.seeds.insert((group, manifest), number)),
+            }
+        }
+        Sources { deltas, peers: Vec::new(), wait_s }
     }
 
     fn download(
@@ -306,6 +351,7 @@ impl Simulation<'_> {
         number: usize,
         id: EffectId,
         package: Package,
+        route: &[Delta],
         max_rate_bytes_per_s: Option<u64>,
     ) {
         let latency_ms = self.latency_ms(number);
@@ -317,55 +363,88 @@ impl Simulation<'_> {
             }
             Fate::Arrives { reply: true } => {
                 let group = self.devices[number].group;
-                let pipes = self.links[group].site.as_mut().into_iter().chain(&mut self.hub_pipe);
-                pipes.for_each(|pipe| pipe.active += 1);
-                self.next_piece(number, id, package, max_rate_bytes_per_s, 2 * latency_ms);
+                let base = route.first().is_some_and(|it| self.devices[number].has(&it.from));
+                let shares = self.links[group].lan.is_some();
+                let source = match base {
+                    _ if shares && self.peer_with(number, &package.weights.digest) => Source::Peer,
+                    true => Source::Deltas { bytes: route.iter().map(|delta| delta.bytes).sum() },
+                    false => Source::Hub,
+                };
+                self.pipes(number, source).for_each(|pipe| pipe.active += 1);
+                self.next_piece(
+                    number,
+                    id,
+                    (package, source),
+                    max_rate_bytes_per_s,
+                    2 * latency_ms,
+                );
             }
         }
     }
 
-    fn moved(&mut self, number: usize, package: &Package, bytes: u64) {
+    /// What a download from there goes through, besides the device's own link.
+    fn pipes(&mut self, number: usize, source: Source) -> impl Iterator<Item = &mut Pipe> {
+        let link = &mut self.links[self.devices[number].group];
+        let (site, lan, hub) = match source {
+            Source::Peer => (None, link.lan.as_mut(), None),
+            Source::Hub | Source::Deltas { .. } => {
+                (link.site.as_mut(), None, self.hub_pipe.as_mut())
+            }
+        };
+        site.into_iter().chain(lan).chain(hub)
+    }
+
+    fn moved(&mut self, number: usize, package: &Package, source: Source, bytes: u64) {
+        if source == Source::Peer {
+            return self.collected.shared(bytes);
+        }
         let release = self.catalog.known(&package.manifest).release;
         self.collected.moved(release, self.devices[number].group, bytes);
     }
 
-    fn downloads_end(&mut self, number: usize, count: usize) {
-        let group = self.devices[number].group;
-        let pipes = self.links[group].site.as_mut().into_iter().chain(&mut self.hub_pipe);
-        pipes.for_each(|pipe| pipe.active -= count as u64);
+    fn download_ends(&mut self, number: usize, source: Source) {
+        self.pipes(number, source).for_each(|pipe| pipe.active -= 1);
     }
 
     fn next_piece(
         &mut self,
         number: usize,
         id: EffectId,
-        package: Package,
+        (package, source): (Package, Source),
         rate: Option<u64>,
         delay_ms: u64,
     ) {
-        let left = self.devices[number].missing_bytes(&package);
+        let missing = self.devices[number].missing_bytes(&package);
+        let all = source.wire_bytes(&package, missing);
         let group = self.devices[number].group;
-        let left = rate.map_or(left, |rate| left.min(rate * CAPPED_PIECE_S));
-        let (bytes, at) = self.links[group].piece(self.hub_pipe.as_mut(), self.now, left);
-        let at = rate.map_or(at, |rate| at.max(Time(self.now.0 + bytes * SECOND / rate.max(1))));
-        let piece = Piece { package, bytes, max_rate_bytes_per_s: rate };
+        let left = rate.map_or(all, |rate| all.min(rate * CAPPED_PIECE_S));
+        let (wire_bytes, at) = match source {
+            Source::Peer => self.links[group].peer_piece(self.now, left),
+            _ => self.links[group].piece(self.hub_pipe.as_mut(), self.now, left),
+        };
+        let at =
+            rate.map_or(at, |rate| at.max(Time(self.now.0 + wire_bytes * SECOND / rate.max(1))));
+        let scaled = u128::from(missing) * u128::from(wire_bytes) / u128::from(all.max(1));
+        let bytes = if wire_bytes == all { missing } else { scaled as u64 };
+        let piece = Piece { package, source, wire_bytes, bytes, max_rate_bytes_per_s: rate };
         self.later(number, Time(at.0 + delay_ms), id, Work::Piece(Box::new(piece)));
     }
 
     pub(crate) fn piece_arrives(&mut self, number: usize, id: EffectId, piece: Piece) {
-        let Piece { package, bytes, max_rate_bytes_per_s } = piece;
-        if !self.is_connected(number) {
+        let Piece { package, source, wire_bytes, bytes, max_rate_bytes_per_s } = piece;
+        let by_hub = source != Source::Peer;
+        if by_hub && !self.is_connected(number) {
             // Silence: the core gives up by itself.
-            return self.downloads_end(number, 1);
+            return self.download_ends(number, source);
         }
         let full = self.now < self.devices[number].full_until;
         let failure = match (self.hub.is_up, full) {
-            (false, _) => Some(WaitCause::Network),
-            (true, true) => Some(WaitCause::DiskFull),
-            (true, false) => None,
+            (false, _) if by_hub => Some(WaitCause::Network),
+            (_, true) => Some(WaitCause::DiskFull),
+            (_, false) => None,
         };
         if let Some(cause) = failure {
-            self.downloads_end(number, 1);
+            self.download_ends(number, source);
             let result = Err(FetchError::Obstacle(Obstacle::new(cause)));
             return self.hear(number, Event::Downloaded { id, result });
         }
@@ -373,10 +452,10 @@ impl Simulation<'_> {
         let place = Place::of(device, self.scenario, &self.links);
         self.watch.piece(self.now, device, place, &package);
         self.devices[number].receive(&package, bytes);
-        self.moved(number, &package, bytes);
+        self.moved(number, &package, source, wire_bytes);
         let left = self.devices[number].missing_bytes(&package);
         if left == 0 {
-            self.downloads_end(number, 1);
+            self.download_ends(number, source);
             let device = &mut self.devices[number];
             let wrong = self.catalog.ailment(&package.manifest, device.number);
             let result = match wrong == Some(Ailment::WrongBytes) {
@@ -388,7 +467,7 @@ impl Simulation<'_> {
             };
             return self.hear(number, Event::Downloaded { id, result });
         }
-        self.next_piece(number, id, package, max_rate_bytes_per_s, 0);
+        self.next_piece(number, id, (package, source), max_rate_bytes_per_s, 0);
         let total_bytes = package.total_bytes();
         let done_bytes = total_bytes - left;
         self.hear(number, Event::Progress { id, done_bytes, total_bytes });
@@ -459,7 +538,7 @@ impl Simulation<'_> {
             Effect::Download { package, .. } if arrives => {
                 let bytes = self.devices[number].missing_bytes(&package);
                 self.devices[number].receive(&package, bytes);
-                self.moved(number, &package, bytes);
+                self.moved(number, &package, Source::Hub, bytes);
             }
             _ => {}
         }
@@ -467,9 +546,12 @@ impl Simulation<'_> {
     }
 
     pub(crate) fn cut_power(&mut self, number: usize) {
-        let pieces = self.devices[number].pending.iter();
-        let pieces = pieces.filter(|it| matches!(it.work, Work::Piece(_))).count();
-        self.downloads_end(number, pieces);
+        let pieces = self.devices[number].pending.iter().filter_map(|it| match &it.work {
+            Work::Piece(piece) => Some(piece.source),
+            _ => None,
+        });
+        let pieces: Vec<Source> = pieces.collect();
+        pieces.into_iter().for_each(|source| self.download_ends(number, source));
         self.devices[number].power_off(Time(self.now.0 + POWER_BACK_MS));
         self.reschedule(number);
     }

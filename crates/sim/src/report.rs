@@ -23,8 +23,11 @@ pub struct Report {
     pub hours: u32,
     /// The rollouts, in the order of the specification.
     pub rollouts: Vec<RolloutReport>,
-    /// Bytes of models that devices pulled.
+    /// Bytes of models that devices pulled from the hub.
     pub bytes_moved: u64,
+    /// Bytes that they got from each other.
+    #[serde(default)]
+    pub shared_bytes: u64,
     /// Invariants that did not hold. Anything here is a bug of ours.
     pub violations: Vec<Violation>,
     /// When the fleet had come to rest, if that was asked for.
@@ -159,6 +162,7 @@ impl RolloutReport {
 pub(crate) struct Collected {
     rollouts: Vec<Gathered>,
     bytes_moved: u64,
+    shared_bytes: u64,
     settled_at: Option<Time>,
 }
 
@@ -183,7 +187,12 @@ impl Collected {
             series: Vec::new(),
             refused: None,
         };
-        Self { rollouts: vec![gathered; rollouts], bytes_moved: 0, settled_at: None }
+        Self {
+            rollouts: vec![gathered; rollouts],
+            bytes_moved: 0,
+            shared_bytes: 0,
+            settled_at: None,
+        }
     }
 
     pub(crate) fn sample(&mut self, at: Time) {
@@ -215,6 +224,10 @@ impl Collected {
         if let Some(rollout) = release.checked_sub(1) {
             self.rollouts[rollout].bytes_moved[group] += bytes;
         }
+    }
+
+    pub(crate) fn shared(&mut self, bytes: u64) {
+        self.shared_bytes += bytes;
     }
 
     pub(crate) fn refused(&mut self, rollout: usize, why: Option<String>) {
@@ -270,6 +283,7 @@ impl Collected {
             hours: spec.hours,
             rollouts: rollouts.collect(),
             bytes_moved: self.bytes_moved,
+            shared_bytes: self.shared_bytes,
             violations,
             settled_at: self.settled_at,
             events,

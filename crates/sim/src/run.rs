@@ -1,6 +1,6 @@
 //! The run: one queue of (time, sequence), devices and hub, until the hours are over.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
@@ -8,6 +8,7 @@ use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{Around, Blob, Deployment, Effect, Event, Ledger, Outcome, Polled};
 use slmops_api::device::{DesiredState, InstalledModel};
 use slmops_api::rollout::{Limits, NewRollout, Rollout, RolloutState, Schedule};
+use slmops_artifact::Digest;
 
 use crate::catalog::{Catalog, mix};
 use crate::device::{Device, Durable, Pending, Work};
@@ -88,6 +89,10 @@ pub(crate) struct Simulation<'a> {
     pub links: Vec<Link>,
     pub group_cut_until: Vec<Time>,
     pub hub_pipe: Option<Pipe>,
+    /// Where the devices of each group begin.
+    pub group_starts: Vec<usize>,
+    /// Which device of a group gets a manifest's files first.
+    pub seeds: BTreeMap<(usize, Digest), usize>,
     pub hub: Hub,
     pub watch: Watch,
     pub collected: Collected,
@@ -127,6 +132,10 @@ impl<'a> Simulation<'a> {
                 devices.push(Device::new(number, group, spec.seed, of.memory_budget_bytes));
             }
         }
+        let mut group_starts = vec![0; spec.groups.len()];
+        for device in devices.iter().rev() {
+            group_starts[device.group] = device.number as usize;
+        }
         let links = spec.groups.iter().map(|group| Link::new(&group.link)).collect();
         let mut simulation = Self {
             scenario,
@@ -137,6 +146,8 @@ impl<'a> Simulation<'a> {
             links,
             group_cut_until: vec![Time(0); spec.groups.len()],
             hub_pipe: spec.hub_bits_per_s.map(Pipe::new),
+            group_starts,
+            seeds: BTreeMap::new(),
             hub,
             watch: Watch::new(count, spec.rollouts.len()),
             collected: Collected::new(spec.rollouts.len(), spec.groups.len()),

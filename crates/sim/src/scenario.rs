@@ -167,6 +167,7 @@ fn random_group(rng: &mut ChaCha8Rng, index: usize) -> GroupSpec {
         link: LinkSpec {
             bits_per_s: rng.random_range(500_000..50_000_000),
             site_bits_per_s: rng.random_bool(0.3).then_some(4_000_000),
+            lan_bits_per_s: None,
             latency_ms: rng.random_range(1..500),
             loss: if rng.random_bool(0.2) { 0.05 } else { 0.0 },
             offline,

@@ -103,6 +103,10 @@ pub struct LinkSpec {
     /// What all devices of the group can pull together, in bits per second; no limit if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub site_bits_per_s: Option<u64>,
+    /// What the devices of the group carry between themselves, in bits per second: then they get
+    /// models from each other. Not at all if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lan_bits_per_s: Option<u64>,
     /// Milliseconds from the device to the hub, one way.
     pub latency_ms: u32,
     /// The share of requests or replies that are lost, from 0 to 1.
@@ -133,6 +137,10 @@ pub struct VariantSpec {
     pub name: VariantName,
     /// The size of its file in bytes.
     pub size_bytes: u64,
+    /// The size in bytes of a delta to it from the same variant of the release before; none is made
+    /// if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delta_bytes: Option<u64>,
     /// Its loss of quality: KL divergence from the reference, nats per token.
     #[serde(default)]
     pub kl_divergence: f64,
@@ -342,7 +350,8 @@ impl FleetSpec {
         }
         for group in &self.groups {
             let link = &group.link;
-            if link.bits_per_s == 0 || link.site_bits_per_s == Some(0) {
+            let shared = [link.site_bits_per_s, link.lan_bits_per_s];
+            if link.bits_per_s == 0 || shared.contains(&Some(0)) {
                 return refuse("a link of 0 bits per second carries nothing".to_owned());
             }
             if !(0.0..=1.0).contains(&link.loss) {
@@ -416,6 +425,7 @@ impl Default for LinkSpec {
         Self {
             bits_per_s: 8_000_000,
             site_bits_per_s: None,
+            lan_bits_per_s: None,
             latency_ms: 40,
             loss: 0.0,
             offline: Vec::new(),
@@ -487,6 +497,7 @@ fn default_variants() -> Vec<VariantSpec> {
     let variant = |name, size_bytes, kl_divergence| VariantSpec {
         name: constant(name),
         size_bytes,
+        delta_bytes: None,
         kl_divergence,
         shape: None,
     };

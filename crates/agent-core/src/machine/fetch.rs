@@ -3,10 +3,13 @@
 use jiff::Timestamp;
 use rand::Rng;
 use slmops_api::device::{DesiredModel, Failure, WaitCause};
+use slmops_artifact::Digest;
 
 use super::Core;
 use super::step::{Resume, Step, Target};
-use crate::{Effect, EffectId, FetchError, Millis, Obstacle, Package, VerifyError};
+use crate::{
+    Effect, EffectId, FetchError, Millis, Obstacle, Offer, Package, VerifyError, cheapest,
+};
 
 impl<R: Rng> Core<R> {
     pub(super) fn fetch(&mut self, now: Millis, target: Target, effects: &mut Vec<Effect>) {
@@ -20,7 +23,7 @@ impl<R: Rng> Core<R> {
         &mut self,
         now: Millis,
         id: EffectId,
-        result: Result<Package, FetchError>,
+        result: Result<Offer, FetchError>,
         effects: &mut Vec<Effect>,
     ) {
         if !matches!(self.step, Step::Fetch { .. }) {
@@ -28,15 +31,34 @@ impl<R: Rng> Core<R> {
         }
         let Some(Step::Fetch { mut target, .. }) = self.take_step(id) else { return };
         match result {
-            Ok(package) if fits(&package, &target.model) => {
-                target.package = Some(package);
+            Ok(Offer { package, sources }) if fits(&package, &target.model) => {
                 target.missing = 0;
+                let wait_ms = sources.wait_s.map(|wait_s| u64::from(wait_s).max(1) * 1_000);
+                if let Some(wait_ms) = wait_ms
+                    && target.waited_ms.saturating_add(wait_ms) <= self.config.source_wait_ms
+                {
+                    target.waited_ms += wait_ms;
+                    let (until, resume) = (now + wait_ms, Resume::Fetch);
+                    self.step = Step::Pause { target, cause: None, until, resume };
+                    return;
+                }
+                let bases = self.bases();
+                target.route = cheapest(&sources.deltas, &bases, package.weights);
+                target.package = Some(package);
+                target.peers = sources.peers;
                 self.proceed(now, target, Resume::Download, effects);
             }
             // A good signature over something else than what the hub announced.
             Ok(_) => self.fail(&target, Failure::Package),
             Err(error) => self.fetch_failed(now, target, error, Resume::Fetch),
         }
+    }
+
+    /// Model files that are here and whole, as far as is known.
+    fn bases(&self) -> Vec<Digest> {
+        let current = self.ledger.current.as_ref().filter(|_| !self.damaged);
+        let named = current.into_iter().chain(&self.ledger.previous);
+        named.map(|named| named.package.weights.digest).collect()
     }
 
     pub(super) fn fetch_failed(
@@ -72,12 +94,15 @@ impl<R: Rng> Core<R> {
         let mut keep = self.ledger.blobs();
         keep.extend(self.saved.blobs());
         keep.extend(package.blobs().map(|blob| blob.digest));
+        keep.extend(target.route.iter().map(|delta| delta.to));
         effects.push(Effect::Collect { keep });
         let id = self.id();
         let rules = self.ledger.desired.as_ref().map(|desired| &desired.rules);
         let max_rate_bytes_per_s = rules.and_then(|rules| rules.max_rate_bytes_per_s);
         let model = Box::new(target.model.clone());
-        effects.push(Effect::Download { id, model, package, max_rate_bytes_per_s });
+        let route = target.route.clone();
+        let peers = target.peers.clone();
+        effects.push(Effect::Download { id, model, package, route, peers, max_rate_bytes_per_s });
         let until = now + self.config.stall_timeout_ms;
         let total_bytes = package.total_bytes();
         self.step = Step::Download { target, id, until, done_bytes: 0, total_bytes, free_until };

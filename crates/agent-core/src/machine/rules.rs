@@ -48,14 +48,16 @@ impl<R: Rng> Core<R> {
             Resume::Fetch | Resume::Download | Resume::Mark if rules.hold => {
                 Ruling::held(WaitCause::Held, None)
             }
-            Resume::Fetch | Resume::Download => self.may_fetch(now, rules, target),
+            // How many bytes it takes is known once it was asked what there is to get it from.
+            Resume::Fetch => self.may_fetch(now, rules, 0),
+            Resume::Download => self.may_fetch(now, rules, target.fetched_bytes()),
             Resume::Mark => self.may_switch(now, rules),
             Resume::Verify | Resume::ProbeLive => Ruling::FREE,
         }
     }
 
-    fn may_fetch(&self, now: Millis, rules: &DeviceRules, target: &Target) -> Ruling {
-        if self.around.1.metered && !rules.metered.allows(target.total_bytes()) {
+    fn may_fetch(&self, now: Millis, rules: &DeviceRules, bytes: u64) -> Ruling {
+        if self.around.1.metered && !rules.metered.allows(bytes) {
             return Ruling::held(WaitCause::Metered, None);
         }
         self.within(now, &rules.download_in)

@@ -1,6 +1,7 @@
 //! The steps from a wish to a confirmed model, and what is known in each.
 
 use jiff::Timestamp;
+use slmops_api::delta::Delta;
 use slmops_api::device::{DesiredModel, DesiredState, InstalledModel, WaitCause};
 use slmops_api::probe::ProbeResult;
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
@@ -72,6 +73,12 @@ pub(super) struct Target {
     pub(super) runtime: RuntimeConfig,
     pub(super) confirm_ms: u64,
     pub(super) package: Option<Package>,
+    /// Deltas by which its weights are got; none for the whole.
+    pub(super) route: Vec<Delta>,
+    /// Devices of the same site that have its weights.
+    pub(super) peers: Vec<String>,
+    /// How long a better source was waited for.
+    pub(super) waited_ms: u64,
     /// Times that the source did not have a file.
     pub(super) missing: u32,
     /// Times that the serving worker was killed while its probes ran.
@@ -87,6 +94,9 @@ impl Target {
             runtime: desired.runtime.clone(),
             confirm_ms: (u64::from(desired.confirm_timeout_s) * 1_000).max(MIN_CONFIRM_MS),
             package: None,
+            route: Vec::new(),
+            peers: Vec::new(),
+            waited_ms: 0,
             missing: 0,
             interruptions: 0,
         })
@@ -109,6 +119,9 @@ impl Target {
             runtime: current.runtime.clone(),
             confirm_ms: MEND_CONFIRM_MS,
             package: None,
+            route: Vec::new(),
+            peers: Vec::new(),
+            waited_ms: 0,
             missing: 0,
             interruptions: 0,
         }
@@ -130,6 +143,17 @@ impl Target {
             },
             package: self.package(),
             runtime: self.runtime.clone(),
+        }
+    }
+
+    /// Bytes that getting it takes, as far as that is known.
+    pub(super) fn fetched_bytes(&self) -> u64 {
+        match (self.package, self.route.as_slice()) {
+            (Some(package), [_, ..]) => {
+                let deltas = self.route.iter().map(|delta| delta.bytes);
+                deltas.fold(package.probes.size_bytes, u64::saturating_add)
+            }
+            _ => self.total_bytes(),
         }
     }
 

@@ -14,6 +14,7 @@ use axum::{Json, Router};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use bytes::Bytes;
+use slmops_api::delta::{Delta, Sources};
 use slmops_api::device::{
     Challenge, ChallengeRequest, DesiredModel, DesiredState, DeviceReport, DeviceToken,
     DeviceTokenRequest, EnrolRequest, EnrolResponse, InvitationText, Phase, PublisherKey,
@@ -58,12 +59,25 @@ pub struct World {
     pub faults: Faults,
     pub enrolled: Option<PublicKey>,
     pub trusted: Vec<PublisherKey>,
+    /// What there is to get a model from, by the digest of its weights.
+    pub sources: BTreeMap<Digest, Sources>,
+    /// Where answers with blobs began, in order.
+    pub starts: Vec<(Digest, u64)>,
+    /// Bytes of blob answers by digest.
+    pub blob_bytes: BTreeMap<Digest, u64>,
     /// Bytes of blob answers, per request: `(offset, sent)`.
     pub blob_requests: Vec<(u64, u64)>,
     documents: BTreeMap<String, Bytes>,
     blobs: BTreeMap<Digest, Bytes>,
     tokens: BTreeSet<String>,
     counter: u64,
+}
+
+impl World {
+    /// The bytes of a blob.
+    pub fn blob(&self, digest: Digest) -> Bytes {
+        self.blobs[&digest].clone()
+    }
 }
 
 pub struct FakeHub {
@@ -122,6 +136,9 @@ impl FakeHub {
             faults: Faults::default(),
             enrolled: None,
             trusted,
+            sources: BTreeMap::new(),
+            starts: Vec::new(),
+            blob_bytes: BTreeMap::new(),
             blob_requests: Vec::new(),
             documents: BTreeMap::new(),
             blobs: BTreeMap::new(),
@@ -216,6 +233,32 @@ impl FakeHub {
             size_bytes,
             predicted_memory_bytes: 50_000_000,
         }
+    }
+
+    /// Puts a delta between two releases into the registry and offers it.
+    pub fn offer(&self, from: &Release, to: &Release) -> Delta {
+        let bytes = slmops_delta::encode(&from.weights, &to.weights, 1, &|_| {}).bytes;
+        let header = slmops_delta::Header::parse(&bytes).unwrap();
+        let delta = Delta {
+            from: header.from,
+            to: header.to,
+            to_bytes: header.to_bytes,
+            blob: Digest::of(&bytes),
+            bytes: bytes.len() as u64,
+            header_bytes: header.header_bytes(),
+        };
+        let mut world = self.lock();
+        world.blobs.insert(delta.blob, bytes.into());
+        world.sources.entry(delta.to).or_default().deltas.push(delta.clone());
+        delta
+    }
+
+    /// Flips a bit of a blob where it is kept.
+    pub fn flip(&self, blob: Digest, at: u64) {
+        let mut world = self.lock();
+        let mut bytes = world.blobs[&blob].to_vec();
+        bytes[at as usize] ^= 1;
+        world.blobs.insert(blob, bytes.into());
     }
 
     /// Publishes a release and makes it the desired state.
@@ -350,6 +393,18 @@ impl Release {
         }
     }
 
+    /// As after training a little more: every weight has moved, but not far.
+    pub fn drifted(version: &'static str) -> Self {
+        let mut release = Self::good(version);
+        let data = release.weights.len() / 10;
+        let mut state = Digest::of(version.as_bytes()).as_bytes()[0] as u32;
+        for weight in release.weights[data..].chunks_exact_mut(4) {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            weight[0] ^= (state >> 24) as u8;
+        }
+        release
+    }
+
     /// Loads and talks, but asks more of itself than it can.
     pub fn failing(version: &'static str) -> Self {
         let mut release = Self::good(version);
@@ -379,6 +434,7 @@ async fn serve(
         .route("/v1/device/token", post(token))
         .route("/v1/device/desired", get(desired))
         .route("/v1/device/report", post(report))
+        .route("/v1/device/sources", get(sources))
         .route("/v2/{name}/manifests/{reference}", get(manifest))
         .route("/v2/{name}/referrers/{reference}", get(referrers))
         .route("/v2/{name}/blobs/{digest}", get(blob))
@@ -493,6 +549,19 @@ async fn report(State(app): State<App>, Json(report): Json<DeviceReport>) -> Sta
     StatusCode::NO_CONTENT
 }
 
+async fn sources(
+    State(app): State<App>,
+    Query(query): Query<BTreeMap<String, String>>,
+) -> Json<Sources> {
+    let mut world = lock(&app.world);
+    let weights: Digest = query["weights"].parse().unwrap();
+    let sources = world.sources.entry(weights).or_default();
+    let answer = sources.clone();
+    // Whoever was told to wait gets it the next time.
+    sources.wait_s = None;
+    Json(answer)
+}
+
 async fn manifest(
     State(app): State<App>,
     Path((_, reference)): Path<(String, String)>,
@@ -529,12 +598,14 @@ async fn blob(
     let range = headers.get(header::RANGE).and_then(|value| value.to_str().ok());
     let start = range
         .filter(|_| !world.faults.ignore_ranges)
-        .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+        .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
+    let last = start.and_then(|(_, last)| last.parse::<usize>().ok());
+    let start = start.and_then(|(start, _)| start.parse().ok());
     if let Some(start) = start {
         if start >= whole {
             return StatusCode::RANGE_NOT_SATISFIABLE.into_response();
         }
-        bytes = bytes.slice(start..);
+        bytes = bytes.slice(start..last.map_or(whole, |last| whole.min(last + 1)));
     }
     if world.faults.flips > 0 {
         world.faults.flips -= 1;
@@ -547,6 +618,8 @@ async fn blob(
     let cut = (bytes.len() > 10_000).then(|| world.faults.cut.pop()).flatten();
     let sent = cut.map_or(length, |cut| cut.min(length));
     world.blob_requests.push((start.unwrap_or(0) as u64, sent as u64));
+    world.starts.push((digest, start.unwrap_or(0) as u64));
+    *world.blob_bytes.entry(digest).or_default() += sent as u64;
     let piece = world.faults.slow.unwrap_or(256 << 10);
     let slow = world.faults.slow.is_some();
     drop(world);
@@ -567,7 +640,7 @@ async fn blob(
     if let Some(start) = start {
         response = response
             .status(StatusCode::PARTIAL_CONTENT)
-            .header(header::CONTENT_RANGE, format!("bytes {start}-{}/{whole}", whole - 1));
+            .header(header::CONTENT_RANGE, format!("bytes {start}-{}/{whole}", start + length - 1));
     }
     response.body(Body::from_stream(stream)).unwrap()
 }

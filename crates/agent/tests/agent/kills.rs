@@ -36,14 +36,14 @@ pub fn join(hub: &FakeHub, folder: &Path) {
     assert!(join.wait().unwrap().success());
 }
 
-struct Running(Child);
+pub struct Running(Child);
 
 impl Running {
-    fn start(folder: &Path) -> Self {
+    pub fn start(folder: &Path) -> Self {
         Self(agent(folder, &["run"]).spawn().unwrap())
     }
 
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
     }

@@ -100,6 +100,7 @@ fn facts(number: u32) -> DeviceFacts {
         endpoint: Some("http://127.0.0.1:8480".to_owned()),
         time_zone: None,
         metered: false,
+        shares_at: None,
         obeys: vec![],
     }
 }

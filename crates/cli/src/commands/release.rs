@@ -3,7 +3,9 @@
 use clap::Subcommand;
 use reqwest::Method;
 use semver::Version;
+use serde::Serialize;
 use slmops_api::channel::NewPromotion;
+use slmops_api::delta::DeltaJob;
 use slmops_api::model::Release as ReleaseFacts;
 use slmops_api::rollout::Rollout;
 use slmops_api::{ChannelName, ModelName};
@@ -96,7 +98,11 @@ impl Release {
                 let what = format!("show the release {model} {version}");
                 let release: ReleaseFacts =
                     hub.get(&format!("/v1/releases/{model}/{version}"), &what).await?;
-                session.out.show(&release, || show(&release))
+                let what = format!("show the deltas to {model} {version}");
+                let deltas: Vec<DeltaJob> =
+                    hub.list(&format!("/v1/releases/{model}/{version}/deltas"), &what).await?;
+                let shown = Shown { release, deltas };
+                session.out.show(&shown, || show(&shown.release) + &deltas_table(&shown))
             }
             Self::Promote { release: (model, version), to, force: _, reason, watch } => {
                 let what = format!("promote {model} {version} to channel {to}");
@@ -111,6 +117,38 @@ impl Release {
             }
         }
     }
+}
+
+/// A release, and the deltas to it.
+#[derive(Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    release: ReleaseFacts,
+    deltas: Vec<DeltaJob>,
+}
+
+fn deltas_table(shown: &Shown) -> String {
+    if shown.deltas.is_empty() {
+        return String::new();
+    }
+    let rows = shown.deltas.iter().map(|job| {
+        let variants = &shown.release.release.variants;
+        let variant = variants.iter().find(|variant| variant.weights == job.to);
+        let bytes = job.delta.as_ref().map_or_else(String::new, |delta| {
+            let percent = delta.bytes as f64 * 100.0 / delta.to_bytes.max(1) as f64;
+            format!("{} ({percent:.1} %)", units::bytes(delta.bytes))
+        });
+        vec![
+            job.from.short(),
+            variant.map_or_else(|| job.to.short(), |variant| variant.name.to_string()),
+            job.devices.to_string(),
+            super::word(&job.state),
+            bytes,
+            job.why.clone(),
+        ]
+    });
+    let table = table(&["from", "to", "devices", "state", "bytes", "why"], rows);
+    format!("\n\nDeltas from what devices run:\n{table}")
 }
 
 fn show(release: &ReleaseFacts) -> String {

@@ -152,6 +152,9 @@ struct ReleaseArgs {
     /// A variant by its size; may be repeated, the best first
     #[arg(long, value_name = "NAME=SIZE", conflicts_with = "release")]
     variant: Vec<VariantRef>,
+    /// Deltas from the release before, of this share of each variant's size
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    delta: Option<f64>,
     /// What is wrong with the release, and on which share of the devices
     #[arg(
         long,
@@ -197,6 +200,9 @@ struct LinkArgs {
     /// What the devices of one site can pull together
     #[arg(long, value_name = "RATE", value_parser = units::parse_bits)]
     site_bandwidth: Option<u64>,
+    /// What the devices of one site carry between themselves: they get models from each other
+    #[arg(long, value_name = "RATE", value_parser = units::parse_bits)]
+    peers: Option<u64>,
     /// What all devices can pull from the hub together [default: 1Gbit]
     #[arg(long, value_name = "RATE", value_parser = units::parse_bits)]
     hub_bandwidth: Option<u64>,
@@ -434,6 +440,7 @@ impl ReleaseArgs {
                 .map(|variant| VariantSpec {
                     name: variant.name,
                     size_bytes: variant.size_bytes,
+                    delta_bytes: None,
                     kl_divergence: variant.report.kl_divergence.mean,
                     shape: Some(variant.shape),
                 })
@@ -444,9 +451,15 @@ impl ReleaseArgs {
                 // The planner prefers the variant that loses least.
                 let kl_divergence = place as f64 / 100.0;
                 let name = name.clone();
-                VariantSpec { name, size_bytes: *size_bytes, kl_divergence, shape: None }
+                let size_bytes = *size_bytes;
+                VariantSpec { name, size_bytes, delta_bytes: None, kl_divergence, shape: None }
             };
             spec.variants = self.variant.iter().enumerate().map(variant).collect();
+        }
+        if let Some(share) = self.delta {
+            for variant in &mut spec.variants {
+                variant.delta_bytes = Some((variant.size_bytes as f64 * share).ceil() as u64);
+            }
         }
         Ok(())
     }
@@ -458,6 +471,7 @@ impl LinkArgs {
             let link = &mut group.link;
             link.bits_per_s = self.bandwidth.unwrap_or(link.bits_per_s);
             link.site_bits_per_s = self.site_bandwidth.or(link.site_bits_per_s);
+            link.lan_bits_per_s = self.peers.or(link.lan_bits_per_s);
             link.latency_ms = self.latency.unwrap_or(link.latency_ms);
             link.loss = self.loss.unwrap_or(link.loss);
         }
@@ -547,6 +561,9 @@ fn text(scenario: &Scenario, report: &Report, why: bool) -> String {
         ("moved in all", units::bytes(report.bytes_moved)),
         ("numbers", "modelled, not measured".to_owned()),
     ];
+    if report.shared_bytes > 0 {
+        end.insert(1, ("between peers", units::bytes(report.shared_bytes)));
+    }
     if let Some(at) = report.settled_at {
         end.insert(0, ("at rest", at.to_string()));
     }

@@ -11,6 +11,7 @@ mod kills;
 mod link;
 mod networks;
 mod replicas;
+mod sites;
 mod snapshots;
 mod storage;
 mod whole;

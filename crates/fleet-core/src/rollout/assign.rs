@@ -203,6 +203,7 @@ pub(super) fn policy_rules(policy: &RolloutPolicy) -> DeviceRules {
         download_in: Hours::of(download_in, time_zone.as_ref()).into_iter().collect(),
         metered: policy.limits.metered,
         max_rate_bytes_per_s: policy.limits.device_bytes_per_s,
+        share_bytes_per_s: None,
     }
 }
 

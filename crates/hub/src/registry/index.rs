@@ -1,6 +1,7 @@
 //! What the registry remembers, in SQL: repositories, which blobs they have, manifests, tags,
 //! referrers and unfinished uploads. Each function runs inside the caller's transaction.
 
+use slmops_api::delta::DELTA_MEDIA_TYPE;
 use slmops_artifact::Digest;
 
 use super::error::RegistryError;
@@ -289,6 +290,7 @@ pub(super) fn remove_manifest(
                 let what = format!("manifest {digest} is part of index {index}");
                 return Err(RegistryError::in_use(&what));
             }
+            remove_made_for(tx, repository, digest)?;
             tx.execute(
                 "DELETE FROM registry_manifests WHERE repository = ?1 AND digest = ?2",
                 params![repository.0, digest.to_string()],
@@ -299,6 +301,32 @@ pub(super) fn remove_manifest(
         0 => Err(RegistryError::manifest_unknown(reference)),
         _ => Ok(()),
     }
+}
+
+/// Removes the deltas that the hub made for a manifest: they are good for nothing without it. Their
+/// bytes are left to [`super::Registry::sweep`].
+fn remove_made_for(tx: &Tx<'_>, repository: Repository, subject: &Digest) -> Result<()> {
+    let made = "SELECT digest FROM registry_manifests
+                WHERE repository = ?1 AND subject = ?2 AND artifact_type = ?3";
+    let subject = subject.to_string();
+    let asked = params![repository.0, subject, DELTA_MEDIA_TYPE];
+    tx.execute(
+        &format!(
+            "DELETE FROM registry_blobs WHERE repository = ?1 AND digest IN (
+                 SELECT target FROM registry_references AS r WHERE repository = ?1
+                 AND manifest IN ({made})
+                 AND NOT EXISTS (SELECT 1 FROM registry_references AS other
+                     WHERE other.repository = ?1 AND other.target = r.target
+                     AND other.manifest NOT IN ({made})))"
+        ),
+        asked,
+    )?;
+    tx.execute(
+        "DELETE FROM registry_manifests
+         WHERE repository = ?1 AND subject = ?2 AND artifact_type = ?3",
+        asked,
+    )?;
+    Ok(())
 }
 
 /// Manifests whose subject is `subject`, in order of their digests.

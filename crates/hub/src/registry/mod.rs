@@ -15,6 +15,7 @@ mod push;
 mod range;
 mod uploads;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,18 +32,19 @@ use futures_util::TryStreamExt as _;
 use http_body_util::BodyExt as _;
 use serde::Deserialize;
 use slmops_api::audit::Role;
-use slmops_artifact::Digest;
+use slmops_artifact::{Digest, package};
 use tokio::runtime::Handle;
 
 pub use self::error::RegistryError;
 pub use self::index::{SCHEMA, StoredManifest};
+use self::manifest::Parsed;
 pub use self::manifest::{Descriptor, MAX_DESCRIPTORS, MAX_MANIFEST_BYTES};
 use self::name::Target;
 pub use self::name::{MAX_REPOSITORY_BYTES, MAX_TAG_BYTES, Reference, RepositoryName};
 use self::uploads::Sessions;
 pub use self::uploads::{MAX_UPLOADS, UPLOAD_EXPIRES_AFTER};
 use crate::auth::{Auth, AuthError, Caller};
-use crate::blobs::{self, Blobs};
+use crate::blobs::{self, BlobFile, Blobs};
 use crate::db::{Database, Tx};
 
 #[cfg(test)]
@@ -224,6 +226,92 @@ impl Registry {
             None => Ok(None),
         };
         self.inner.db.read(read).await
+    }
+
+    /// A blob of a repository as a file on this machine. Its bytes are not checked.
+    ///
+    /// # Errors
+    /// A blob that is not there, or a failing store.
+    pub async fn blob_file(
+        &self,
+        repository: &RepositoryName,
+        digest: &Digest,
+    ) -> Result<BlobFile> {
+        if self.blob_size(repository, digest).await?.is_none() {
+            return Err(RegistryError::blob_unknown(digest));
+        }
+        Ok(self.inner.blobs.file(digest).await?)
+    }
+
+    /// Attaches something that the hub made to a manifest, as a referrer of it with one layer.
+    /// Returns the layer's digest. The same again changes nothing.
+    ///
+    /// # Errors
+    /// A manifest that is not there, or a failing database or store.
+    pub async fn attach(
+        &self,
+        repository: &RepositoryName,
+        subject: Digest,
+        media_type: &str,
+        annotations: BTreeMap<String, String>,
+        layer: Bytes,
+    ) -> Result<Digest> {
+        let reference = Reference::Digest(subject);
+        let found = self.manifest(repository, &reference).await?;
+        let found = found.ok_or_else(|| RegistryError::manifest_unknown(subject))?;
+        let descriptor = |kind: &str, digest: Digest, size: usize| serde_json::json!({ "mediaType": kind, "digest": digest, "size": size });
+        let (digest, size) = (Digest::of(&layer), layer.len());
+        let content = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": package::MANIFEST_MEDIA_TYPE,
+            "artifactType": media_type,
+            "config": descriptor(
+                package::EMPTY_MEDIA_TYPE,
+                Digest::of(package::EMPTY_CONFIG),
+                package::EMPTY_CONFIG.len(),
+            ),
+            "layers": [descriptor(media_type, digest, size)],
+            "subject": descriptor(&found.media_type, subject, found.content.len()),
+            "annotations": annotations,
+        });
+        let content = serde_json::to_vec(&content).expect("a manifest is always JSON");
+        let parsed = Parsed::read(&content, None)?;
+        let blobs = &self.inner.blobs;
+        let mut entries = Vec::new();
+        for bytes in [Bytes::from_static(package::EMPTY_CONFIG), layer] {
+            let whole = futures_util::stream::iter([Ok(bytes)]);
+            entries.push(blobs.put(whole, None).await?);
+        }
+        let manifest = StoredManifest {
+            digest: Digest::of(&content),
+            media_type: parsed.media_type.clone(),
+            content,
+        };
+        let change = Change {
+            actor: "hub".to_owned(),
+            action: "registry.push",
+            object: format!("{repository}@{}", manifest.digest),
+            digest: Some(manifest.digest),
+        };
+        let (repository, on_change) = (repository.clone(), self.inner.on_change.clone());
+        let blobs = blobs.clone();
+        let write = move |tx: &Tx<'_>| {
+            let repository = index::find_or_make(tx, &repository)?;
+            if index::manifest(tx, repository, &reference)?.is_none() {
+                return Err(RegistryError::manifest_unknown(subject));
+            }
+            for entry in &entries {
+                // As at the end of an upload: another hub may have removed it as unused.
+                if Handle::current().block_on(blobs.size(&entry.digest))?.is_none() {
+                    return Err(RegistryError::blob_unknown(&entry.digest));
+                }
+                index::add_blob(tx, repository, &entry.digest, entry.size_bytes)?;
+            }
+            index::put_manifest(tx, repository, &manifest, &parsed)?;
+            on_change.map_or(Ok(()), |tell| tell(tx, &change)).map_err(RegistryError::Observer)
+        };
+        self.inner.db.write(write).await?;
+        Ok(digest)
     }
 
     /// Removes what kills and forgotten uploads left behind: expired uploads, staging files without

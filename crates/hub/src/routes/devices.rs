@@ -9,18 +9,24 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use serde::Deserialize;
-use slmops_api::SiteName;
+use slmops_api::delta::Sources;
 use slmops_api::device::{
     Challenge, ChallengeRequest, DesiredState, DeviceReport, DeviceToken, DeviceTokenRequest,
-    EnrolRequest, EnrolResponse,
+    EnrolRequest, EnrolResponse, Phase,
 };
 use slmops_api::problem::Problem;
+use slmops_api::{DeviceId, SiteName};
+use slmops_artifact::Digest;
+use slmops_fleet_core::deltas::{self, Wanted};
 
 use super::input::{Body, Query, check_facts, check_report, parse_name};
 use super::{ApiError, AppState, new_id};
 use crate::auth::{AuthError, DeviceIdentity, DeviceKey, Peer, SecretHash};
+use crate::neighbours::Advice;
 use crate::store::{Enrolment, ReportOutcome, StoreError};
 
+/// Seconds until a device asks again that waits for another one of its site.
+const SEED_WAIT_S: u32 = 3;
 /// The longest wait of a poll, in seconds.
 pub const MAX_WAIT_S: u64 = 60;
 
@@ -164,8 +170,88 @@ pub async fn report(
     let (id, group) = (device.id.clone(), device.place.group());
     let outcome = state.store.record_report(now, id, group, Arc::clone(&report)).await?;
     if outcome != ReportOutcome::Stale {
+        note_neighbour(&state, &device.id, &report, now).await?;
         state.events.announce("device", &device.id);
         state.engine.reported(device.id, report, outcome == ReportOutcome::News);
     }
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Remembers what a device shares with its site.
+async fn note_neighbour(
+    state: &AppState,
+    device: &DeviceId,
+    report: &DeviceReport,
+    now: Timestamp,
+) -> Result<(), ApiError> {
+    let Some(address) = &report.facts.shares_at else { return Ok(()) };
+    let Some(site) = state.store.device(device.to_string()).await?.site else { return Ok(()) };
+    if let Phase::RolledBack { .. } = report.phase {
+        state.neighbours.gave_up(&site, device);
+    }
+    if let Some(running) = &report.running {
+        let (device, address) = (device.clone(), address.clone());
+        state.neighbours.has(site, running.weights, device, address, now);
+    }
+    Ok(())
+}
+
+/// Which model file a device asks about.
+#[derive(Deserialize)]
+pub struct SourcesQuery {
+    weights: Digest,
+}
+
+/// What there is to get a model file from, for a device that runs what it last reported. Asking for
+/// what the device should be also has a delta made, where there is none yet.
+#[utoipa::path(get, path = "/v1/device/sources", tag = "device",
+    params(("weights" = String, Query, description = "Digest of the model file")),
+    responses((status = 200, body = Sources)))]
+pub async fn sources(
+    State(state): State<AppState>,
+    device: DeviceIdentity,
+    Query(query): Query<SourcesQuery>,
+) -> Result<Json<Sources>, ApiError> {
+    let now = Timestamp::now();
+    device.place.seen(now);
+    let desired = device.place.desired();
+    let Some(wanted) = desired.model.as_ref().filter(|it| it.weights == query.weights) else {
+        return Ok(Json(Sources::default()));
+    };
+    let stored = state.store.device(device.id.to_string()).await?;
+    let report = stored.report.as_ref();
+    let installed = report.map(|report| [report.running.as_ref(), report.previous.as_ref()]);
+    let bases: Vec<Digest> = installed
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|base| base.model == wanted.model && base.weights != wanted.weights)
+        .map(|base| base.weights)
+        .collect();
+    let mut known = state.store.deltas(wanted.model.clone()).await?;
+    let runs = report.and_then(|report| report.running.as_ref()).map(|running| running.weights);
+    let base = runs.filter(|runs| bases.contains(runs));
+    let is_known =
+        |base: &Digest| known.iter().any(|job| job.from == *base && job.to == wanted.weights);
+    if let Some(from) = base.filter(|base| !is_known(base)) {
+        let (model, to) = (wanted.model.clone(), wanted.weights);
+        let way = Wanted { model, from, to, manifest: wanted.manifest, devices: 1 };
+        state.store.want_deltas(now, vec![way]).await?;
+        known = state.store.deltas(wanted.model.clone()).await?;
+    }
+    // Also for one that was noted a moment ago by a rollout.
+    state.delta_wanted.notify_one();
+    let mut sources = deltas::sources(&known, wanted.weights, &bases, now);
+    if let (Some(site), Some(_)) = (stored.site, desired.rules.share_bytes_per_s) {
+        let last_seen = |device: &DeviceId| state.board.last_seen(device);
+        match state.neighbours.advise(site, wanted.weights, &device.id, now, last_seen) {
+            Advice::Hub => {}
+            Advice::Wait => sources.wait_s = Some(sources.wait_s.unwrap_or(SEED_WAIT_S)),
+            Advice::Peers(peers) => {
+                // No delta is worth waiting for then.
+                (sources.peers, sources.wait_s) = (peers, None);
+            }
+        }
+    }
+    Ok(Json(sources))
 }

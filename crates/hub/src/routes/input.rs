@@ -177,6 +177,7 @@ pub fn check_facts(facts: &DeviceFacts) -> Result<(), ApiError> {
         ("engine", &facts.engine),
         ("endpoint", facts.endpoint.as_deref().unwrap_or("")),
         ("time_zone", facts.time_zone.as_deref().unwrap_or("")),
+        ("shares_at", facts.shares_at.as_deref().unwrap_or("")),
     ];
     for (what, text) in texts {
         bounded(what, text)?;

@@ -31,12 +31,13 @@ use axum::routing::{delete, get, patch, post, put};
 use jiff::Timestamp;
 use rand::RngCore as _;
 use slmops_artifact::Digest;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tower_http::timeout::TimeoutLayer;
 
 use crate::auth::{Auth, Operator};
 use crate::engine::Engine;
 use crate::events::{Board, Events};
+use crate::neighbours::Neighbours;
 use crate::store::{By, Store};
 
 pub use error::ApiError;
@@ -79,6 +80,10 @@ pub struct Shared {
     pub ca: Digest,
     /// The URL that invitations name; known once the hub listens.
     pub url: OnceLock<String>,
+    /// Who at a site has what.
+    pub neighbours: Neighbours,
+    /// Told when a device could use a delta that nobody wanted before.
+    pub delta_wanted: Arc<Notify>,
 }
 
 impl AppState {
@@ -137,6 +142,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/device/challenge", post(devices::challenge))
         .route("/v1/device/token", post(devices::token))
         .route("/v1/device/report", post(devices::report))
+        .route("/v1/device/sources", get(devices::sources))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, REQUEST_TIMEOUT))
         .layer(middleware::from_fn_with_state(calls, admit));
@@ -162,6 +168,7 @@ pub fn router(state: AppState) -> Router {
             put(fleet::put_blueprint).delete(fleet::delete_blueprint),
         )
         .route("/v1/releases/{model}/{version}", get(releases::get))
+        .route("/v1/releases/{model}/{version}/deltas", get(releases::deltas))
         .route("/v1/releases/{model}/{version}/promote", post(channels::promote))
         .route("/v1/releases/{model}/{version}/promote/plan", post(channels::forecast))
         .route("/v1/channels", get(channels::list))
@@ -177,6 +184,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/rollouts/{id}/abort", post(rollouts::abort))
         .route("/v1/rollouts/{id}/rollback", post(rollouts::rollback))
         .route("/v1/rollouts/{id}/why", get(rollouts::why))
+        .route("/v1/rollouts/{id}/transfers", get(rollouts::transfers))
         .route("/v1/quarantine", get(orders::quarantine))
         .route("/v1/quarantine/lift", post(orders::lift))
         .route("/v1/webhooks", get(webhooks::list).post(webhooks::create))

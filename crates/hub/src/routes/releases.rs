@@ -6,6 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use jiff::Timestamp;
+use slmops_api::delta::DeltaJob;
 use slmops_api::model::{NewRelease, Release, Requirements, Variant};
 use slmops_api::problem::Problem;
 use slmops_api::report::Verdict;
@@ -292,6 +293,22 @@ pub async fn get(
 ) -> Result<Json<Release>, ApiError> {
     let version = parse_version(&version)?;
     Ok(Json((*state.store.release(model, version).await?).clone()))
+}
+
+/// Deltas to the variants of a release from what devices run: which there are, and which are coming.
+#[utoipa::path(get, path = "/v1/releases/{model}/{version}/deltas", tag = "releases",
+    params(("model" = String, Path), ("version" = String, Path)),
+    responses((status = 200, body = Page<DeltaJob>), (status = 404, body = Problem)))]
+pub async fn deltas(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Path((model, version)): Path<(ModelName, String)>,
+) -> Result<Json<Page<DeltaJob>>, ApiError> {
+    let release = state.store.release(model.clone(), parse_version(&version)?).await?;
+    let is_of = |job: &DeltaJob| release.release.variants.iter().any(|it| it.weights == job.to);
+    let mut items = state.store.deltas(model).await?;
+    items.retain(is_of);
+    Ok(Json(Page { items, cursor: None }))
 }
 
 /// Parses the version in a path.

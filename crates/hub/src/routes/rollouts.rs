@@ -3,10 +3,12 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use slmops_api::delta::Transfers;
 use slmops_api::plan::RolloutPlan;
 use slmops_api::problem::Problem;
-use slmops_api::rollout::{NewApproval, NewRollout, Rollout, RolloutDevice};
+use slmops_api::rollout::{NewApproval, NewRollout, Outcome, Rollout, RolloutDevice};
 use slmops_api::{Page, RolloutId};
+use slmops_fleet_core::deltas;
 use slmops_fleet_core::rollout::Command;
 
 use super::input::{Body, PageQuery, Path, Query};
@@ -184,4 +186,30 @@ pub async fn rollback(
     Path(id): Path<RolloutId>,
 ) -> Result<Json<Rollout>, ApiError> {
     command(&state, &operator, id, Command::Rollback).await
+}
+
+/// How the model came to the devices that the rollout shows: whole, by deltas, from their sites.
+#[utoipa::path(get, path = "/v1/rollouts/{id}/transfers", tag = "rollouts",
+    params(("id" = String, Path)),
+    responses((status = 200, body = Transfers), (status = 404, body = Problem)))]
+pub async fn transfers(
+    State(state): State<AppState>,
+    AsViewer(_): AsViewer,
+    Path(id): Path<RolloutId>,
+) -> Result<Json<Transfers>, ApiError> {
+    let parts = state.store.rollout(id).await?.devices;
+    let confirmed = parts.iter().filter(|part| part.outcome == Outcome::Confirmed);
+    let devices = state.store.devices_of(confirmed.map(|it| it.device.clone()).collect()).await?;
+    let told: Vec<_> = devices
+        .into_iter()
+        .filter_map(|device| {
+            let part = parts.iter().find(|part| part.device == device.id)?;
+            let report = device.report?;
+            let running = report.running.filter(|it| Some(it.manifest) == part.manifest)?;
+            let transfer = report.telemetry.transfer.filter(|it| it.weights == running.weights)?;
+            let took = part.finished_at?.duration_since(part.started_at?).as_secs();
+            Some((transfer, u64::try_from(took).unwrap_or(0)))
+        })
+        .collect();
+    Ok(Json(deltas::transfers(&told)))
 }

@@ -1,6 +1,7 @@
 //! What every store must do, whatever it stores in. Each check gets an empty store.
 
 use slmops_api::audit::Role;
+use slmops_api::delta::{Delta, DeltaState};
 use slmops_api::device::{DesiredModel, Failure, InstalledModel, Phase, Rejection, Telemetry};
 use slmops_api::evidence::{Evidence, EvidenceCounts};
 use slmops_api::model::ModelShape;
@@ -34,6 +35,7 @@ macro_rules! every_check {
             channels_are_kept,
             webhooks_are_told_of_each_entry_once,
             webhooks_that_do_not_listen_hold_their_cursor,
+            deltas_are_leased_and_not_begun_for_ever,
             outdated_decisions_are_refused,
             rollouts_change_device_by_device,
             audit_names_every_change,
@@ -155,6 +157,7 @@ fn facts() -> DeviceFacts {
         endpoint: None,
         time_zone: None,
         metered: false,
+        shares_at: None,
         obeys: vec![],
     }
 }
@@ -860,6 +863,60 @@ async fn channels_are_kept(store: &impl Store) {
     store.delete_channel(by(), "beta".parse().unwrap()).await.unwrap();
     assert!(store.delete_channel(by(), "beta".parse().unwrap()).await.is_err());
     assert_eq!(store.verify_audit(CheckFrom::Checkpoint).await.unwrap().entries, 3);
+}
+
+pub(super) fn wanted(from: &str, devices: u64) -> Wanted {
+    let digest = |text: &str| Digest::of(text.as_bytes());
+    let (from, to, manifest) = (digest(from), digest("new"), digest("manifest"));
+    Wanted { model: "m".parse().unwrap(), from, to, manifest, devices }
+}
+
+async fn deltas_are_leased_and_not_begun_for_ever(store: &impl Store) {
+    let model: ModelName = "m".parse().unwrap();
+    let new = store.want_deltas(at(0), vec![wanted("few", 1), wanted("many", 5)]).await.unwrap();
+    assert_eq!(new, 2);
+    // Again is nothing new, but counts anew.
+    assert_eq!(store.want_deltas(at(1), vec![wanted("few", 2)]).await.unwrap(), 0);
+    let job = store.lease_delta(at(10), at(20)).await.unwrap().unwrap();
+    assert_eq!((job.from, job.devices, job.attempts), (wanted("many", 5).from, 5, 1));
+    let other = store.lease_delta(at(10), at(20)).await.unwrap().unwrap();
+    assert_eq!((other.from, other.devices), (wanted("few", 2).from, 2));
+    assert_eq!(store.lease_delta(at(10), at(20)).await.unwrap(), None);
+    assert!(store.keep_delta(job.clone(), at(30)).await.unwrap());
+
+    // Whoever had the other one is gone; the next one has it, and the first cannot finish it.
+    let taken = store.lease_delta(at(20), at(30)).await.unwrap().unwrap();
+    assert_eq!((taken.from, taken.attempts), (other.from, 2));
+    assert!(!store.keep_delta(other.clone(), at(40)).await.unwrap());
+    store.finish_delta(other, Made::Failed("late".to_owned()), at(20)).await.unwrap();
+    store.finish_delta(taken, Made::Later("away".to_owned()), at(60)).await.unwrap();
+    assert_eq!(store.lease_delta(at(30), at(40)).await.unwrap().unwrap().from, job.from);
+    for expected in [&job.from, &wanted("few", 0).from] {
+        let last = store.lease_delta(at(60), at(70)).await.unwrap().unwrap();
+        assert_eq!((&last.from, last.attempts), (expected, 3));
+    }
+    // Nobody finishes either: they are given up.
+    assert_eq!(store.lease_delta(at(80), at(90)).await.unwrap(), None);
+    let listed = store.deltas(model.clone()).await.unwrap();
+    let states: Vec<DeltaState> = listed.iter().map(|job| job.state).collect();
+    assert_eq!(states, [DeltaState::Failed, DeltaState::Failed]);
+    assert_eq!(listed[0].why, "it was begun and never finished");
+
+    store.forget_delta(listed[0].clone()).await.unwrap();
+    store.want_deltas(at(100), vec![wanted("many", 9)]).await.unwrap();
+    let job = store.lease_delta(at(100), at(110)).await.unwrap().unwrap();
+    let delta = Delta {
+        from: job.from,
+        to: job.to,
+        to_bytes: 1 << 40,
+        blob: job.manifest,
+        bytes: 7,
+        header_bytes: 3,
+    };
+    store.finish_delta(job, Made::Ready(delta.clone()), at(100)).await.unwrap();
+    let listed = store.deltas(model).await.unwrap();
+    assert_eq!((listed[0].state, listed[0].delta.as_ref()), (DeltaState::Ready, Some(&delta)));
+    assert_eq!(store.deltas("other".parse().unwrap()).await.unwrap(), []);
 }
 
 pub(super) async fn webhook(store: &impl Store, id: &str, events: &[&str]) -> WebhookId {

@@ -96,6 +96,7 @@ async fn fill(db: &Database) {
     let hook = webhook(&store, "w1", &["class.*"]).await;
     store.test_webhook(by(), hook.clone()).await.unwrap();
     store.lease_deliveries(hook, at(30), at(40), 1).await.unwrap();
+    store.want_deltas(at(30), vec![wanted("old", 3)]).await.unwrap();
     let blueprint = StoredBlueprint {
         place: slmops_api::blueprint::Layer::Device("d1".parse().unwrap()),
         toml: "model = \"m\" # it's quoted: \\ \n".to_owned(),
@@ -181,6 +182,10 @@ async fn check(version: &str, db: &Database) {
     if !["store-1_", "store-2_", "store-4_", "store-5_"].iter().any(|it| version.starts_with(it)) {
         let series = store.telemetry(TelemetryQuery::default(), at(0)).await.unwrap();
         assert_eq!(series[0].points[0].answered, 40, "{version}");
+    }
+    if !(1..=8).any(|old| version.starts_with(&format!("store-{old}_"))) {
+        let deltas = store.deltas("m".parse().unwrap()).await.unwrap();
+        assert_eq!((deltas[0].from, deltas[0].devices), (wanted("old", 3).from, 3), "{version}");
     }
     let history = store.history(device.id.clone(), PageRequest::default()).await.unwrap().items;
     assert!(history.iter().any(|event| event.what.starts_with("told to be m 1.0.0")), "{version}");

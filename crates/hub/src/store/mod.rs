@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use slmops_api::audit::{AuditEntry, AuditVerdict, Token};
 use slmops_api::blueprint::StoredBlueprint;
 use slmops_api::channel::Channel;
+use slmops_api::delta::DeltaJob;
 use slmops_api::device::{
     DesiredModel, DesiredState, Device, DeviceEvent, DeviceFacts, DeviceReport, InvitationInfo,
     PublisherKey,
@@ -29,6 +30,7 @@ use slmops_api::{
 use slmops_artifact::Digest;
 use slmops_fleet_core::blueprint::BlueprintError;
 use slmops_fleet_core::class::{Classification, classify};
+use slmops_fleet_core::deltas::Wanted;
 use slmops_fleet_core::rollout::{Assignment, RolloutError, RolloutRecord};
 use slmops_fleet_core::world::{CompletedRollout, Releases};
 
@@ -40,6 +42,7 @@ use crate::telemetry::{Group, Keep};
 mod audit;
 #[cfg(test)]
 pub(crate) mod conformance;
+mod deltas;
 #[cfg(test)]
 mod migrations;
 mod rollouts;
@@ -48,6 +51,7 @@ mod telemetry;
 mod webhooks;
 
 pub use audit::{CheckFrom, MAX_CHECKED, parse_cursor};
+pub use deltas::{MAX_ATTEMPTS, Made};
 pub use rollouts::SHOWN_DEVICES;
 pub use sql::{SCHEMA, SqlStore, record_registry, record_restore};
 pub use webhooks::{Attempted, Leased, WebhookRow, message_id};
@@ -559,6 +563,20 @@ pub trait Store: Send + Sync + 'static {
         state: Option<DeliveryState>,
         page: PageRequest,
     ) -> StoreFuture<'_, Page<Delivery>>;
+
+    /// Notes that devices could use deltas; how many of them are new.
+    fn want_deltas(&self, at: Timestamp, wanted: Vec<Wanted>) -> StoreFuture<'_, u64>;
+    /// Takes the delta that most devices wait for; until `until` nobody else gets it.
+    fn lease_delta(&self, now: Timestamp, until: Timestamp) -> StoreFuture<'_, Option<DeltaJob>>;
+    /// Keeps a delta that is being made until `until`; false if it is somebody else's by now.
+    fn keep_delta(&self, job: DeltaJob, until: Timestamp) -> StoreFuture<'_, bool>;
+    /// Notes what became of a delta that was taken, unless it is somebody else's by now. One that
+    /// is for later is not taken again before `again_at`.
+    fn finish_delta(&self, job: DeltaJob, made: Made, again_at: Timestamp) -> StoreFuture<'_, ()>;
+    /// All deltas of a model line, those that most devices could use first.
+    fn deltas(&self, model: ModelName) -> StoreFuture<'_, Vec<DeltaJob>>;
+    /// Forgets a delta whose bytes are gone.
+    fn forget_delta(&self, job: DeltaJob) -> StoreFuture<'_, ()>;
 
     /// Adds an operator token by the SHA-256 of its secret.
     fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()>;

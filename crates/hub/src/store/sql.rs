@@ -11,6 +11,7 @@ use serde_json::json;
 use slmops_api::audit::{AuditEntry, AuditVerdict, Role, Token};
 use slmops_api::blueprint::{Layer, StoredBlueprint};
 use slmops_api::channel::Channel;
+use slmops_api::delta::DeltaJob;
 use slmops_api::device::{
     DesiredState, DeviceEvent, DeviceReport, InvitationInfo, Phase, PublisherKey,
 };
@@ -26,15 +27,16 @@ use slmops_api::{
 };
 use slmops_artifact::Digest;
 use slmops_fleet_core::blueprint::DEFAULT_CONFIRM_TIMEOUT_S;
+use slmops_fleet_core::deltas::Wanted;
 use slmops_fleet_core::rollout::{RolloutRecord, failure_words, phase_words};
 use slmops_fleet_core::words;
 use slmops_fleet_core::world::{CompletedRollout, Releases};
 
 use super::{
     Attempted, AuditDraft, By, CheckFrom, DeviceChange, Enrolled, Enrolment, Frame, Leased,
-    MAX_EVENTS_PER_DEVICE, MAX_PAGE, NewInvitationRow, OrdersChange, PageRequest, QuarantineRow,
-    Registered, ReportOutcome, Store, StoreError, StoreFuture, StoredDevice, Transition,
-    WebhookRow, audit, rollouts, telemetry, webhooks,
+    MAX_EVENTS_PER_DEVICE, MAX_PAGE, Made, NewInvitationRow, OrdersChange, PageRequest,
+    QuarantineRow, Registered, ReportOutcome, Store, StoreError, StoreFuture, StoredDevice,
+    Transition, WebhookRow, audit, deltas, rollouts, telemetry, webhooks,
 };
 use crate::auth::{Secret, SecretHash};
 use crate::db::{Database, Row, Schema, Tx, Value, params};
@@ -128,6 +130,7 @@ pub const SCHEMA: Schema = Schema {
         telemetry::TABLE,
         audit::TABLE,
         webhooks::SECOND_SECRET,
+        deltas::MIGRATION,
     ],
     moves: &[(5, rollouts::split_documents)],
 };
@@ -1402,6 +1405,30 @@ impl Store for SqlStore {
         page: PageRequest,
     ) -> StoreFuture<'_, Page<Delivery>> {
         self.read(move |tx| webhooks::deliveries(tx, &id, state, &page))
+    }
+
+    fn want_deltas(&self, at: Timestamp, wanted: Vec<Wanted>) -> StoreFuture<'_, u64> {
+        self.write(move |tx| deltas::want(tx, at, &wanted))
+    }
+
+    fn lease_delta(&self, now: Timestamp, until: Timestamp) -> StoreFuture<'_, Option<DeltaJob>> {
+        self.write(move |tx| deltas::lease(tx, now, until))
+    }
+
+    fn keep_delta(&self, job: DeltaJob, until: Timestamp) -> StoreFuture<'_, bool> {
+        self.write(move |tx| deltas::keep(tx, &job, until))
+    }
+
+    fn finish_delta(&self, job: DeltaJob, made: Made, again_at: Timestamp) -> StoreFuture<'_, ()> {
+        self.write(move |tx| deltas::finish(tx, &job, &made, again_at))
+    }
+
+    fn deltas(&self, model: ModelName) -> StoreFuture<'_, Vec<DeltaJob>> {
+        self.read(move |tx| deltas::list(tx, &model))
+    }
+
+    fn forget_delta(&self, job: DeltaJob) -> StoreFuture<'_, ()> {
+        self.write(move |tx| deltas::forget(tx, &job))
     }
 
     fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()> {

@@ -2,6 +2,7 @@
 
 mod backup;
 mod crash;
+mod deltas;
 mod operators;
 mod replicas;
 mod rig;

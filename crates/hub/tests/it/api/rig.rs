@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use reqwest::{Client, Method, Response, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
+use slmops_api::delta::Sources;
 use slmops_api::device::{
     DesiredModel, DesiredState, DeviceFacts, DeviceReport, InstalledModel, Phase, PublisherKey,
     Rejection, TOKEN_CONTEXT, Telemetry,
@@ -53,6 +54,8 @@ pub struct Rig {
     client: Client,
     url: String,
     publisher: PrivateKey,
+    /// What the weights of every release end with.
+    pub filler: Vec<u8>,
     _folder: Option<tempfile::TempDir>,
 }
 
@@ -101,14 +104,30 @@ impl Rig {
         // Another test of this process may have been first.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
-        Self { hub: Some(hub), admin, client, url, publisher: new_key(), _folder: None }
+        Self {
+            hub: Some(hub),
+            admin,
+            client,
+            url,
+            publisher: new_key(),
+            filler: vec![],
+            _folder: None,
+        }
     }
 
     /// A hub in another process.
     pub fn remote(url: &str, admin: &str, publisher: &PrivateKey) -> Self {
         let client = Client::builder().timeout(Duration::from_secs(60)).build().unwrap();
         let (url, admin) = (url.to_owned(), admin.to_owned());
-        Self { hub: None, admin, client, url, publisher: publisher.clone(), _folder: None }
+        Self {
+            hub: None,
+            admin,
+            client,
+            url,
+            publisher: publisher.clone(),
+            filler: vec![],
+            _folder: None,
+        }
     }
 
     pub fn hub(&self) -> &RunningHub {
@@ -266,7 +285,8 @@ impl Rig {
         let mut variants = Vec::new();
         let original = Digest::of(b"original");
         for (name, claimed_bytes, kl) in Variant::all() {
-            let weights = format!("weights of m {version} {name}").into_bytes();
+            let mut weights = format!("weights of m {version} {name}").into_bytes();
+            weights.extend_from_slice(&self.filler);
             let (manifest, digest) = self.push_package(version, name, &weights, key).await;
             let estimate = json!({ "mean": kl, "low": kl, "high": kl, "samples": 8 });
             variants.push(json!({
@@ -424,6 +444,7 @@ fn facts(budget_mib: u64) -> DeviceFacts {
         endpoint: None,
         time_zone: None,
         metered: false,
+        shares_at: None,
         obeys: slmops_api::rules::DeviceRules::ALL.map(str::to_owned).to_vec(),
     }
 }
@@ -589,6 +610,14 @@ impl FakeDevice {
             evidence: None,
             facts: self.facts.clone(),
         }
+    }
+
+    /// What there is to get a model file from.
+    pub async fn sources(&self, weights: Digest) -> Sources {
+        let url = format!("{}/v1/device/sources?weights={weights}", self.url);
+        let response = self.client.get(url).bearer_auth(&self.token).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        response.json().await.unwrap()
     }
 
     pub async fn send(&self, report: &impl Serialize) -> StatusCode {

@@ -123,6 +123,7 @@ impl RealHub {
             endpoint: None,
             time_zone: None,
             metered: false,
+            shares_at: None,
             obeys: slmops_api::rules::DeviceRules::ALL.map(str::to_owned).to_vec(),
         };
         let enrolled: EnrolResponse = self

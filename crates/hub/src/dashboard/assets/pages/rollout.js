@@ -62,6 +62,7 @@ export default {
     if (state.last && state.last !== rollout.state)
       announce(`The rollout is now ${rollout.state.replace("_", " ")}`);
     state.last = rollout.state;
+    rollout.transfers = await get(`${path(parameters)}/transfers`, signal);
     document.title = `${releaseName(rollout)}, ${rollout.state.replace("_", " ")} · slmops`;
     return rollout;
   },
@@ -86,6 +87,7 @@ export default {
       standing(rollout),
       evidence(rollout),
       waveBoard(rollout),
+      travelled(rollout),
       h("div.split", { "data-key": "split" }, timeline(rollout), policy(rollout)),
     ];
   },
@@ -293,6 +295,54 @@ function waveBoard(rollout) {
         );
       }),
     ),
+  );
+}
+
+const WAYS = {
+  whole: "whole files",
+  delta: "deltas",
+  site: "from their site",
+};
+
+/** How the model came to its devices: bytes over the line and time, way by way. */
+function travelled({ transfers }) {
+  if (!transfers?.devices) return null;
+  const share = (way) => way.wan_bytes / Math.max(way.model_bytes, 1);
+  const slowest = Math.max(...transfers.ways.map((way) => way.last_confirmed_s), 1);
+  const bar = (label, value) =>
+    h(
+      "span.gauge",
+      { role: "img", "aria-label": label },
+      h("span.gauge-value", { grow: Math.min(value, 1) }),
+    );
+  return section(
+    "How it travelled",
+    { id: "travelled", hint: `of ${plural(transfers.devices, "device")} that said so` },
+    table({
+      caption: "Bytes over the line and time to confirm, by the way the model came",
+      kind: "ways",
+      columns: [
+        { title: "Way", head: true },
+        { title: "Devices", align: "end" },
+        { title: "Over the line", align: "end" },
+        { title: "of the models' bytes" },
+        { title: "Half confirmed", align: "end", help: "from being told" },
+        { title: "All confirmed", align: "end", help: "from being told" },
+        { title: "Time, half" },
+      ],
+      rows: transfers.ways.map((way) => ({
+        key: way.way,
+        cells: [
+          WAYS[way.way],
+          count(way.devices),
+          bytes(way.wan_bytes),
+          bar(`${number(share(way) * 100)} % of ${bytes(way.model_bytes)}`, share(way)),
+          seconds(way.half_confirmed_s),
+          seconds(way.last_confirmed_s),
+          bar(seconds(way.half_confirmed_s), way.half_confirmed_s / slowest),
+        ],
+      })),
+    }),
   );
 }
 
