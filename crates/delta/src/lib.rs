@@ -13,12 +13,14 @@ mod layout;
 mod model;
 mod numbers;
 mod planes;
+mod sticky;
 
 pub use apply::{MAX_THREADS, apply};
 pub use baseline::order0_bytes;
 pub use encode::{Encoded, Method, Part, encode};
 pub use error::DeltaError;
 pub use format::{Frame, Header, MAX_FRAME_BYTES, MAX_HEADER_BYTES, MAX_PREFIX_BYTES, VERSION};
+pub use sticky::round_to_scales;
 
 #[cfg(test)]
 mod tests;

@@ -160,7 +160,9 @@ impl Number {
         let seen = (found.unsigned_abs() as f32) * step;
         if seen.is_finite() {
             // A few large jumps say nothing about the many small ones.
-            self.mean += (seen.min(self.mean * 4.0 + step) - self.mean) * self.rate;
+            let mean = self.mean + (seen.min(self.mean * 4.0 + step) - self.mean) * self.rate;
+            // Numbers without a leading one are slow.
+            self.mean = mean.max(1e-20);
         }
         found
     }

@@ -221,6 +221,14 @@ struct Predicted {
     code: [u8; 32],
     /// How far the predicted number lies from the middle of its bin, in bins.
     fraction: [f32; 32],
+    /// How likely each code is to change.
+    rates: [f32; 32],
+}
+
+impl Default for Predicted {
+    fn default() -> Self {
+        Self { code: [0; 32], fraction: [0.0; 32], rates: [0.0; 32] }
+    }
 }
 
 impl<'a> Segment<'a> {
@@ -311,19 +319,33 @@ impl<'a> Segment<'a> {
             }
         }
 
-        let mut predicted = Predicted { code: [0; 32], fraction: [0.0; 32] };
+        let mut predicted = Predicted::default();
         for group in 0..layout.groups() {
             let (old_step, old_base) = old.line(layout, group);
             let (step, base) = new.line(layout, group);
             let range = group * layout.group..(group + 1) * layout.group;
             let old_codes = &old.codes[range.clone()];
             let new_codes = &mut new.codes[range];
-            if old_step == step && old_base == base {
-                predicted.code[..layout.group].copy_from_slice(old_codes);
-                self.codes::<C, false>(coder, step, &predicted, new_codes);
+            let shift = Shift::of(layout, (old_step, old_base), (step, base));
+            if !shift.is_small(layout) {
+                predict(layout, &shift, old_codes, &mut predicted);
+                self.codes(coder, step, &mut predicted, new_codes);
+                continue;
+            }
+            // Every old code is its own prediction, and whether any changes is told from the
+            // line alone: where none does, the codes are not even looked at.
+            let rate = self.rate(step);
+            let len = old_codes.len();
+            let sum = shift.typical(layout, rate) * len as f32;
+            let differs = C::ENCODES && old_codes != new_codes;
+            if self.group_differs(coder, sum, differs) {
+                predict(layout, &shift, old_codes, &mut predicted);
+                let sum = self.expect(rate, len, &mut predicted);
+                self.changed_codes(coder, rate, sum, &predicted, new_codes);
             } else {
-                predict(layout, (old_step, old_base), (step, base), old_codes, &mut predicted);
-                self.codes::<C, true>(coder, step, &predicted, new_codes);
+                new_codes.copy_from_slice(old_codes);
+                self.local = 0;
+                self.note(0.0, len as f32, rate, sum);
             }
         }
     }
@@ -336,27 +358,45 @@ impl<'a> Segment<'a> {
         (self.noise / step).min(RATES.1).max(RATES.0)
     }
 
-    /// Codes the codes of a group of `len`. Where the group's line `MOVED`, they have fractions.
+    /// Codes whether any code of a group differs from its prediction; `sum` codes are expected to.
     #[inline(always)]
-    fn codes<C: Coder, const MOVED: bool>(
+    fn group_differs<C: Coder>(&mut self, coder: &mut C, sum: f32, differs: bool) -> bool {
+        let context = at::GROUP + octave_halves(sum, -9) * 3 + self.local;
+        coder.bit(&mut self.slots[context], differs)
+    }
+
+    /// Codes the codes of a group that fell where `predicted` says.
+    #[inline(always)]
+    fn codes<C: Coder>(
         &mut self,
         coder: &mut C,
         step: f32,
-        predicted: &Predicted,
+        predicted: &mut Predicted,
         new: &mut [u8],
     ) {
-        let rate = self.rate(step);
         let len = new.len();
-        let mut rates = [rate; 32];
-        if MOVED {
-            // The mean distance of a normally distributed number from another.
-            for (expected, fraction) in rates.iter_mut().zip(&predicted.fraction) {
-                *expected = (fraction * fraction + rate * rate).sqrt();
-            }
+        let rate = self.rate(step);
+        let sum = self.expect(rate, len, predicted);
+        let differs = C::ENCODES && predicted.code[..len] != *new;
+        if self.group_differs(coder, sum, differs) {
+            self.changed_codes(coder, rate, sum, predicted, new);
+        } else {
+            new.copy_from_slice(&predicted.code[..len]);
+            self.local = 0;
+            self.note(0.0, len as f32, rate, sum);
+        }
+    }
+
+    /// How likely each code is to change, and how many are expected to.
+    #[inline(always)]
+    fn expect(&self, rate: f32, len: usize, predicted: &mut Predicted) -> f32 {
+        // The mean distance of a normally distributed number from another.
+        for (expected, fraction) in predicted.rates.iter_mut().zip(&predicted.fraction) {
+            *expected = (fraction * fraction + rate * rate).sqrt();
         }
         // An extreme code can change to one side alone.
         let highest = (self.layout.levels - 1) as u8;
-        for (expected, &code) in rates.iter_mut().zip(&predicted.code) {
+        for (expected, &code) in predicted.rates.iter_mut().zip(&predicted.code) {
             *expected *= if code == 0 {
                 self.edges[0]
             } else if code == highest {
@@ -366,27 +406,32 @@ impl<'a> Segment<'a> {
             };
         }
         let mut lanes = [0.0; CELL];
-        for cell in rates[..len].as_chunks::<CELL>().0 {
+        for cell in predicted.rates[..len].as_chunks::<CELL>().0 {
             for (lane, rate) in lanes.iter_mut().zip(cell) {
                 *lane += rate;
             }
         }
-        let sum = sums(&lanes);
-        let context = at::GROUP + octave_halves(sum, -9) * 3 + self.local;
-        let differs = C::ENCODES && predicted.code[..len] != *new;
-        if !coder.bit(&mut self.slots[context], differs) {
-            new.copy_from_slice(&predicted.code[..len]);
-            self.local = 0;
-            self.note(0.0, len as f32, rate, sum);
-            return;
-        }
+        sums(&lanes)
+    }
+
+    /// Codes a group of which at least one code differs from its prediction.
+    #[inline(never)]
+    fn changed_codes<C: Coder>(
+        &mut self,
+        coder: &mut C,
+        rate: f32,
+        sum: f32,
+        predicted: &Predicted,
+        new: &mut [u8],
+    ) {
         let mut changed = 0;
         let mut rest = sum;
+        let len = new.len();
         let cells = len / CELL;
         for (index, new) in new.as_chunks_mut::<CELL>().0.iter_mut().enumerate() {
             let at = index * CELL;
             let code: &[u8; CELL] = predicted.code[at..].first_chunk().expect("a cell");
-            let rates: &[f32; CELL] = rates[at..].first_chunk().expect("a cell");
+            let rates: &[f32; CELL] = predicted.rates[at..].first_chunk().expect("a cell");
             let expected = sums(rates);
             // One of the cells differs: the last one, if none before it did.
             if changed > 0 || index + 1 < cells {
@@ -403,7 +448,7 @@ impl<'a> Segment<'a> {
                 }
             }
             let fraction: &[f32; CELL] = predicted.fraction[at..].first_chunk().expect("a cell");
-            changed += self.cell::<C, MOVED>(coder, code, fraction, rates, rate, new);
+            changed += self.cell(coder, code, fraction, rates, rate, new);
         }
         self.local = changed.min(2);
         self.note(changed as f32, len as f32, rate, sum);
@@ -435,8 +480,8 @@ impl<'a> Segment<'a> {
     }
 
     /// Codes eight codes of which at least one differs from its prediction.
-    #[inline(never)]
-    fn cell<C: Coder, const MOVED: bool>(
+    #[inline(always)]
+    fn cell<C: Coder>(
         &mut self,
         coder: &mut C,
         predicted: &[u8; CELL],
@@ -474,8 +519,7 @@ impl<'a> Segment<'a> {
                 index += 1;
             }
             rest -= rates[index];
-            let fraction = if MOVED { fractions[index] } else { 0.0 };
-            new[index] = self.step(coder, old[index], fraction, rate, known[index]);
+            new[index] = self.step(coder, old[index], fractions[index], rate, known[index]);
             changed += 1;
             index += 1;
         }
@@ -548,7 +592,7 @@ impl<'a> Segment<'a> {
                 );
             }
         }
-        let mut predicted = Predicted { code: [0; 32], fraction: [0.0; 32] };
+        let mut predicted = Predicted::default();
         for (group, numbers) in numbers.chunks_exact(layout.group).enumerate() {
             let (step, base) = new.line(layout, group);
             for (index, &number) in numbers.iter().enumerate() {
@@ -557,7 +601,7 @@ impl<'a> Segment<'a> {
                 predicted.fraction[index] = fraction;
             }
             let range = group * layout.group..(group + 1) * layout.group;
-            self.codes::<C, true>(coder, step, &predicted, &mut new.codes[range]);
+            self.codes(coder, step, &mut predicted, &mut new.codes[range]);
         }
     }
 }
@@ -636,7 +680,7 @@ fn nearest(number: f32, levels: usize) -> (i32, f32) {
 }
 
 /// Where a number falls among a group's codes.
-fn place(layout: &Layout, number: f32, step: f32, base: f32) -> (u8, f32) {
+pub(crate) fn place(layout: &Layout, number: f32, step: f32, base: f32) -> (u8, f32) {
     let position = (number - base) / step;
     let position = if position.abs() < 1e4 { position } else { 0.0 };
     if layout.indexed {
@@ -660,27 +704,70 @@ fn nearest_level(position: f32) -> (u8, f32) {
     if share < 0.5 { (above as u8 - 1, share) } else { (above as u8, share - 1.0) }
 }
 
-/// What a group's old codes mean on its new line.
-#[inline(always)]
-fn predict(layout: &Layout, old: (f32, f32), new: (f32, f32), codes: &[u8], out: &mut Predicted) {
-    if layout.indexed {
-        let ratio = ratio(old.0, new.0);
-        let mut table = [(0_u8, 0.0_f32); 16];
-        for (level, place) in IQ4_LEVELS.iter().zip(&mut table) {
-            *place = nearest_level(level * ratio);
+/// How the numbers of a group's old codes lie on its new line.
+enum Shift {
+    /// Levels are even: the new position of a code less the code is a line over the codes.
+    Line { slope: f32, offset: f32 },
+    /// Levels are not: the ratio of the lines' steps.
+    Ratio(f32),
+}
+
+impl Shift {
+    #[inline(always)]
+    fn of(layout: &Layout, old: (f32, f32), new: (f32, f32)) -> Self {
+        if old == new {
+            return Self::Line { slope: 0.0, offset: 0.0 };
         }
-        for (index, &code) in codes.iter().enumerate() {
-            let (code, fraction) = table[usize::from(code & 15)];
-            out.code[index] = code;
-            out.fraction[index] = fraction;
+        if layout.indexed {
+            return Self::Ratio(ratio(old.0, new.0));
         }
-        return;
+        let per_step = 1.0 / new.0;
+        let slope = old.0 * per_step - 1.0;
+        let offset = (old.1 - new.1) * per_step;
+        if slope.abs() < 64.0 && offset.abs() < 4096.0 {
+            Self::Line { slope, offset }
+        } else {
+            Self::Line { slope: 0.0, offset: 0.0 }
+        }
     }
-    // The new position of an old code, less the code: a line over the codes.
-    let slope = old.0 / new.0 - 1.0;
-    let offset = (old.1 - new.1) / new.0;
-    let (slope, offset) =
-        if slope.abs() < 64.0 && offset.abs() < 4096.0 { (slope, offset) } else { (0.0, 0.0) };
+
+    /// Whether no code's number falls into another bin.
+    #[inline(always)]
+    fn is_small(&self, layout: &Layout) -> bool {
+        let &Self::Line { slope, offset } = self else { return false };
+        let low = offset - slope * layout.zero;
+        let high = low + slope * (layout.levels - 1) as f32;
+        low.abs().max(high.abs()) < 0.49
+    }
+
+    /// How likely a code is to change, on the average of three.
+    #[inline(always)]
+    fn typical(&self, layout: &Layout, rate: f32) -> f32 {
+        let &Self::Line { slope, offset } = self else { return rate };
+        let at = |share: f32| {
+            let shift = slope * (share * layout.levels as f32 - layout.zero) + offset;
+            (shift * shift + rate * rate).sqrt()
+        };
+        (at(0.25) + at(0.5) + at(0.75)) * (1.0 / 3.0)
+    }
+}
+
+/// Where a group's old codes fall on its new line.
+#[inline(always)]
+fn predict(layout: &Layout, shift: &Shift, codes: &[u8], out: &mut Predicted) {
+    let (slope, offset) = match *shift {
+        Shift::Line { slope, offset } => (slope, offset),
+        Shift::Ratio(ratio) => {
+            let mut table = [(0_u8, 0.0_f32); 16];
+            for (level, place) in IQ4_LEVELS.iter().zip(&mut table) {
+                *place = nearest_level(level * ratio);
+            }
+            for (index, &code) in codes.iter().enumerate() {
+                (out.code[index], out.fraction[index]) = table[usize::from(code & 15)];
+            }
+            return;
+        }
+    };
     let highest = (layout.levels - 1) as f32;
     let len = codes.len();
     for ((&code, predicted), fraction) in
@@ -798,21 +885,12 @@ pub(crate) fn measure(layout: &Layout, old: &[u8], new: &[u8]) -> Start {
                 continue;
             }
             let range = group * layout.group..(group + 1) * layout.group;
-            let mut predicted = Predicted { code: [0; 32], fraction: [0.0; 32] };
-            if (old_step, old_base) == (step, base) {
-                predicted.code[..layout.group].copy_from_slice(&before.codes[range.clone()]);
-            } else {
-                predict(
-                    layout,
-                    (old_step, old_base),
-                    (step, base),
-                    &before.codes[range.clone()],
-                    &mut predicted,
-                );
-                let drift: f32 = predicted.fraction[..layout.group].iter().map(|it| it.abs()).sum();
-                if drift > 0.5 {
-                    continue;
-                }
+            let mut predicted = Predicted::default();
+            let shift = Shift::of(layout, (old_step, old_base), (step, base));
+            predict(layout, &shift, &before.codes[range.clone()], &mut predicted);
+            let drift: f32 = predicted.fraction[..layout.group].iter().map(|it| it.abs()).sum();
+            if drift > 0.5 {
+                continue;
             }
             let mut changed = 0;
             for (&new, &old) in after.codes[range].iter().zip(&predicted.code) {

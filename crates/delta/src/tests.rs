@@ -271,3 +271,132 @@ fn hostile_headers_are_refused_or_decode_to_a_mismatch() {
         assert!(result.is_err() || out == new);
     }
 }
+
+#[test]
+fn a_delta_cut_anywhere_is_refused() {
+    let random = &mut Random(8);
+    let before = all_types(random, 512);
+    let mut after = before.clone();
+    after.iter_mut().for_each(|(_, _, bytes)| change(random, bytes, 40));
+    let (old, new) = (model(&before, "one"), model(&after, "two"));
+    let delta = check(&old, &new).bytes;
+    for len in 0..delta.len() {
+        match failure(&old, &delta[..len]) {
+            Some(DeltaError::Truncated { needed, available }) => {
+                assert_eq!(available, len as u64);
+                assert!(needed > available, "{needed} of {available}");
+            }
+            // The magic is not there yet.
+            Some(DeltaError::Invalid(_)) if len < 8 => {}
+            other => panic!("{len} of {} bytes: {other:?}", delta.len()),
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_in_the_old_file_never_gives_another_result() {
+    let random = &mut Random(9);
+    let before = all_types(random, 1024);
+    let mut after = before.clone();
+    after.iter_mut().for_each(|(_, _, bytes)| change(random, bytes, 30));
+    let (mut old, new) = (model(&before, "one"), model(&after, "two"));
+    let delta = check(&old, &new).bytes;
+    let mut refused = 0;
+    for _ in 0..500 {
+        let (at, bit) = (random.below(old.len()), random.below(8));
+        old[at] ^= 1 << bit;
+        let mut out = Vec::new();
+        let result = apply(&old, &delta, 1, |piece| {
+            out.extend_from_slice(piece);
+            Ok(())
+        });
+        old[at] ^= 1 << bit;
+        match result {
+            // Old bytes that nothing refers to may be anything.
+            Ok(()) => assert!(out == new),
+            Err(DeltaError::Frame { .. }) => refused += 1,
+            Err(other) => panic!("byte {at}: {other}"),
+        }
+    }
+    assert!(refused > 400, "{refused} of 500");
+}
+
+#[test]
+fn payloads_without_sense_are_refused() {
+    let random = &mut Random(10);
+    let before = all_types(random, 2048);
+    let mut after = before.clone();
+    after.iter_mut().for_each(|(_, _, bytes)| change(random, bytes, 10));
+    let (old, new) = (model(&before, "one"), model(&after, "two"));
+    let mut delta = check(&old, &new).bytes;
+    let start = Header::parse(&delta).unwrap().header_bytes() as usize;
+    for round in 0..300 {
+        for byte in &mut delta[start..] {
+            *byte = match round % 3 {
+                0 => random.next() as u8,
+                1 => 0xff,
+                _ => (random.below(40) == 0) as u8,
+            };
+        }
+        assert!(failure(&old, &delta).is_some());
+    }
+}
+
+#[test]
+fn safetensors_are_compared_tensor_by_tensor() {
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+    let random = &mut Random(11);
+    let kinds =
+        [(Dtype::F32, 4), (Dtype::F16, 2), (Dtype::BF16, 2), (Dtype::I64, 8), (Dtype::U8, 1)];
+    let elements = 40_000;
+    let mut tensors: Vec<(Dtype, Vec<u8>)> = Vec::new();
+    for (kind, bytes) in kinds {
+        tensors.push((kind, (0..elements * bytes).map(|_| random.next() as u8).collect()));
+    }
+    let file = |tensors: &[(Dtype, Vec<u8>)], note: &str| {
+        let views = tensors.iter().enumerate().map(|(index, (kind, bytes))| {
+            (format!("tensor.{index}"), TensorView::new(*kind, vec![elements], bytes).unwrap())
+        });
+        let metadata = [("note".to_owned(), note.to_owned())].into();
+        safetensors::serialize(views, Some(metadata)).unwrap()
+    };
+    let old = file(&tensors, "");
+    let renamed = check(&old, &file(&tensors, "another note, which moves the weights"));
+    assert!(renamed.bytes.len() < 1024, "{}", renamed.bytes.len());
+    for (_, bytes) in &mut tensors {
+        change(random, bytes, 400);
+    }
+    let encoded = check(&old, &file(&tensors, "three"));
+    let named: Vec<_> = encoded.parts.iter().filter(|part| part.name.is_some()).collect();
+    assert_eq!(named.len(), kinds.len());
+    let of = |name: &str| named.iter().find(|part| part.name.as_deref() == Some(name)).unwrap();
+    assert_eq!(of("tensor.1").kind, Some(TensorType::F16));
+    assert!(encoded.bytes.len() < old.len() / 20, "{}", encoded.bytes.len());
+}
+
+/// New weights on the old scales: only codes differ, and each is the nearest.
+#[test]
+fn rounding_to_old_scales_keeps_them_and_is_exact() {
+    use slmops_artifact::gguf::dequantise;
+    let random = &mut Random(12);
+    for kind in TYPES.into_iter().filter(|kind| crate::layout::Layout::of(*kind).is_some()) {
+        let base = weights(random, kind, 2048);
+        let numbers = dequantise(kind, &base).unwrap();
+        if numbers.iter().any(|number| !number.is_finite()) {
+            // Blocks whose scale is no number have nothing to round to.
+            continue;
+        }
+        let again = crate::round_to_scales(kind, &base, &numbers).unwrap();
+        assert!(dequantise(kind, &again).unwrap() == numbers, "{kind}: old numbers stay");
+        let moved: Vec<f32> =
+            numbers.iter().map(|number| number + random.below(100) as f32 * 1e-5).collect();
+        let rounded = dequantise(kind, &crate::round_to_scales(kind, &base, &moved).unwrap());
+        let error = |found: &[f32]| -> f64 {
+            found.iter().zip(&moved).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+        };
+        assert!(error(&rounded.unwrap()) <= error(&numbers), "{kind}: no worse than staying");
+    }
+    assert!(crate::round_to_scales(TensorType::F16, &[0; 2], &[0.0]).is_none());
+    assert!(crate::round_to_scales(TensorType::Q4_0, &[0; 18], &[0.0; 31]).is_none());
+}
