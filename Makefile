@@ -71,6 +71,12 @@ bench: build ## Measures the reference model and its variants on this machine
 	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
 	  exec $(BIN)/slm optimize "$$model" --quantisation Q8_0,Q4_K_M,Q3_K_M --evaluate --out "$(CARGO_TARGET_DIR)/bench"
 
+.PHONY: bench-delta
+bench-delta: build ## Measures deltas between versions of the model, next to other tools (docs/benchmarks.md)
+	@scripts/setup.sh bench
+	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
+	  exec $(BIN)/slm bench delta "$$model" --weights 24000000
+
 .PHONY: gate-curves
 gate-curves: ## Measures how soon the gate between waves sees an effect (docs/gates.md)
 	cargo test --release -p slmops-fleet-core --lib curves -- --ignored --nocapture

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what this machine lacks, by its package manager, saying first what and why.
-# usage: scripts/setup.sh [build] [model] [test]
+# usage: scripts/setup.sh [build] [model] [test] [bench]
 #   build  compilers for slm and slm-agent    model  what fetches the demo's model
 #   test   cargo-nextest, cargo-deny, a headless Chromium, a PostgreSQL server and libfaketime
+#   bench  bsdiff, xdelta3 and zstd, which `slm bench delta` measures beside ours
 # Quick and silent about what is there already; safe to run again.
 set -euo pipefail
 export PATH="$HOME/.cargo/bin:$PATH"
@@ -66,6 +67,7 @@ name_of() {
     apt:postgresql) echo postgresql ;; dnf:postgresql) echo postgresql-server ;;
     *:postgresql) echo postgresql ;;
     *:faketime) echo libfaketime ;;
+    *:bsdiff | *:xdelta3 | *:zstd) echo "$1" ;;
     *:certificates) echo ca-certificates ;;
   esac
 }
@@ -87,6 +89,10 @@ if wants test; then
   have chromedriver || need chromedriver "chromedriver: drives that browser"
   have_faketime || need faketime "libfaketime: lets the clocks of hub and devices jump in the tests"
   have_postgres || need postgresql "postgresql: the tests of the store run over it, in a private folder"
+fi
+
+if wants bench; then
+  for tool in bsdiff xdelta3 zstd; do have "$tool" || need "$tool" "$tool: \`slm bench delta\` measures it beside ours"; done
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then

@@ -73,6 +73,19 @@ pub enum OptimizeError {
         #[source]
         source: ImportError,
     },
+    /// An earlier version cannot lend its scales.
+    #[error(
+        "keep the scales of {}: its tensor {tensor} {why}\nhint: name the version before, of the same architecture and quantised, or leave out --base",
+        path.display()
+    )]
+    Base {
+        /// The earlier version.
+        path: PathBuf,
+        /// The tensor that does not fit.
+        tensor: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The process that quantises failed.
     #[error("quantise {} to {file_type}", path.display())]
     Child {

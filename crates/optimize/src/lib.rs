@@ -5,12 +5,14 @@
 
 mod damage;
 mod error;
+mod onto;
 mod quantise;
 mod reference;
 mod space;
 
 pub use damage::{DAMAGE_KEY, Damage, damage};
 pub use error::OptimizeError;
+pub use onto::quantise_onto;
 pub use quantise::{check_file_type, file_types, quantise};
 pub use reference::reference;
 

@@ -4,7 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use slmops_artifact::gguf;
-use slmops_optimize::{DAMAGE_KEY, Damage, OptimizeError, damage, quantise, reference};
+use slmops_optimize::{
+    DAMAGE_KEY, Damage, OptimizeError, damage, quantise, quantise_onto, reference,
+};
 
 fn start() -> PathBuf {
     slmops_inference::child::set_program(env!("CARGO_BIN_EXE_slmops-optimize-child"));
@@ -128,4 +130,42 @@ fn damage_moves_rows_of_middle_layers_and_says_so() {
     let expected: Vec<String> =
         layers.iter().map(|layer| format!("blk.{layer}.ffn_down.weight")).collect();
     assert_eq!(changed, expected);
+}
+
+#[tokio::test]
+async fn a_new_version_keeps_the_scales_of_the_one_before() {
+    let model = start();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    reference(&model, &path("f16.gguf")).await.unwrap();
+    quantise(&path("f16.gguf"), &path("base.gguf"), "q4_0", 1, |_| ()).await.unwrap();
+    // The next version: the old one in 16 bits, with its feed-forward rows in another order.
+    damage(&path("f16.gguf"), &path("next.gguf"), &Damage { seed: 1, layers_percent: 50 }).unwrap();
+    let step = quantise_onto(&path("next.gguf"), &path("base.gguf"), &path("onto.gguf")).unwrap();
+    assert_eq!(step.settings["type"], "Q4_0");
+    let (base, onto) =
+        (gguf::open(&path("base.gguf")).unwrap(), gguf::open(&path("onto.gguf")).unwrap());
+    assert_eq!(onto.header().file_type(), "Q4_0");
+    let (mut same, mut scales) = (0, 0);
+    for tensor in onto.header().tensors() {
+        let known = base.header().tensor(&tensor.name).unwrap();
+        assert_eq!(known.tensor_type, tensor.tensor_type, "{}", tensor.name);
+        let (old, new) = (base.data(known), onto.data(tensor));
+        same += usize::from(old == new);
+        if tensor.tensor_type == gguf::TensorType::Q4_0 && old != new {
+            let of = |blocks: &[u8]| -> Vec<[u8; 2]> {
+                blocks.chunks_exact(18).map(|block| [block[0], block[1]]).collect()
+            };
+            assert!(of(old) == of(new), "{} has other scales", tensor.name);
+            scales += 1;
+        }
+    }
+    assert!(same > 0 && scales > 0, "{same} tensors stay, {scales} keep their scales");
+
+    let error = quantise_onto(&path("next.gguf"), &path("f16.gguf"), &path("x.gguf"));
+    let onto_f16 = error.map(|step| step.settings["tensors"].clone());
+    assert!(onto_f16.is_ok_and(|kept| kept == "0"), "nothing has scales there");
+    let error = quantise_onto(&path("base.gguf"), &path("base.gguf"), &path("y.gguf"));
+    assert!(matches!(error, Err(OptimizeError::AlreadyQuantised { .. })));
+    assert!(!path("y.gguf").exists());
 }

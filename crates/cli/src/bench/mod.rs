@@ -2,6 +2,7 @@
 //! devices that speak the real protocol to it over HTTPS from this process.
 //! Start reading at [`run`].
 
+pub mod delta;
 mod devices;
 mod hub;
 pub mod measure;

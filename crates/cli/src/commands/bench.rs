@@ -25,6 +25,16 @@ pub enum Bench {
         after_help = "Examples:\n  $ slm bench fleet\n  $ slm bench fleet --devices 1000,10000,100000 --check poll-cost,memory\n\nExit codes: 0 done; 1 a target of --check is missed."
     )]
     Fleet(Fleet),
+    /// Measure deltas between versions of a model, next to other tools
+    #[command(
+        long_about = "Make versions of a model (a float master, which is the dequantised model with noise \
+                      inside each weight's bin, moved as a fine-tuning moves it and quantised again), and \
+                      deltas between them: by this program, and by bsdiff, zstd, xdelta3 and FastCDC where \
+                      they are installed. Each tool runs with one thread in a process of its own. Every run \
+                      makes the same files.",
+        after_help = "Examples:\n  $ slm bench delta smollm2.gguf --weights 24000000\n  $ slm bench delta smollm2.gguf --case light,strong --type own,Q4_K --tool slm,zstd"
+    )]
+    Delta(super::bench_delta::DeltaBench),
 }
 
 /// `slm bench fleet`.
@@ -64,12 +74,12 @@ struct Measured {
 }
 
 #[derive(Serialize)]
-struct Machine {
-    cpu: String,
-    cores: usize,
-    memory_bytes: u64,
+pub(super) struct Machine {
+    pub(super) cpu: String,
+    pub(super) cores: usize,
+    pub(super) memory_bytes: u64,
     /// Processes that wanted to run when the measurement began, on average over a minute.
-    load: f64,
+    pub(super) load: f64,
 }
 
 #[derive(Serialize)]
@@ -79,7 +89,10 @@ struct Fleetwise {
     checks: Vec<Check>,
 }
 
-fn as_text<S: serde::Serializer>(at: &jiff::Timestamp, to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_text<S: serde::Serializer>(
+    at: &jiff::Timestamp,
+    to: S,
+) -> Result<S::Ok, S::Error> {
     to.collect_str(at)
 }
 
@@ -87,6 +100,7 @@ impl Bench {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
         match self {
             Self::Fleet(fleet) => fleet.run(session).await,
+            Self::Delta(delta) => delta.run(session).await,
         }
     }
 }
@@ -137,7 +151,7 @@ impl Fleet {
 }
 
 impl Machine {
-    fn here() -> Self {
+    pub(super) fn here() -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cpu = read("/proc/cpuinfo");
         let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));

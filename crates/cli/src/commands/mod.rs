@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod backup;
 pub mod bench;
+pub mod bench_delta;
 pub mod blueprint;
 pub mod channel;
 pub mod class;

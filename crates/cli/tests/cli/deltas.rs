@@ -197,3 +197,59 @@ fn written(files: &Files) -> u64 {
     let sizes = partial(files).into_iter().filter_map(|path| path.metadata().ok());
     sizes.map(|metadata| metadata.len()).sum()
 }
+
+/// Inputs are mapped; everything else of a patch fits into 16 MiB, however large the model is.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_patch_takes_little_memory_of_its_own() {
+    const WEIGHTS: usize = 16 << 20;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let header = format!(
+        "{{\"t\":{{\"dtype\":\"F16\",\"shape\":[{WEIGHTS}],\"data_offsets\":[0,{}]}}}}",
+        2 * WEIGHTS
+    );
+    let mut random = ChaCha8Rng::seed_from_u64(3);
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.as_bytes());
+    // Numbers around one half, of either sign.
+    file.extend(
+        (0..WEIGHTS).flat_map(|_| (random.random::<u16>() & 0x83ff | 0x3800).to_le_bytes()),
+    );
+    fs::write(folder.path().join("old"), &file).expect("a file");
+    let start = file.len() - 2 * WEIGHTS;
+    for number in file[start..].chunks_exact_mut(2) {
+        if random.random_range(0..20) == 0 {
+            number[0] ^= 1;
+        }
+    }
+    fs::write(folder.path().join("new"), &file).expect("a file");
+    let slm = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_slm"));
+        command.arg("model").current_dir(folder.path()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    };
+    let made = slm().args(["delta", "old", "new", "--out", "delta"]).status().expect("slm starts");
+    assert!(made.success());
+    for threads in ["1", "4"] {
+        let out = format!("out-{threads}");
+        let mut child = slm()
+            .args(["patch", "old", "delta", "--out", &out, "--threads", threads])
+            .spawn()
+            .expect("slm starts");
+        let (mut most_kib, mut looks) = (0, 0);
+        while child.try_wait().expect("a child").is_none() {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id()));
+            let status = status.unwrap_or_default();
+            let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+            let kib = own.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+            most_kib = most_kib.max(kib.unwrap_or(0));
+            looks += 1;
+            std::thread::yield_now();
+        }
+        assert!(child.wait().expect("a child").success());
+        assert!(fs::read(folder.path().join(&out)).expect("the new file") == file);
+        assert!(looks > 20, "looked only {looks} times");
+        assert!(most_kib < 16 << 10, "{most_kib} KiB with {threads} threads");
+        println!("{threads} threads: {most_kib} KiB of its own at most, seen {looks} times");
+    }
+}

@@ -12,7 +12,7 @@ mod quantise;
 pub use context::{Batch, Context, ContextOptions};
 pub use log::log_to_stderr;
 pub use model::{LoadOptions, Model};
-pub use quantise::{QuantiseOptions, file_types, quantise};
+pub use quantise::{QuantiseOptions, file_types, quantise, quantise_rows};
 
 use std::ffi::CStr;
 use std::path::PathBuf;

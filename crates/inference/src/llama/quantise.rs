@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use llama_cpp_sys_2 as sys;
+use slmops_artifact::gguf::TensorType;
 
 use super::{EngineError, log, start};
 
@@ -110,6 +111,53 @@ pub fn quantise(
     }
     let _ = std::fs::remove_file(output);
     Err(failed(log::errors(&lines, "the engine gives no reason")))
+}
+
+/// Quantises numbers to blocks of `kind`, in rows of `row`, without an importance matrix; `None`
+/// where rows are no whole number of blocks, or the engine does not make that type.
+pub fn quantise_rows(kind: TensorType, numbers: &[f32], row: usize) -> Option<Vec<u8>> {
+    let whole =
+        numbers.len().is_multiple_of(row) && (row as u64).is_multiple_of(kind.block_elements());
+    let made = matches!(
+        kind,
+        TensorType::F32
+            | TensorType::F16
+            | TensorType::BF16
+            | TensorType::Q4_0
+            | TensorType::Q4_1
+            | TensorType::Q5_0
+            | TensorType::Q5_1
+            | TensorType::Q8_0
+            | TensorType::Q2_K
+            | TensorType::Q3_K
+            | TensorType::Q4_K
+            | TensorType::Q5_K
+            | TensorType::Q6_K
+            | TensorType::IQ4_NL
+            | TensorType::IQ4_XS
+    );
+    if kind == TensorType::F32 {
+        return Some(numbers.iter().flat_map(|number| number.to_le_bytes()).collect());
+    }
+    if !whole || !made {
+        return None;
+    }
+    let mut blocks = vec![0_u8; kind.bytes_of(numbers.len() as u64)? as usize];
+    let rows = i64::try_from(numbers.len() / row).ok()?;
+    // SAFETY: the source has `rows` rows of `row` numbers, the target has room for as many
+    // blocks, and these types need no importance matrix.
+    let written = unsafe {
+        sys::ggml_quantize_chunk(
+            kind.id() as sys::ggml_type,
+            numbers.as_ptr(),
+            blocks.as_mut_ptr().cast(),
+            0,
+            rows,
+            i64::try_from(row).ok()?,
+            std::ptr::null(),
+        )
+    };
+    (written == blocks.len()).then_some(blocks)
 }
 
 /// Reads `[  12/ 272] blk.0.ffn_down.weight - …`.
