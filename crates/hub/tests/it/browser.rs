@@ -69,6 +69,8 @@ const PAGES: &[PageCheck] = &[
             "Pause",
             "Waiting for kitchen",
             "needs 183 MB, offers 96.0 MB",
+            "How it travelled",
+            "from their site",
         ],
     ),
     ("rollout-completed", "/rollouts/r-1a07", &["completed", "baked for 10 s without a failure"]),

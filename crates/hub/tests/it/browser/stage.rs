@@ -231,6 +231,7 @@ fn api() -> Router<Shared> {
             }),
         )
         .route("/v1/rollouts/{id}", get(rollout))
+        .route("/v1/rollouts/{id}/transfers", get(async || Json(transfers())))
         .route("/v1/rollouts/{id}/{action}", post(act))
         .route(
             "/v1/classes",
@@ -319,6 +320,25 @@ fn of_fleet<T>(shared: &Shared, ask: impl FnOnce(&World<'_>) -> T) -> T {
         releases: &fleet.releases.iter().map(named).collect(),
         quarantine: &BTreeSet::new(),
         completed: &[],
+    })
+}
+
+/// How a model came to five devices.
+fn transfers() -> Value {
+    let way = |way: &str, devices: u64, wan_bytes: u64, site_bytes: u64, half: u64, last: u64| {
+        json!({
+            "way": way, "devices": devices, "model_bytes": devices * 100_000_000,
+            "wan_bytes": wan_bytes, "site_bytes": site_bytes,
+            "half_confirmed_s": half, "last_confirmed_s": last,
+        })
+    };
+    json!({
+        "devices": 5,
+        "ways": [
+            way("whole", 1, 100_000_000, 0, 240, 240),
+            way("delta", 2, 9_000_000, 0, 35, 41),
+            way("site", 2, 0, 200_000_000, 52, 60),
+        ],
     })
 }
 
