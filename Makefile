@@ -51,6 +51,8 @@ nextest:
 	cargo build --release --workspace --bins
 	@# Signatures are checked against the reference implementation, imports against the real model.
 	@scripts/interop-model-signing.sh --install-only
+	@# The endpoint is scored by the usual evaluation harness.
+	@scripts/interop-lm-eval.sh --install-only
 	@# The blob store is tested against a server of the S3 protocol.
 	@scripts/s3-server.sh
 	SLMOPS_SMOLLM2="$$(scripts/fetch-model.sh)" cargo nextest run --release --workspace

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use slmops_agent_core::Config;
 use slmops_api::device::EnrolRequest;
+use slmops_inference::server::{KeyLimits, Keys};
 
 use crate::engine::{self, Engine};
 use crate::error::AgentError;
@@ -16,7 +17,7 @@ use crate::hub::Hub;
 use crate::identity::{self, DeviceKey, Identity, MAX_INVITATION_BYTES, MeteredLink, Settings};
 use crate::outbox::{self, Outbox};
 use crate::shell::Agent;
-use crate::state::StateFolder;
+use crate::state::{ENDPOINT_KEYS_FILE, StateFolder};
 use crate::status::StatusFile;
 use crate::tls::{PinnedAuthority, SystemClock};
 use crate::{durable, facts, units};
@@ -84,6 +85,28 @@ Ends with exit code 1 if a probe fails.
 Example:
   slm-agent probe --state /var/lib/slm-agent")]
     Probe(Show),
+    /// Make a key for an application; once there is one, the endpoint answers keys alone
+    #[command(after_help = "\
+The key is printed once; the state folder holds its digest. A key of the same name is replaced. The
+first key counts from the agent's next start, later ones at once.
+
+Example:
+  slm-agent key till --per-minute 60")]
+    Key(NewKey),
+}
+
+#[derive(Debug, Args)]
+struct NewKey {
+    /// Whose it is
+    name: String,
+    #[command(flatten)]
+    state: StateArgument,
+    /// Requests at the same time; any number if absent
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    concurrent: Option<u32>,
+    /// Requests that may begin within a minute; any number if absent
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    per_minute: Option<u32>,
 }
 
 #[derive(Debug, Args)]
@@ -224,6 +247,7 @@ async fn dispatch(verb: Verb) -> Result<ExitCode, AgentError> {
         Verb::Ledger(show) => ledger(&show),
         Verb::Outbox(show) => self::outbox(&show),
         Verb::Probe(show) => probe(&show).await,
+        Verb::Key(new) => make_key(&new),
     }
 }
 
@@ -412,6 +436,18 @@ fn outbox(show: &Show) -> Result<ExitCode, AgentError> {
         Output::Text => print(&entries.iter().map(|line| format!("{line}\n")).collect::<String>()),
         Output::Json => print_json(&entries),
     }
+}
+
+fn make_key(new: &NewKey) -> Result<ExitCode, AgentError> {
+    let (state, _) = joined(&new.state.state)?;
+    let path = state.root().join(ENDPOINT_KEYS_FILE);
+    let first = !path.exists();
+    let limits = KeyLimits { concurrent: new.concurrent, per_minute: new.per_minute };
+    let key = Keys::create(&path, &new.name, limits)?;
+    if first {
+        eprintln!("the endpoint answers keys alone from the agent's next start");
+    }
+    print(&format!("{key}\n"))
 }
 
 async fn probe(show: &Show) -> Result<ExitCode, AgentError> {

@@ -16,6 +16,7 @@ use slmops_artifact::Digest;
 use slmops_inference::child::ChildError;
 use slmops_inference::host::{HostEvent, ModelHost, ModelSpec, Staged};
 use slmops_inference::probe;
+use slmops_inference::server::{Keys, ServerOptions};
 use slmops_inference::worker::{Worker, WorkerError, WorkerSpec};
 use tokio::sync::{broadcast, mpsc};
 
@@ -40,7 +41,8 @@ pub struct Engine {
     state: StateFolder,
     host: Arc<ModelHost>,
     workers: Mutex<Workers>,
-    endpoint: OnceLock<String>,
+    /// Where it answers, and whom; for the last probe.
+    endpoint: OnceLock<(String, Option<Arc<Keys>>)>,
 }
 
 #[derive(Default)]
@@ -69,14 +71,11 @@ impl Engine {
         slmops_inference::llama::engine_version()
     }
 
-    /// The OpenAI-compatible endpoint.
-    pub fn router(&self) -> axum::Router {
-        slmops_inference::server::router(Arc::clone(&self.host), Default::default())
-    }
-
-    /// Where the endpoint answers, for the last probe.
-    pub fn set_endpoint(&self, endpoint: &str) {
-        let _ = self.endpoint.set(endpoint.to_owned());
+    /// The OpenAI-compatible endpoint, which will answer at `url`; with `keys` only who has one.
+    pub fn router(&self, url: &str, keys: Option<Arc<Keys>>) -> axum::Router {
+        let options = ServerOptions { keys: keys.clone(), ..ServerOptions::default() };
+        let _ = self.endpoint.set((url.to_owned(), keys));
+        slmops_inference::server::router(Arc::clone(&self.host), options)
     }
 
     /// Loads a model beside the one that serves, from files whose digests are checked.
@@ -133,9 +132,9 @@ impl Engine {
                 results = probe::run(&worker, &probes).await;
             }
         }
-        if live && let Some(endpoint) = self.endpoint.get() {
+        if live && let Some((endpoint, keys)) = self.endpoint.get() {
             let prompt = probes.probes.first().map_or("", |probe| &probe.prompt);
-            let answer = ask(endpoint, prompt).await;
+            let answer = ask(endpoint, keys.as_deref(), prompt).await;
             if !answer.passed {
                 // A worker that died under the question is soon known to have.
                 tokio::time::sleep(Duration::from_millis(LIVE_PAUSE_MS)).await;
@@ -264,13 +263,17 @@ fn parse_probes(bytes: &[u8]) -> Result<ProbeSet, ProbeError> {
 }
 
 /// Asks the device's own endpoint for one token, as any program on the device would.
-async fn ask(endpoint: &str, prompt: &str) -> ProbeResult {
+async fn ask(endpoint: &str, keys: Option<&Keys>, prompt: &str) -> ProbeResult {
     let started = std::time::Instant::now();
     let request = async {
         let client = reqwest::Client::builder().no_proxy().build().ok()?;
         let body = serde_json::json!({ "prompt": prompt, "max_tokens": 1, "temperature": 0 });
         let url = format!("{endpoint}/v1/completions");
-        let response = client.post(url).json(&body).send().await.ok()?;
+        let mut request = client.post(url).json(&body);
+        if let Some(keys) = keys {
+            request = request.bearer_auth(keys.own());
+        }
+        let response = request.send().await.ok()?;
         // A queue full of other people's requests is a working endpoint.
         (response.status().is_success() || response.status().as_u16() == 429).then_some(())
     };

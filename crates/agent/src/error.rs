@@ -134,6 +134,9 @@ pub enum AgentError {
         /// The folder.
         path: PathBuf,
     },
+    /// The keys of the endpoint cannot be used.
+    #[error("{0}")]
+    Keys(#[from] slmops_inference::server::KeysError),
     /// The engine did not come up.
     #[error("{0}")]
     Engine(#[source] slmops_inference::worker::WorkerError),

@@ -14,6 +14,7 @@ use slmops_agent_core::{
 };
 use slmops_api::device::{DeviceFacts, DeviceReport, Phase, Telemetry};
 use slmops_api::evidence::EvidenceCounts;
+use slmops_inference::server::{Keys, at_once};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -26,7 +27,7 @@ use crate::hub::{DeviceHub, Hub, HubError};
 use crate::identity::{self, DeviceKey, Identity, MeteredLink};
 use crate::outbox::Outbox;
 use crate::peers::Sharing;
-use crate::state::{Sequence, StateFolder, StateLock, wait_cause};
+use crate::state::{ENDPOINT_KEYS_FILE, Sequence, StateFolder, StateLock, wait_cause};
 use crate::status::StatusFile;
 use crate::tls::PinnedAuthority;
 use crate::trust::Trust;
@@ -127,12 +128,15 @@ impl Running {
             .map_err(|source| AgentError::Listen { address: identity.settings.listen, source })?;
         let endpoint = format!("http://{address}");
         remember_endpoint(&state, &endpoint);
-        engine.set_endpoint(&endpoint);
         let stop_server = Arc::new(tokio::sync::Notify::new());
         let stopping = Arc::clone(&stop_server);
-        let router = engine.router();
+        let keys = endpoint_keys(&state)?;
+        if keys.is_some() {
+            tracing::info!("the local endpoint answers who has a key of {ENDPOINT_KEYS_FILE}");
+        }
+        let router = engine.router(&endpoint, keys);
         let server = tokio::spawn(async move {
-            let served = axum::serve(listener, router)
+            let served = axum::serve(at_once(listener), router)
                 .with_graceful_shutdown(async move { stopping.notified().await });
             if let Err(error) = served.await {
                 tracing::error!("the local endpoint ended: {error}");
@@ -472,6 +476,15 @@ fn save_in_order(
         }
     });
     saves
+}
+
+/// Who may use the endpoint; anybody who reaches it if there is no file.
+fn endpoint_keys(state: &StateFolder) -> Result<Option<Arc<Keys>>, AgentError> {
+    let path = state.root().join(ENDPOINT_KEYS_FILE);
+    match path.exists() {
+        true => Ok(Some(Arc::new(Keys::open(&path)?))),
+        false => Ok(None),
+    }
 }
 
 /// Listens where the owner said; with port 0 where it listened last time, if that is still free.

@@ -22,6 +22,8 @@ const TELEMETRY_FILE: &str = "telemetry.json";
 const EVIDENCE_FILE: &str = "evidence.json";
 const TRANSFER_FILE: &str = "transfer.json";
 const STATUS_FILE: &str = "status.json";
+/// Who may use the local endpoint; anybody who reaches it without this file.
+pub const ENDPOINT_KEYS_FILE: &str = "endpoint-keys.toml";
 const BLOBS_FOLDER: &str = "blobs";
 const PARTIAL_FOLDER: &str = "partial";
 /// Sequence numbers reserved by one write, so that a report costs no write.

@@ -141,7 +141,7 @@ async fn answer(
     let mut first_token_ms = None;
     loop {
         match generation.next().await? {
-            Output::Started => {}
+            Output::Started | Output::Echo(_) => {}
             Output::Piece(_) => {
                 first_token_ms.get_or_insert(started.elapsed().as_secs_f64() * 1000.0);
             }

@@ -19,7 +19,7 @@ pub(crate) mod tests;
 mod value;
 mod writer;
 
-pub use feed::{Feed, Note};
+pub use feed::{Feed, Heard, Note};
 pub use postgres::Postgres;
 pub use sqlite::FolderLock;
 use value::RowOf;

@@ -25,7 +25,7 @@ use slmops_fleet_core::world::{FleetDevice, World};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use crate::db::DbError;
+use crate::db::{DbError, Heard};
 use crate::events::{Board, Events};
 use crate::fleet::{Changes, Contradiction, Decided, Fleet};
 use crate::listening::Listening;
@@ -66,6 +66,7 @@ pub struct Engine {
     changes: Arc<Mutex<Changes>>,
     wake: Arc<Notify>,
     store: Arc<dyn Store>,
+    heard: Option<Heard>,
 }
 
 /// The one that decides.
@@ -84,11 +85,13 @@ pub struct Planner {
 
 impl Engine {
     /// An engine over a store, and its planner, which must run for devices to be told anything.
+    /// With other hubs over the same store, `heard` tells when their changes are known to this one.
     pub fn new(
         store: Arc<dyn Store>,
         board: Board,
         events: Events,
         lead: watch::Receiver<Lead>,
+        heard: Option<Heard>,
     ) -> (Self, Planner) {
         let (sender, asks) = mpsc::channel(MAX_ASKS);
         let (changes, wake): (Arc<Mutex<Changes>>, Arc<Notify>) = Default::default();
@@ -103,7 +106,7 @@ impl Engine {
             lead,
             fleet: None,
         };
-        (Self { asks: sender, changes, wake, store }, planner)
+        (Self { asks: sender, changes, wake, store, heard }, planner)
     }
 
     /// Says that a device is new, or that an operator changed it.
@@ -154,6 +157,10 @@ impl Engine {
         &self,
         ask: impl FnOnce(&mut Planner) -> BoxFuture<'_, Result<T, StoreError>> + Send + 'static,
     ) -> Result<T, StoreError> {
+        // Whoever asks may have changed something at another hub just before.
+        if let Some(heard) = &self.heard {
+            heard.up_to_date().await?;
+        }
         let (answer, answered) = oneshot::channel();
         let asked: Ask = Box::new(move |planner| {
             Box::pin(async move {

@@ -293,10 +293,11 @@ pub async fn follow(
                 continue;
             }
         }
-        if let Err(error) =
-            read_again(&*store, &board, &engine, &mut changed, &mut everything).await
-        {
-            tracing::warn!(%error, "cannot read what other hubs changed; trying again");
+        match read_again(&*store, &board, &engine, &mut changed, &mut everything).await {
+            Ok(()) => feed.acted_on(),
+            Err(error) => {
+                tracing::warn!(%error, "cannot read what other hubs changed; trying again");
+            }
         }
         tokio::time::sleep(LOOK_NO_SOONER).await;
     }

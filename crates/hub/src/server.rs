@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum_server::Handle;
+use axum_server::accept::NoDelayAcceptor;
 use axum_server::tls_rustls::RustlsConfig;
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
@@ -238,8 +239,9 @@ impl Hub {
             None => watch::channel(Lead::Alone).1,
             Some((replica, _)) => replica.lead(),
         };
+        let heard = replica.as_ref().map(|(_, feed)| feed.heard());
         let (engine, planner) =
-            Engine::new(Arc::clone(&store), board.clone(), events.clone(), lead);
+            Engine::new(Arc::clone(&store), board.clone(), events.clone(), lead, heard);
         let planner = planner.load().await?;
         let principals = Known { store: Arc::clone(&store), board: board.clone() };
         let auth = Auth::new(secret, Arc::new(principals));
@@ -292,6 +294,7 @@ impl Hub {
             let rustls = RustlsConfig::from_config(tls.server_config()?);
             let server = axum_server::from_tcp_rustls(listener, rustls)
                 .map_err(|source| HubError::Listen { address, source })?
+                .map(|acceptor| acceptor.acceptor(NoDelayAcceptor::new()))
                 .handle(handle.clone());
             let service = app.clone().into_make_service_with_connect_info::<SocketAddr>();
             listeners.push(tokio::spawn(async move {
@@ -303,6 +306,7 @@ impl Hub {
             let handle = Handle::new();
             let server = axum_server::from_tcp(listener)
                 .map_err(|source| HubError::Listen { address, source })?
+                .acceptor(NoDelayAcceptor::new())
                 .handle(handle.clone());
             let service = app.into_make_service_with_connect_info::<SocketAddr>();
             listeners.push(tokio::spawn(async move {

@@ -465,6 +465,7 @@ impl MeteredGeneration {
         let output = self.generation.next().await;
         match &output {
             Ok(Output::Started) => self.meter.started(),
+            Ok(Output::Echo(_)) => {}
             Ok(Output::Piece(piece)) => self.meter.piece(piece),
             Ok(Output::Finished(finish)) => self.meter.finished(finish),
             Err(error) => self.meter.fail(error),
@@ -481,11 +482,7 @@ impl MeteredGeneration {
         loop {
             match self.next().await? {
                 Output::Started => {}
-                Output::Piece(piece) => {
-                    whole.text.push_str(&piece.text);
-                    whole.tokens.extend(piece.tokens);
-                    whole.logprobs.extend(piece.logprobs);
-                }
+                Output::Echo(piece) | Output::Piece(piece) => whole.append(piece),
                 Output::Finished(finish) => return Ok((whole, finish)),
             }
         }

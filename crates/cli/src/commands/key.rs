@@ -1,10 +1,14 @@
 //! `slm key`.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 use jiff::Timestamp;
 use reqwest::Method;
+use serde::Serialize;
 use slmops_api::device::PublisherKey;
 use slmops_artifact::signing::PrivateKey;
+use slmops_inference::server::{KeyLimits, Keys};
 
 use super::Session;
 use crate::client::Hub;
@@ -12,7 +16,7 @@ use crate::error::{Context, Failure, Result};
 use crate::home::DEFAULT_KEY;
 use crate::output::table;
 
-/// Publisher keys.
+/// Publisher keys, and keys of endpoints.
 #[derive(Debug, Subcommand)]
 pub enum Key {
     /// Make a publisher key here and register its public half with the hub
@@ -36,6 +40,27 @@ pub enum Key {
         #[arg(long, value_name = "NAME")]
         endorsed_by: Option<String>,
     },
+    /// Make a key for an endpoint, `slm serve --keys` or a device's
+    #[command(
+        long_about = "Make a key with which an application may use an endpoint, and print it once: the \
+                      file holds its digest alone. The endpoint reads the file again within a second. A \
+                      key of the same name is replaced.",
+        after_help = "Examples:\n  $ slm key endpoint till --file keys.toml --per-minute 60\n  \
+                      $ slm serve model.gguf --keys keys.toml"
+    )]
+    Endpoint {
+        /// Whose it is
+        name: String,
+        /// The file of keys; made if it does not exist
+        #[arg(long, value_name = "FILE")]
+        file: PathBuf,
+        /// Requests at the same time; any number if absent
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+        concurrent: Option<u32>,
+        /// Requests that may begin within a minute; any number if absent
+        #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+        per_minute: Option<u32>,
+    },
     /// List the keys that the hub hands to devices
     #[command(after_help = "Example:\n  $ slm key list")]
     List,
@@ -43,9 +68,20 @@ pub enum Key {
 
 impl Key {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
-        let hub = session.hub()?;
         match self {
+            Self::Endpoint { name, file, concurrent, per_minute } => {
+                let limits = KeyLimits { concurrent, per_minute };
+                let key = Keys::create(&file, &name, limits)
+                    .user(|| format!("make a key for `{name}`"))?;
+                session.out.show(&NewEndpointKey { name: &name, key: &key }, || key.clone())?;
+                let file = file.display();
+                session.progress.say(format!(
+                    "  Shown once; {file} holds its digest. Send it as `Authorization: Bearer KEY`."
+                ));
+                Ok(())
+            }
             Self::Create { name, valid_days, endorsed_by } => {
+                let hub = session.hub()?;
                 let good = !name.is_empty()
                     && name.len() <= 64
                     && name
@@ -83,6 +119,7 @@ impl Key {
                     .show(&public, || format!("key {name} ({}) is registered: {reach}", public.id))
             }
             Self::List => {
+                let hub = session.hub()?;
                 let keys: Vec<PublisherKey> = hub.list("/v1/keys", "list the keys").await?;
                 session.out.show(&keys, || {
                     table(&["id", "name", "expires", "endorsed by"], keys.iter().map(row))
@@ -90,6 +127,13 @@ impl Key {
             }
         }
     }
+}
+
+/// A key that is shown once.
+#[derive(Serialize)]
+struct NewEndpointKey<'a> {
+    name: &'a str,
+    key: &'a str,
 }
 
 fn row(key: &PublisherKey) -> Vec<String> {

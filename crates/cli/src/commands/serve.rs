@@ -2,11 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::Serialize;
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 use slmops_inference::host::ModelSpec;
-use slmops_inference::server::{self, ServerOptions};
+use slmops_inference::server::{self, Keys, ServerOptions};
 use slmops_inference::worker::{Worker, WorkerSpec};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -48,10 +49,16 @@ pub struct Serve {
     /// The name under which it answers [default: the file's name]
     #[arg(long)]
     pub name: Option<String>,
+    /// Answer only who has one of the keys in this file; `slm key endpoint` adds one
+    #[arg(long, value_name = "FILE", env = "SLM_SERVE_KEYS")]
+    pub keys: Option<PathBuf>,
 }
 
 impl Serve {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
+        let keys = self.keys.as_deref().map(Keys::open).transpose();
+        let keys = keys.user(|| "read the keys".to_owned())?.map(Arc::new);
+        let options = ServerOptions { keys, ..ServerOptions::default() };
         let original = source::original(session, &self.model).await?;
         let trained = original.file.shape.trained_context;
         let runtime = RuntimeConfig {
@@ -84,7 +91,7 @@ impl Serve {
             let _ = out.show(&ready, || ready.url.clone());
             progress.say(ready.advice());
         };
-        let served = server::serve(listener, model, ServerOptions::default(), on_ready, stopped());
+        let served = server::serve(listener, model, options, on_ready, stopped());
         served.await.user(|| format!("serve `{}`", self.model.display()))
     }
 }

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use jiff::{SignedDuration, Timestamp};
 use slmops_api::device::{DesiredModel, Failure, Phase, WaitCause};
 use slmops_api::model::NewRelease;
-use slmops_api::rollout::{Outcome, RolloutDevice, RolloutState, Stragglers, Unheard};
+use slmops_api::rollout::{
+    Outcome, Rollout, RolloutDevice, RolloutPolicy, RolloutState, Stragglers, Unheard,
+};
 use slmops_api::rules::DeviceRules;
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
@@ -77,7 +79,8 @@ pub(super) fn step(
     if record.rollout.state == RolloutState::Running {
         let updating = |part: &&RolloutDevice| part.outcome == Outcome::Updating;
         let updating = record.rollout.devices.iter().filter(updating);
-        outcome.deadline = earlier(outcome.deadline, first_straggles_at(record, world, updating));
+        let straggles = first_straggles_at(&record.rollout.asked.policy, world, updating);
+        outcome.deadline = earlier(outcome.deadline, straggles);
     }
     let rollout = &record.rollout;
     outcome.changed |= (rollout.decisions.len(), rollout.current_wave) != (before.0, before.1)
@@ -133,13 +136,29 @@ pub(super) fn after(at: Timestamp, seconds: u32) -> Option<Timestamp> {
 
 /// When the first of these devices has had its time to confirm, or is waited for no longer.
 fn first_straggles_at<'p>(
-    record: &RolloutRecord,
+    policy: &RolloutPolicy,
     world: &World<'_>,
-    parts: impl Iterator<Item = &'p RolloutDevice>,
+    parts: impl IntoIterator<Item = &'p RolloutDevice>,
 ) -> Option<Timestamp> {
-    let policy = &record.rollout.asked.policy;
     let due_at = |part| due_at(part, world, policy.confirm_timeout_s);
+    let parts = parts.into_iter();
     parts.filter_map(|part| earlier(due_at(part), left_at(part, &policy.stragglers))).min()
+}
+
+/// What becomes of a device that was told and says nothing that decides; none while it has time.
+fn given_up(
+    part: &RolloutDevice,
+    device: &FleetDevice,
+    policy: &RolloutPolicy,
+    world: &World<'_>,
+) -> Option<Outcome> {
+    let over = |at: Option<Timestamp>| at.is_some_and(|at| at <= world.now);
+    let late = over(due_at(part, world, policy.confirm_timeout_s));
+    let silent = policy.stragglers.unheard == Unheard::Leave && !has_asked(part, device);
+    match over(left_at(part, &policy.stragglers)) || late && silent {
+        true => Some(Outcome::Away),
+        false => late.then_some(Outcome::Failed { failure: Failure::Timeout }),
+    }
 }
 
 /// When a device that a rule holds up is waited for no longer.
@@ -259,59 +278,35 @@ fn observe(
     outcome: &mut StepOutcome,
 ) {
     let now = world.now;
-    let timeout_s = record.rollout.asked.policy.confirm_timeout_s;
-    let runs = record.rollout.state == RolloutState::Running;
-    let stragglers = record.rollout.asked.policy.stragglers.clone();
+    let Rollout { devices, asked, state, .. } = &mut record.rollout;
+    let (policy, runs) = (&asked.policy, *state == RolloutState::Running);
     let mut failed = Vec::new();
-    for (index, part) in record.rollout.devices.iter_mut().enumerate() {
+    for (index, part) in devices.iter_mut().enumerate() {
         let updating = part.outcome == Outcome::Updating;
         let told_and_away = part.outcome == Outcome::Away && part.generation.is_some();
         if !updating && !told_and_away && part.outcome != Outcome::Confirmed {
             continue;
         }
-        let is_late = |part: &RolloutDevice| {
-            runs && part.outcome == Outcome::Updating
-                && due_at(part, world, timeout_s).is_some_and(|due| due <= now)
-        };
-        let is_left = |part: &RolloutDevice| {
-            runs && part.outcome == Outcome::Updating
-                && left_at(part, &stragglers).is_some_and(|at| at <= now)
-        };
-        if !look.is_at(&part.device) && !is_late(part) && !is_left(part) {
+        let over = || first_straggles_at(policy, world, [&*part]).is_some_and(|at| at <= now);
+        let is_due = look.is_at(&part.device) || runs && updating && over();
+        if !is_due {
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
         outcome.changed |= follow_refit(part, device, now);
         if part.outcome == Outcome::Updating {
-            outcome.changed |= follow_rules(part, device, now, timeout_s, runs);
+            outcome.changed |= follow_rules(part, device, now, policy.confirm_timeout_s, runs);
         }
-        let late = is_late(part);
-        let leaves_unheard = |part: &RolloutDevice, device| {
-            stragglers.unheard == Unheard::Leave && !has_asked(part, device)
-        };
-        let failure = match verdict(part, device) {
-            Evidence::Failed(failure) => failure,
-            Evidence::Confirmed => {
-                if part.outcome != Outcome::Confirmed {
-                    part.outcome = Outcome::Confirmed;
-                    part.finished_at = Some(now);
-                    outcome.changed = true;
-                }
-                continue;
-            }
-            Evidence::None if is_left(part) || late && leaves_unheard(part, device) => {
-                part.outcome = Outcome::Away;
-                part.finished_at = Some(now);
-                outcome.changed = true;
-                continue;
-            }
-            Evidence::None if late => Failure::Timeout,
-            Evidence::None => continue,
-        };
-        part.outcome = Outcome::Failed { failure };
+        let waits = runs && part.outcome == Outcome::Updating;
+        let given_up = || waits.then(|| given_up(part, device, policy, world)).flatten();
+        let became = verdict(part, device).or_else(given_up);
+        let Some(became) = became.filter(|became| part.outcome != *became) else { continue };
+        if let Outcome::Failed { .. } = became {
+            failed.push(index);
+        }
+        part.outcome = became;
         part.finished_at = Some(now);
         outcome.changed = true;
-        failed.push(index);
     }
     for index in failed {
         take_back(record, world, index, outcome);
@@ -389,39 +384,35 @@ fn has_asked(part: &RolloutDevice, device: &FleetDevice) -> bool {
         || part.started_at.is_some_and(|at| device.last_seen > at)
 }
 
-enum Evidence {
-    Confirmed,
-    Failed(Failure),
-    None,
-}
-
 /// What the latest report proves about the manifest that this device was told. A report of an older
 /// generation proves nothing; a confirmation counts only with the told manifest running.
-fn verdict(part: &RolloutDevice, device: &FleetDevice) -> Evidence {
+fn verdict(part: &RolloutDevice, device: &FleetDevice) -> Option<Outcome> {
     let (Some(report), Some(manifest), Some(generation)) =
         (&device.report, part.manifest, part.generation)
     else {
-        return Evidence::None;
+        return None;
     };
     if report.generation < generation {
-        return Evidence::None;
+        return None;
     }
     let rejection = report
         .rejected
         .iter()
         .find(|rejection| rejection.manifest == manifest && rejection.generation >= generation);
     if let Some(rejection) = rejection {
-        return Evidence::Failed(rejection.failure.clone());
+        return Some(Outcome::Failed { failure: rejection.failure.clone() });
     }
     let told_this = device.desired.model.as_ref().is_some_and(|told| told.manifest == manifest);
     match &report.phase {
-        Phase::RolledBack { failure } if told_this => Evidence::Failed(failure.clone()),
+        Phase::RolledBack { failure } if told_this => {
+            Some(Outcome::Failed { failure: failure.clone() })
+        }
         Phase::Confirmed
             if report.running.as_ref().is_some_and(|running| running.manifest == manifest) =>
         {
-            Evidence::Confirmed
+            Some(Outcome::Confirmed)
         }
-        _ => Evidence::None,
+        _ => None,
     }
 }
 
@@ -623,7 +614,8 @@ fn waits_for_devices(
     if !updating.is_empty() {
         let names: Vec<String> =
             updating.iter().take(NAMES_SHOWN).map(|part| at_work(part, world)).collect();
-        let first = first_straggles_at(record, world, updating.iter().copied());
+        let first =
+            first_straggles_at(&record.rollout.asked.policy, world, updating.iter().copied());
         let limit = first.map(|at| format!("; fails at {}", clock(at))).unwrap_or_default();
         let more = updating.len() - names.len();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
@@ -739,7 +731,7 @@ fn start(
             continue;
         }
         let Some(device) = world.device(&part.device) else { continue };
-        if let Evidence::Confirmed = verdict(part, device) {
+        if verdict(part, device) == Some(Outcome::Confirmed) {
             part.outcome = Outcome::Confirmed;
             part.finished_at = Some(world.now);
         }

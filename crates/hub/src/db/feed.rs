@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::future::poll_fn;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio_postgres::{AsyncMessage, NoTls};
 
@@ -53,6 +53,15 @@ pub struct Feed {
     told: Arc<Notify>,
     listening: AbortHandle,
     after: i64,
+    acted_on: watch::Sender<i64>,
+}
+
+/// Tells when a hub has acted on what others changed. Clones share it.
+#[derive(Clone)]
+pub struct Heard {
+    db: Database,
+    told: Arc<Notify>,
+    acted_on: watch::Receiver<i64>,
 }
 
 impl Drop for Feed {
@@ -71,10 +80,10 @@ impl Database {
         let told = Arc::new(Notify::new());
         let listening = tokio::spawn(listen(Postgres::clone(server), Arc::clone(&told)));
         let listening = listening.abort_handle();
-        let newest = "SELECT COALESCE(max(sequence), 0) FROM changes";
-        let after = self.read(|tx| tx.first(newest, params![], |row| row.get::<i64>(0))).await?;
+        let after = self.read(newest).await?;
         let (db, origin) = (self.clone(), server.origin().to_owned());
-        Ok(Some(Feed { db, origin, told, listening, after: after.unwrap_or_default() }))
+        let (acted_on, _) = watch::channel(after);
+        Ok(Some(Feed { db, origin, told, listening, after, acted_on }))
     }
 }
 
@@ -129,13 +138,11 @@ impl Feed {
                     Ok::<(i64, String, Note), DbError>((row.get(0)?, row.get(1)?, note))
                 },
             )?;
-            let newest = "SELECT COALESCE(max(sequence), 0) FROM changes";
-            let newest = tx.first(newest, params![], |row| row.get::<i64>(0))?;
-            Ok::<_, DbError>((oldest.flatten(), notes, newest))
+            Ok::<_, DbError>((oldest.flatten(), notes, newest(tx)?))
         };
-        let (oldest, notes, newest): (Option<i64>, _, Option<i64>) = self.db.read(read).await?;
+        let (oldest, notes, newest): (Option<i64>, _, i64) = self.db.read(read).await?;
         if oldest.is_some_and(|oldest| oldest > after + 1) && !notes.is_empty() {
-            self.after = newest.unwrap_or_default();
+            self.after = newest;
             return Ok(None);
         }
         if notes.len() == NOTES_AT_ONCE as usize {
@@ -144,6 +151,17 @@ impl Feed {
         self.after = notes.last().map_or(after, |(sequence, ..)| *sequence);
         let others = notes.into_iter().filter(|(_, origin, _)| *origin != self.origin);
         Ok(Some(others.map(|(.., note)| note).collect()))
+    }
+
+    /// Says that this hub has acted on all that was read.
+    pub fn acted_on(&self) {
+        self.acted_on.send_replace(self.after);
+    }
+
+    /// What tells when this hub has acted on what others changed.
+    pub fn heard(&self) -> Heard {
+        let (db, told) = (self.db.clone(), Arc::clone(&self.told));
+        Heard { db, told, acted_on: self.acted_on.subscribe() }
     }
 
     /// Removes old notes.
@@ -157,6 +175,29 @@ impl Feed {
              AND at_ms < CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT) - ?1";
         db.write(move |tx| tx.execute(forget, params![keep_ms])).await.map(drop)
     }
+}
+
+impl Heard {
+    /// Waits until this hub has acted on every change that any hub had committed before this call:
+    /// who was told of a change by one hub may count on it at every other.
+    ///
+    /// # Errors
+    /// What the database says; [`DbError::ShuttingDown`] if the feed is gone.
+    pub async fn up_to_date(&self) -> Result<(), DbError> {
+        let newest = self.db.read(newest).await?;
+        let mut acted_on = self.acted_on.clone();
+        if *acted_on.borrow() < newest {
+            self.told.notify_one();
+        }
+        let there = acted_on.wait_for(|sequence| *sequence >= newest).await;
+        there.map(drop).map_err(|_| DbError::ShuttingDown)
+    }
+}
+
+/// The number of the newest note.
+fn newest(tx: &Tx<'_>) -> Result<i64, DbError> {
+    let newest = "SELECT COALESCE(max(sequence), 0) FROM changes";
+    Ok(tx.first(newest, params![], |row| row.get::<i64>(0))?.unwrap_or_default())
 }
 
 /// Listens for as long as it runs, through losses of the connection.

@@ -356,6 +356,14 @@ async fn postgres_keeps_the_same_promises() {
     wakes.await.unwrap().unwrap();
     let heard = feed.read().await.unwrap().unwrap();
     assert_eq!(heard, [Note { kind: "thing".into(), object: "now".into() }]);
+    // A change of another hub counts here once this hub has acted on it, and not before.
+    let known = feed.heard();
+    let waits = tokio::spawn(async move { known.up_to_date().await });
+    tokio::time::timeout(SOON, feed.told()).await.expect("whoever waits wakes who reads");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!waits.is_finished(), "it was read, and nothing was done about it");
+    feed.acted_on();
+    tokio::time::timeout(SOON, waits).await.expect("it was acted on").unwrap().unwrap();
     // Notes that were forgotten before they were read are not passed over in silence.
     other.write(|tx| tx.announce("thing", "a")).await.unwrap();
     other.write(|tx| tx.announce("thing", "b")).await.unwrap();

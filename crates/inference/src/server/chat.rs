@@ -42,6 +42,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         max_tokens,
         sampling: sampling(&mut fields)?,
         stop: fields.texts("stop")?,
+        echo: false,
         logprobs: wanted.then(|| top.unwrap_or(0)),
     };
     fields.finish()?;
@@ -88,7 +89,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
 }
 
 /// Takes `messages`.
-fn messages(fields: &mut Fields) -> Result<Vec<ChatMessage>, ApiError> {
+pub(super) fn messages(fields: &mut Fields) -> Result<Vec<ChatMessage>, ApiError> {
     let wrong = |message: &str| ApiError::parameter("messages", message.to_owned());
     let messages = match fields.take("messages") {
         Some(Value::Array(messages)) if !messages.is_empty() => messages,

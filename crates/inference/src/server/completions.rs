@@ -1,5 +1,6 @@
 //! `POST /v1/completions`.
 
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use axum::body::Body;
@@ -45,6 +46,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         sampling: sampling(&mut fields)?,
         stop: fields.texts("stop")?,
         logprobs: top,
+        echo: fields.flag("echo")?.unwrap_or(false),
     };
     fields.finish()?;
     let prompts = given
@@ -127,19 +129,30 @@ pub(super) fn prompts(fields: &mut Fields, name: &str) -> Result<Vec<Prompt>, Ap
     Ok(prompts)
 }
 
+/// A token in a list of log-probabilities. Bytes that are not whole characters are written as OpenAI
+/// writes them: tokens that differ must not look alike.
+fn written(entry: &TokenLogprob) -> String {
+    match std::str::from_utf8(&entry.bytes) {
+        Ok(text) => text.to_owned(),
+        Err(_) => entry.bytes.iter().fold("bytes:".to_owned(), |mut text, byte| {
+            let _ = write!(text, "\\x{byte:02x}");
+            text
+        }),
+    }
+}
+
 /// Log-probabilities in the shape of this older endpoint. `offset` counts characters of the answer.
 fn logprobs(entries: &[TokenLogprob], offset: &mut usize) -> Value {
-    let text = |entry: &TokenLogprob| String::from_utf8_lossy(&entry.bytes).into_owned();
     let mut offsets = Vec::new();
     let mut tops = Vec::new();
     for entry in entries {
         offsets.push(*offset);
-        *offset += text(entry).chars().count();
-        let top = entry.top.iter().map(|entry| (text(entry), json!(entry.logprob)));
-        tops.push(Value::Object(top.collect::<Map<_, _>>()));
+        *offset += String::from_utf8_lossy(&entry.bytes).chars().count();
+        let top = entry.top.iter().map(|entry| (written(entry), json!(entry.logprob)));
+        tops.push(entry.logprob.map(|_| top.collect::<Map<_, _>>()));
     }
     json!({
-        "tokens": entries.iter().map(text).collect::<Vec<_>>(),
+        "tokens": entries.iter().map(written).collect::<Vec<_>>(),
         "token_logprobs": entries.iter().map(|entry| entry.logprob).collect::<Vec<_>>(),
         "top_logprobs": tops,
         "text_offset": offsets,

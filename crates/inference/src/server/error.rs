@@ -1,5 +1,7 @@
 //! Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 
+use std::time::Duration;
+
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -8,8 +10,8 @@ use crate::chat::TemplateError;
 use crate::host::HostError;
 use crate::worker::{RequestError, WorkerError};
 
-/// Seconds after which a client should try again.
-const RETRY_AFTER_S: u64 = 1;
+/// After how long a client should try again where nothing better is known.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// An error that a client sees.
 #[derive(Clone, Debug)]
@@ -19,12 +21,12 @@ pub(super) struct ApiError {
     code: &'static str,
     parameter: Option<String>,
     message: String,
-    retry: bool,
+    retry_after: Option<Duration>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: String) -> Self {
-        Self { status, kind, code, parameter: None, message, retry: false }
+        Self { status, kind, code, parameter: None, message, retry_after: None }
     }
 
     pub(super) fn invalid(message: String) -> Self {
@@ -84,8 +86,22 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "invalid_request_error", "foreign_origin", message)
     }
 
+    /// Whoever asks has no key that is known here.
+    pub(super) fn unauthorised(why: &str) -> Self {
+        let message = format!("{why}\nhint: send `Authorization: Bearer KEY`");
+        let status = StatusCode::UNAUTHORIZED;
+        Self::new(status, "invalid_request_error", "invalid_api_key", message)
+    }
+
+    /// A key has used up what it may use for the moment.
+    pub(super) fn too_many(message: String, again_after: Duration) -> Self {
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        let error = Self::new(status, "rate_limit_error", "rate_limit_exceeded", message);
+        Self { retry_after: Some(again_after), ..error }
+    }
+
     fn busy(status: StatusCode, kind: &'static str, code: &'static str, message: String) -> Self {
-        Self { retry: true, ..Self::new(status, kind, code, message) }
+        Self { retry_after: Some(RETRY_AFTER), ..Self::new(status, kind, code, message) }
     }
 
     /// Names the parameter that holds the prompt where the prompt is too long.
@@ -109,9 +125,13 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, axum::Json(self.body())).into_response();
-        if self.retry {
-            let seconds = HeaderValue::from(RETRY_AFTER_S);
+        if let Some(after) = self.retry_after {
+            let seconds = HeaderValue::from(after.as_secs_f64().ceil() as u64);
             response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let scheme = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
         }
         response
     }

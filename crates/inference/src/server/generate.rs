@@ -190,7 +190,9 @@ pub(super) async fn stream_all(
     let outputs = stream::iter(first).chain(outputs).map(Some).chain(stream::iter([None]));
     let lines = outputs.map(move |item| match item {
         Some((index, Ok(Output::Started))) => Lines::Some(chunks.begin(index)),
-        Some((index, Ok(Output::Piece(piece)))) => Lines::Some(chunks.piece(index, piece)),
+        Some((index, Ok(Output::Echo(piece) | Output::Piece(piece)))) => {
+            Lines::Some(chunks.piece(index, piece))
+        }
         Some((index, Ok(Output::Finished(finish)))) => {
             finishes[index] = Some(finish);
             Lines::Some(Some(chunks.end(index, &finish)))

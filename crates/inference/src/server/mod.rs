@@ -10,9 +10,11 @@ mod error;
 mod feedback;
 mod fields;
 mod generate;
+mod keys;
 mod tokens;
 
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,13 +25,17 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
+use axum::serve::{Listener, ListenerExt as _};
 use serde_json::{Map, Value, json};
+use tokio::net::TcpListener;
 
 use crate::host::{HostState, ModelHost, ModelSpec};
 use crate::metrics::write_metric;
-use crate::worker::{Worker, WorkerError};
+use crate::worker::{Sampling, Worker, WorkerError};
 use error::ApiError;
 use fields::Fields;
+
+pub use keys::{KeyLimits, Keys, KeysError};
 
 /// The most bytes of a request's body.
 pub const MAX_BODY_BYTES: usize = 16 << 20;
@@ -41,6 +47,8 @@ pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 pub struct ServerOptions {
     /// Origins beside this machine's own whose pages may call the endpoint.
     pub allowed_origins: Vec<String>,
+    /// Who may call; anybody who reaches it if absent.
+    pub keys: Option<Arc<Keys>>,
 }
 
 #[derive(Clone)]
@@ -50,7 +58,8 @@ struct App {
 }
 
 /// The routes: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`,
-/// `/v1/feedback`, `/tokenize`, `/detokenize`, `/health` and `/metrics`.
+/// `/v1/feedback`, `/tokenize`, `/detokenize`, `/tokenizer_info`, `/apply-template`, `/props`, `/health`
+/// and `/metrics`.
 pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
     let app = App { host, options: Arc::new(options) };
     Router::new()
@@ -62,6 +71,9 @@ pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
         .route("/v1/feedback", post(feedback::take))
         .route("/tokenize", post(tokens::tokenise))
         .route("/detokenize", post(tokens::detokenise))
+        .route("/tokenizer_info", get(tokens::information))
+        .route("/apply-template", post(tokens::apply_template))
+        .route("/props", get(properties))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .fallback(async |request: Request| {
@@ -91,7 +103,7 @@ pub enum ServeError {
 /// # Errors
 /// The model cannot be loaded, or the listener fails.
 pub async fn serve(
-    listener: tokio::net::TcpListener,
+    listener: TcpListener,
     model: ModelSpec,
     options: ServerOptions,
     on_ready: impl FnOnce(&Worker),
@@ -133,13 +145,13 @@ pub async fn serve(
 /// # Errors
 /// The listener fails.
 pub async fn serve_host(
-    listener: tokio::net::TcpListener,
+    listener: TcpListener,
     host: Arc<ModelHost>,
     options: ServerOptions,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     let (begun, begins) = tokio::sync::oneshot::channel::<()>();
-    let server = axum::serve(listener, router(Arc::clone(&host), options))
+    let server = axum::serve(at_once(listener), router(Arc::clone(&host), options))
         .with_graceful_shutdown(async move {
             shutdown.await;
             drop(begun);
@@ -157,6 +169,14 @@ pub async fn serve_host(
     served
 }
 
+/// A listener whose connections send each token of a stream as soon as there is one.
+pub fn at_once(listener: TcpListener) -> impl Listener<Addr = SocketAddr> {
+    listener.tap_io(|connection| {
+        // A connection that broke meanwhile is noticed when it is read.
+        let _ = connection.set_nodelay(true);
+    })
+}
+
 /// What surrounds every request: who may call, the count, CORS.
 async fn around(State(app): State<App>, request: Request, next: Next) -> Response {
     let origin = request.headers().get(header::ORIGIN).cloned();
@@ -170,7 +190,7 @@ async fn around(State(app): State<App>, request: Request, next: Next) -> Respons
     } else if request.method() == Method::OPTIONS && origin.is_some() {
         StatusCode::NO_CONTENT.into_response()
     } else {
-        next.run(request).await
+        admitted(&app, &endpoint, request, next).await
     };
     app.host.metrics().count_http(&endpoint, response.status().as_u16());
     if let Some(origin) = origin.filter(|_| allowed) {
@@ -187,6 +207,16 @@ async fn around(State(app): State<App>, request: Request, next: Next) -> Respons
         );
     }
     response
+}
+
+/// Answers whoever has a key, where keys are needed; whether it is well may be asked by anybody.
+async fn admitted(app: &App, endpoint: &str, request: Request, next: Next) -> Response {
+    let keys = app.options.keys.as_ref().filter(|_| endpoint != "/health");
+    let Some(keys) = keys else { return next.run(request).await };
+    match keys.admit(request.headers(), request.method() == Method::POST) {
+        Ok(permit) => permit.hold(next.run(request).await),
+        Err(error) => error.into_response(),
+    }
 }
 
 /// Whether a page of this origin may call: pages of this machine, and those that are allowed.
@@ -270,6 +300,22 @@ async fn model(State(app): State<App>, Path(asked): Path<String>) -> Response {
         Some((spec, _)) => ApiError::unknown_model(&asked, &spec.id).into_response(),
         None => ApiError::from(crate::host::HostError::NoModel).into_response(),
     }
+}
+
+/// The configuration in effect, as the engine says it, and what the model brought with it.
+async fn properties(State(app): State<App>) -> Result<Response, ApiError> {
+    let (spec, worker) = app.host.worker().await?;
+    let info = worker.model_info();
+    Ok(axum::Json(json!({
+        "model": model_object(&spec, &worker),
+        "effective": worker.effective(),
+        "defaults": Sampling::default(),
+        "chat_template": info.chat_template,
+        "bos_token": info.beginning_text,
+        "eos_token": info.end_text,
+        "load_ms": info.load_ms,
+    }))
+    .into_response())
 }
 
 async fn health(State(app): State<App>) -> Response {

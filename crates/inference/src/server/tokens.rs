@@ -1,23 +1,36 @@
-//! `POST /tokenize` and `POST /detokenize`.
+//! The tokenizer and the chat template by themselves: `/tokenize`, `/detokenize`, `/tokenizer_info`
+//! and `/apply-template`.
+//!
+//! Both families of clients are served: llama.cpp's (`content`, `add_special`) and vLLM's (`prompt`,
+//! `add_special_tokens`), which evaluation harnesses speak.
 
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::json;
 
+use super::chat::messages;
 use super::completions::prompts;
 use super::error::ApiError;
 use super::{App, check_model, read_fields};
-use crate::worker::Prompt;
+use crate::worker::{Prompt, WorkerError};
 
-/// Takes `content`, `add_special` (false if absent) and `parse_special` (true if absent).
+/// Takes `content` or `prompt`, `add_special` or `add_special_tokens` (false if absent) and
+/// `parse_special` (true if absent).
 pub(super) async fn tokenise(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(body).await?;
     check_model(&app, &mut fields).await?;
-    let content = fields.text("content")?;
+    let content = match fields.text("content")? {
+        Some(content) => Some(content),
+        None => fields.text("prompt")?,
+    };
     let content =
         content.ok_or_else(|| ApiError::parameter("content", "it is missing".to_owned()))?;
-    let add_special = fields.flag("add_special")?.unwrap_or(false);
+    let add_special = match fields.flag("add_special")? {
+        Some(wanted) => Some(wanted),
+        None => fields.flag("add_special_tokens")?,
+    };
+    let add_special = add_special.unwrap_or(false);
     let parse_special = fields.flag("parse_special")?.unwrap_or(true);
     fields.finish()?;
     let tokens = app
@@ -46,5 +59,37 @@ pub(super) async fn detokenise(State(app): State<App>, body: Body) -> Result<Res
             async move { worker.detokenise(tokens).await }
         })
         .await?;
-    Ok(axum::Json(json!({ "content": String::from_utf8_lossy(&bytes) })).into_response())
+    let text = String::from_utf8_lossy(&bytes);
+    Ok(axum::Json(json!({ "content": text, "prompt": text })).into_response())
+}
+
+/// What a client needs to count tokens and to write prompts as the model was trained on them.
+pub(super) async fn information(State(app): State<App>) -> Result<Response, ApiError> {
+    let (_, worker) = app.host.worker().await?;
+    let info = worker.model_info();
+    let text = |text: &String| (!text.is_empty()).then(|| text.clone());
+    Ok(axum::Json(json!({
+        "tokenizer_class": "llama.cpp",
+        "vocab_size": info.shape.vocabulary,
+        "bos_token": text(&info.beginning_text),
+        "eos_token": text(&info.end_text),
+        "pad_token": null,
+        "add_bos_token": info.adds_beginning,
+        "chat_template": info.chat_template,
+    }))
+    .into_response())
+}
+
+/// Takes `messages` as a chat does; gives the prompt that they become.
+pub(super) async fn apply_template(
+    State(app): State<App>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let mut fields = read_fields(body).await?;
+    check_model(&app, &mut fields).await?;
+    let messages = messages(&mut fields)?;
+    fields.finish()?;
+    let (_, worker) = app.host.worker().await?;
+    let prompt = worker.template().render(&messages).map_err(WorkerError::from)?;
+    Ok(axum::Json(json!({ "prompt": prompt })).into_response())
 }

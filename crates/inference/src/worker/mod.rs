@@ -595,6 +595,8 @@ impl Drop for Answer {
 pub enum Output {
     /// The request got a sequence; its prompt is being processed.
     Started,
+    /// The prompt, as it was asked for; before the first piece.
+    Echo(Piece),
     /// More of the answer.
     Piece(Piece),
     /// The end; nothing follows.
@@ -614,6 +616,7 @@ impl Generation {
     pub async fn next(&mut self) -> Result<Output, WorkerError> {
         match self.answer.next().await? {
             Event::Started { .. } => Ok(Output::Started),
+            Event::Echo { piece, .. } => Ok(Output::Echo(piece)),
             Event::Piece { piece, .. } => Ok(Output::Piece(piece)),
             Event::Finished { finish, .. } => Ok(Output::Finished(finish)),
             other => Err(unexpected(&other)),
@@ -629,11 +632,7 @@ impl Generation {
         loop {
             match self.next().await? {
                 Output::Started => {}
-                Output::Piece(piece) => {
-                    whole.text.push_str(&piece.text);
-                    whole.tokens.extend(piece.tokens);
-                    whole.logprobs.extend(piece.logprobs);
-                }
+                Output::Echo(piece) | Output::Piece(piece) => whole.append(piece),
                 Output::Finished(finish) => return Ok((whole, finish)),
             }
         }

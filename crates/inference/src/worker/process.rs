@@ -9,8 +9,8 @@ use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 
 use super::protocol::{
     Command, Event, GenerateRequest, LoadFailure, MAX_LINE_BYTES, MAX_LOGIT_BIASES,
-    MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS, ModelInfo, Prompt, RequestError,
-    Score, ScoreRequest, WorkerSpec,
+    MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS, ModelInfo, Piece, Prompt,
+    RequestError, Score, ScoreRequest, TokenLogprob, WorkerSpec,
 };
 use super::scheduler::{Embedding64, Generating, Scheduler, Scoring, Task, Work};
 use crate::child::print_line;
@@ -327,8 +327,8 @@ fn prepare_generate(
         RequestError::Invalid { message, .. } => invalid("logit_bias", message),
         other => other,
     })?;
-    if request.max_tokens == Some(0) {
-        return Err(invalid("max_tokens", "it must be at least 1".to_owned()));
+    if request.max_tokens == Some(0) && !request.echo {
+        return Err(invalid("max_tokens", "it must be at least 1 without echo".to_owned()));
     }
     if request.stop.len() > MAX_STOPS {
         return Err(invalid("stop", format!("more than {MAX_STOPS} stop strings")));
@@ -341,8 +341,30 @@ fn prepare_generate(
         return Err(invalid("top_logprobs", format!("at most {MAX_TOP_LOGPROBS}")));
     }
     let tokens = prompt_tokens(&request.prompt, model)?;
-    let generating = Generating::new(request, tokens.len());
+    let echo = request.echo.then(|| echoed(&request.prompt, &tokens, model));
+    let generating = Generating::new(request, tokens.len(), echo);
     Ok((tokens, Work::Generate(Box::new(generating))))
+}
+
+/// A prompt as an answer begins with it, its log-probabilities yet unknown.
+fn echoed(prompt: &Prompt, tokens: &[Token], model: &Model) -> Piece {
+    let added = |index: usize| {
+        let begins = index == 0 && Some(tokens[0]) == model.beginning();
+        begins && matches!(prompt, Prompt::Text(_)) && model.adds_beginning()
+    };
+    let entry = |(index, token): (usize, &Token)| TokenLogprob {
+        token: *token,
+        // What the tokenizer put in front is no part of the text.
+        bytes: if added(index) { Vec::new() } else { model.piece(*token, true) },
+        logprob: None,
+        top: Vec::new(),
+    };
+    let text = match prompt {
+        Prompt::Text(text) | Prompt::Template(text) => text.clone(),
+        Prompt::Tokens(_) => String::from_utf8_lossy(&model.detokenise(tokens, true)).into_owned(),
+    };
+    let logprobs = tokens.iter().enumerate().map(entry).collect();
+    Piece { text, tokens: tokens.to_vec(), logprobs }
 }
 
 fn prepare_score(

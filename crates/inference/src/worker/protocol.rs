@@ -146,6 +146,10 @@ pub struct GenerateRequest {
     /// Log-probabilities of the chosen tokens and of this many alternatives each, of the model's
     /// own distribution (before bias, penalties and temperature).
     pub logprobs: Option<u32>,
+    /// Whether the answer begins with the prompt ([`Event::Echo`]), log-probabilities included where
+    /// they are asked for; then `max_tokens` may be 0, and the token that ends the answer is among
+    /// its log-probabilities.
+    pub echo: bool,
 }
 
 impl GenerateRequest {
@@ -157,6 +161,7 @@ impl GenerateRequest {
             sampling: Sampling::greedy(),
             stop: Vec::new(),
             logprobs: None,
+            echo: false,
         }
     }
 }
@@ -196,8 +201,8 @@ pub struct TokenLogprob {
     pub token: Token,
     /// Its bytes, which may be a part of a character.
     pub bytes: Vec<u8>,
-    /// Its log-probability in nats.
-    pub logprob: f64,
+    /// Its log-probability in nats; absent for the first token of a prompt, which has nothing before it.
+    pub logprob: Option<f64>,
     /// The most probable tokens in its place.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub top: Vec<TokenLogprob>,
@@ -213,6 +218,15 @@ pub struct Piece {
     /// Their log-probabilities, if asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub logprobs: Vec<TokenLogprob>,
+}
+
+impl Piece {
+    /// Puts what follows it at its end.
+    pub(crate) fn append(&mut self, next: Self) {
+        self.text.push_str(&next.text);
+        self.tokens.extend(next.tokens);
+        self.logprobs.extend(next.logprobs);
+    }
 }
 
 /// Why an answer ended.
@@ -335,6 +349,11 @@ pub(crate) enum Event {
     Started {
         id: u64,
     },
+    /// The prompt that was asked to be echoed.
+    Echo {
+        id: u64,
+        piece: Piece,
+    },
     Piece {
         id: u64,
         piece: Piece,
@@ -371,6 +390,7 @@ impl Event {
         match self {
             Self::Loaded { .. } | Self::LoadFailed { .. } => None,
             Self::Started { id }
+            | Self::Echo { id, .. }
             | Self::Piece { id, .. }
             | Self::Finished { id, .. }
             | Self::Score { id, .. }
@@ -383,6 +403,6 @@ impl Event {
 
     /// Whether nothing follows it for its request.
     pub(crate) fn is_last(&self) -> bool {
-        !matches!(self, Self::Started { .. } | Self::Piece { .. })
+        !matches!(self, Self::Started { .. } | Self::Echo { .. } | Self::Piece { .. })
     }
 }

@@ -170,9 +170,7 @@ pub(super) fn logprob(model: &Model, logits: &[f32], token: Token, top: u32) -> 
     let entry = |token: Token| TokenLogprob {
         token,
         bytes: model.piece(token, true),
-        logprob: logits
-            .get(token as usize)
-            .map_or(f64::NEG_INFINITY, |l| f64::from(*l) - normaliser),
+        logprob: logits.get(token as usize).map(|logit| f64::from(*logit) - normaliser),
         top: Vec::new(),
     };
     let mut entries = Vec::new();

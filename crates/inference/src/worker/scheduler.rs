@@ -41,6 +41,10 @@ pub(super) struct Generating {
     logprobs: Option<u32>,
     sampler: Sampler,
     text: TextAssembler,
+    /// The prompt, where the answer begins with it; taken when it was handed out.
+    echo: Option<Piece>,
+    /// Whether the token that ends the answer is among its log-probabilities.
+    shows_end: bool,
     prompt_tokens: usize,
     generated: u32,
     first_token_at: Option<Instant>,
@@ -49,18 +53,41 @@ pub(super) struct Generating {
 }
 
 impl Generating {
-    pub(super) fn new(request: GenerateRequest, prompt_tokens: usize) -> Self {
+    pub(super) fn new(request: GenerateRequest, prompt_tokens: usize, echo: Option<Piece>) -> Self {
         Self {
             request_max_tokens: request.max_tokens,
             logprobs: request.logprobs,
             sampler: Sampler::new(request.sampling),
             text: TextAssembler::new(request.stop),
+            echo,
+            shows_end: request.echo,
             prompt_tokens,
             generated: 0,
             first_token_at: None,
             entropy_tokens: 0,
             entropy_nats: 0.0,
         }
+    }
+
+    /// Its end, and what it cost.
+    fn finish(&self, reason: FinishReason, first_token_at: Instant, stage: &Stage<'_>) -> Finish {
+        let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Finish {
+            reason,
+            prompt_tokens: number(self.prompt_tokens),
+            cached_tokens: number(stage.cached_tokens),
+            completion_tokens: self.generated,
+            queue_ms: (stage.started - stage.arrived).as_secs_f64() * 1e3,
+            prompt_ms: (first_token_at - stage.started).as_secs_f64() * 1e3,
+            decode_ms: first_token_at.elapsed().as_secs_f64() * 1e3,
+            entropy_tokens: self.entropy_tokens,
+            entropy_nats: self.entropy_nats,
+        }
+    }
+
+    /// Whether the log-probability of the token after `place` of the prompt is wanted.
+    fn scores(&self, place: usize) -> bool {
+        self.echo.is_some() && self.logprobs.is_some() && place + 1 < self.prompt_tokens
     }
 }
 
@@ -150,7 +177,7 @@ impl Scheduler {
         let room = self.context_tokens.saturating_sub(task.tokens.len());
         let (fits, max_tokens, prompt_tokens) = match &task.work {
             Work::Generate(generating) => {
-                let wanted = generating.request_max_tokens.unwrap_or(1).max(1);
+                let wanted = generating.request_max_tokens.unwrap_or(1);
                 (wanted as usize <= room, generating.request_max_tokens, task.tokens.len())
             }
             Work::Score(scoring) => {
@@ -205,6 +232,7 @@ impl Scheduler {
             let task = self.queue.pop_front().expect("it is not empty");
             // Outputs come only from tokens that are computed now.
             let needed = match &task.work {
+                Work::Generate(generating) if generating.scores(0) => 0,
                 Work::Generate(_) => task.tokens.len() - 1,
                 Work::Score(scoring) => scoring.from - 1,
                 Work::Embed(_) => 0,
@@ -311,7 +339,7 @@ impl Scheduler {
         let mut taken = 0;
         for place in begin..begin + count {
             let wanted = match &running.task.work {
-                Work::Generate(_) => place + 1 == tokens.len(),
+                Work::Generate(generating) => place + 1 == tokens.len() || generating.scores(place),
                 // The logits after a token speak of the next one.
                 Work::Score(scoring) => place + 1 >= scoring.from && place + 1 < tokens.len(),
                 Work::Embed(_) => false,
@@ -363,7 +391,26 @@ impl Scheduler {
         let Some(running) = &mut slot.running else { return };
         let id = running.task.id;
         let outcome = match &mut running.task.work {
+            Work::Generate(generating) if generating.scores(output.place) => {
+                let place = output.place + 1;
+                let (token, top) = (running.task.tokens[place], generating.logprobs);
+                let mut entry = logprob(&self.model, logits, token, top.unwrap_or(0));
+                let known = entry.logprob.is_some_and(f64::is_finite);
+                if let Some(told) =
+                    generating.echo.as_mut().and_then(|it| it.logprobs.get_mut(place))
+                {
+                    std::mem::swap(&mut entry.bytes, &mut told.bytes);
+                    *told = entry;
+                }
+                if known { Outcome::GoesOn } else { Outcome::NoNumbers }
+            }
             Work::Generate(generating) => {
+                if let Some(mut piece) = generating.echo.take() {
+                    if generating.logprobs.is_none() {
+                        piece.logprobs.clear();
+                    }
+                    (self.emit)(&Event::Echo { id, piece });
+                }
                 let tokens = &mut running.task.tokens;
                 let stage = Stage {
                     model: &self.model,
@@ -488,18 +535,28 @@ fn next_token(
     stage: &Stage<'_>,
     mut emit: impl FnMut(Piece),
 ) -> Outcome {
-    let Some(token) = generating.sampler.sample(logits, tokens) else { return Outcome::NoNumbers };
     let first_token_at = *generating.first_token_at.get_or_insert_with(Instant::now);
+    if generating.request_max_tokens == Some(0) {
+        return Outcome::Finished(generating.finish(FinishReason::Length, first_token_at, stage));
+    }
+    let Some(token) = generating.sampler.sample(logits, tokens) else { return Outcome::NoNumbers };
     if generating.generated.is_multiple_of(ENTROPY_EVERY) {
         generating.entropy_tokens += 1;
         generating.entropy_nats += entropy(logits);
     }
     generating.generated += 1;
     let mut reason = None;
-    if stage.model.ends(token) {
+    let ends = stage.model.ends(token);
+    let entry = generating
+        .logprobs
+        .filter(|_| !ends || generating.shows_end)
+        .map(|top| logprob(stage.model, logits, token, top));
+    if ends {
         reason = Some(FinishReason::Stop);
+        if entry.is_some() {
+            emit(generating.text.push(token, &[], entry).0);
+        }
     } else {
-        let entry = generating.logprobs.map(|top| logprob(stage.model, logits, token, top));
         let bytes = stage.model.piece(token, false);
         let (piece, stopped) = generating.text.push(token, &bytes, entry);
         emit(piece);
@@ -520,16 +577,5 @@ fn next_token(
     if rest != Piece::default() {
         emit(rest);
     }
-    let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-    Outcome::Finished(Finish {
-        reason,
-        prompt_tokens: number(generating.prompt_tokens),
-        cached_tokens: number(stage.cached_tokens),
-        completion_tokens: generating.generated,
-        queue_ms: (stage.started - stage.arrived).as_secs_f64() * 1e3,
-        prompt_ms: (first_token_at - stage.started).as_secs_f64() * 1e3,
-        decode_ms: first_token_at.elapsed().as_secs_f64() * 1e3,
-        entropy_tokens: generating.entropy_tokens,
-        entropy_nats: generating.entropy_nats,
-    })
+    Outcome::Finished(generating.finish(reason, first_token_at, stage))
 }

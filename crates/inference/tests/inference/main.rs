@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod child;
+mod lm_eval;
 mod server;
 mod support;
 mod worker;

@@ -1,56 +1,69 @@
 //! The HTTP surface, as a client sees it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_inference::host::{HostEvent, ModelHost, ModelSpec};
-use slmops_inference::server::{ServeError, ServerOptions, serve, serve_host};
-use slmops_inference::worker::WorkerSpec;
+use slmops_inference::server::{KeyLimits, Keys, ServeError, ServerOptions, serve, serve_host};
+use slmops_inference::worker::{Prompt, ScoreRequest, WorkerSpec};
 
-use crate::support::{GREEDY, PROMPT, glass, runtime, set_up};
+use crate::support::{GREEDY, PROMPT, PROMPT_TOKENS, glass, runtime, set_up};
 
-struct Endpoint {
-    host: Arc<ModelHost>,
-    url: String,
+pub struct Endpoint {
+    pub host: Arc<ModelHost>,
+    pub url: String,
     client: reqwest::Client,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
 }
 
 fn model(runtime: RuntimeConfig) -> ModelSpec {
+    named("glass", glass(), runtime)
+}
+
+/// A model under a name and its first version's.
+pub fn named(name: &str, model_path: PathBuf, runtime: RuntimeConfig) -> ModelSpec {
     ModelSpec {
-        id: "glass".to_owned(),
-        aliases: vec!["glass:1.0.0".to_owned()],
-        worker: WorkerSpec { model_path: glass(), runtime },
+        id: name.to_owned(),
+        aliases: vec![format!("{name}:1.0.0")],
+        worker: WorkerSpec { model_path, runtime },
     }
 }
 
 impl Endpoint {
     /// An endpoint whose model is not loaded yet.
     async fn empty() -> Self {
+        Self::with_options(ServerOptions::default()).await
+    }
+
+    async fn with_options(options: ServerOptions) -> Self {
         set_up();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
         let host = ModelHost::new();
         let (stop, stopped) = tokio::sync::oneshot::channel();
-        let server = tokio::spawn(serve_host(
-            listener,
-            Arc::clone(&host),
-            ServerOptions::default(),
-            async move {
-                let _ = stopped.await;
-            },
-        ));
+        let server = tokio::spawn(serve_host(listener, Arc::clone(&host), options, async move {
+            let _ = stopped.await;
+        }));
         Self { host, url, client: reqwest::Client::new(), stop: Some(stop), server }
     }
 
     async fn new(runtime: RuntimeConfig) -> Self {
+        Self::serving(model(runtime)).await
+    }
+
+    pub async fn serving(model: ModelSpec) -> Self {
         let endpoint = Self::empty().await;
-        let staged = endpoint.host.stage(model(runtime)).await.expect("it loads");
-        endpoint.host.activate(staged);
+        endpoint.load(model).await;
         endpoint
+    }
+
+    async fn load(&self, model: ModelSpec) {
+        let staged = self.host.stage(model).await.expect("it loads");
+        self.host.activate(staged);
     }
 
     async fn post(&self, path: &str, body: Value) -> (u16, Value) {
@@ -78,7 +91,7 @@ impl Endpoint {
         events_of(&response.text().await.expect("text"))
     }
 
-    async fn stop(mut self) {
+    pub async fn stop(mut self) {
         let _ = self.stop.take().expect("it runs").send(());
         self.server.await.expect("joined").expect("it ends well");
     }
@@ -198,6 +211,89 @@ async fn several_answers_in_one_request() {
 }
 
 #[tokio::test]
+async fn a_prompt_is_echoed_with_its_log_probabilities() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let tokens: Vec<i32> = PROMPT_TOKENS.iter().chain(&GREEDY[..3]).copied().collect();
+    let body = |prompt: Value, max_tokens: u32| {
+        json!({
+            "model": "glass", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+            "echo": true, "logprobs": 1, "seed": 1234,
+        })
+    };
+    // As an evaluation harness asks: everything but the first token and the one that was generated.
+    let (_, whole) = endpoint.post("/v1/completions", body(json!(tokens), 1)).await;
+    let choice = &whole["choices"][0];
+    let list = |name: &str| choice["logprobs"][name].as_array().cloned().unwrap_or_default();
+    let (names, known) = (list("tokens"), list("token_logprobs"));
+    assert_eq!((names.len(), known.len()), (9, 9), "{whole}");
+    assert_eq!((&known[0], &list("top_logprobs")[0]), (&Value::Null, &Value::Null));
+    let text: String = names.iter().filter_map(Value::as_str).collect();
+    assert!(text.starts_with(PROMPT), "{text}");
+    assert_eq!(choice["text"], text);
+    let offsets: Vec<usize> =
+        list("text_offset").iter().map(|offset| offset.as_u64().unwrap() as usize).collect();
+    for (offset, name) in offsets.iter().zip(&names) {
+        assert!(text[*offset..].starts_with(name.as_str().unwrap()), "{offsets:?} in {text}");
+    }
+    // The greedy continuation is the most probable one, and the prompt is not.
+    let greedy = |place: usize| {
+        let top = list("top_logprobs")[place].as_object().unwrap().values().next().cloned();
+        top.as_ref() == Some(&known[place])
+    };
+    assert!((5..9).all(greedy) && !(1..5).all(greedy), "{whole}");
+    let (_, worker) = endpoint.host.current().expect("it serves");
+    let continuation = names[5..8].iter().filter_map(Value::as_str).collect();
+    let score = ScoreRequest { prompt: Prompt::Text(PROMPT.to_owned()), continuation };
+    let score = worker.score(score).await.expect("a score");
+    let sum: f64 = known[5..8].iter().filter_map(Value::as_f64).sum();
+    assert!((sum - score.logprobs.iter().sum::<f64>()).abs() < 1e-4, "{sum} {score:?}");
+
+    // Nothing of it comes from a cache, and what is asked of a text and of its tokens is the same.
+    let (_, again) = endpoint.post("/v1/completions", body(json!(PROMPT), 0)).await;
+    assert_eq!(again["choices"][0]["text"], PROMPT);
+    assert_eq!(again["usage"]["completion_tokens"], 0);
+    let close = |place: usize| {
+        let found = &again["choices"][0]["logprobs"]["token_logprobs"][place];
+        (found.as_f64().unwrap() - known[place].as_f64().unwrap()).abs() < 1e-3
+    };
+    assert!((1..5).all(close), "{again}");
+    let streamed = with(body(json!(PROMPT), 3), "stream", json!(true));
+    let events = endpoint.events("/v1/completions", streamed).await;
+    let shown: String =
+        events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    assert_eq!(shown, text[..offsets[8]]);
+    let plain = json!({ "model": "glass", "prompt": PROMPT, "max_tokens": 0, "echo": true });
+    let (_, plain) = endpoint.post("/v1/completions", plain).await;
+    assert_eq!(
+        (&plain["choices"][0]["text"], &plain["choices"][0]["logprobs"]),
+        (&json!(PROMPT), &Value::Null)
+    );
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn clients_learn_how_prompts_are_made() {
+    let endpoint = Endpoint::new(runtime()).await;
+    let (status, text) = endpoint.get("/tokenizer_info").await;
+    let info: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((status, &info["vocab_size"]), (200, &json!(1024)), "{info}");
+    assert!(info["eos_token"].is_string(), "{info}");
+    let asked = json!({ "prompt": PROMPT, "add_special_tokens": false });
+    let (_, tokens) = endpoint.post("/tokenize", asked).await;
+    assert_eq!(tokens["tokens"], json!(PROMPT_TOKENS));
+    let (_, text) = endpoint.post("/detokenize", json!({ "tokens": PROMPT_TOKENS })).await;
+    assert_eq!((&text["prompt"], &text["content"]), (&json!(PROMPT), &json!(PROMPT)));
+    let chat = json!({ "messages": [{ "role": "user", "content": "Hi" }] });
+    let (_, prompt) = endpoint.post("/apply-template", chat).await;
+    assert_eq!(prompt["prompt"], "User: Hi\nAssistant:");
+    let (_, text) = endpoint.get("/props").await;
+    let props: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(props["effective"]["context_tokens"], 128, "{props}");
+    assert_eq!(props["defaults"]["temperature"], 1.0);
+    endpoint.stop().await;
+}
+
+#[tokio::test]
 async fn embeddings_and_tokens() {
     let endpoint = Endpoint::new(runtime()).await;
     let body = json!({ "model": "glass", "input": ["The Queen", PROMPT] });
@@ -247,7 +343,6 @@ async fn wrong_requests_get_errors_in_openais_shape() {
         ("logit_bias", json!({ "x": 1 })),
         ("logprobs", json!(50)),
         ("best_of", json!(3)),
-        ("echo", json!(true)),
         ("response_format", json!({ "type": "json_object" })),
         ("stream_options", json!({ "include_usage": true })),
         ("colour", json!("red")),
@@ -290,6 +385,67 @@ async fn only_pages_of_this_machine_may_call() {
     check("https://evil.example", 403).await;
     check("http://localhost.evil.example", 403).await;
     check("null", 403).await;
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn keys_say_who_may_ask_and_how_much() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.toml");
+    let limits = |concurrent, per_minute| KeyLimits { concurrent, per_minute };
+    let till = Keys::create(&file, "till", limits(Some(1), None)).unwrap();
+    let kiosk = Keys::create(&file, "kiosk", limits(None, Some(2))).unwrap();
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(!text.contains(&till) && !text.contains(&kiosk), "{text}");
+    let keys = Some(Arc::new(Keys::open(&file).unwrap()));
+    let endpoint = Endpoint::with_options(ServerOptions { keys, ..Default::default() }).await;
+    endpoint.load(model(runtime())).await;
+    let ask = async |key: &str, body: Value| {
+        let request = endpoint.client.post(format!("{}/v1/completions", endpoint.url));
+        request.bearer_auth(key).body(body.to_string()).send().await.expect("an answer")
+    };
+    assert_eq!(endpoint.get("/health").await.0, 200);
+    for path in ["/v1/models", "/metrics", "/props"] {
+        let (status, text) = endpoint.get(path).await;
+        assert_eq!(status, 401, "{path}");
+        assert!(text.contains("invalid_api_key") && text.contains("hint: "), "{text}");
+    }
+    assert_eq!(ask("slm-of-somebody-else", completion(1)).await.status(), 401);
+    assert_eq!(ask(&till, completion(1)).await.status(), 200);
+
+    // One at a time: the second is turned away until the first was read to its end.
+    let streamed = with(completion(120), "stream", json!(true));
+    let mut first = ask(&till, streamed).await;
+    assert_eq!(first.status(), 200);
+    first.chunk().await.unwrap();
+    let second = ask(&till, completion(1)).await;
+    assert_eq!(
+        (second.status().as_u16(), &second.headers()["retry-after"]),
+        (429, &"1".parse().unwrap())
+    );
+    while first.chunk().await.unwrap().is_some() {}
+    assert_eq!(ask(&till, completion(1)).await.status(), 200);
+
+    // Two a minute, others undisturbed.
+    for wanted in [200, 200, 429] {
+        assert_eq!(ask(&kiosk, completion(1)).await.status(), wanted);
+    }
+    let refused = ask(&kiosk, completion(1)).await;
+    let seconds: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((1..=31).contains(&seconds), "{seconds}");
+    assert_eq!(ask(&till, completion(1)).await.status(), 200);
+
+    // A key that is replaced is worth nothing, within a second.
+    let next = Keys::create(&file, "till", KeyLimits::default()).unwrap();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(ask(&next, completion(1)).await.status(), 200);
+    assert_eq!(ask(&till, completion(1)).await.status(), 401);
+    // A file that is no list of keys any more changes nothing; at the start it is refused.
+    std::fs::write(&file, "[[key]]\nname = 5\n").unwrap();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(ask(&next, completion(1)).await.status(), 200);
+    let error = Keys::open(&file).unwrap_err().to_string();
+    assert!(error.contains("keys.toml") && error.contains("hint: "), "{error}");
     endpoint.stop().await;
 }
 
