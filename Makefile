@@ -59,13 +59,15 @@ nextest:
 
 SEEDS ?= 2000
 FIRST_SEED ?= $(shell date +%s)
+FUZZ_CASES ?= 1000000
 
 .PHONY: nightly
-nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and shrinks what fails; real ones over bad networks
+nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and shrinks what fails; FUZZ_CASES hostile deltas; real ones over bad networks
 	@echo "random fleets: SEEDS=$(SEEDS) FIRST_SEED=$(FIRST_SEED)" >&2
 	SLM_SIM_SEEDS=$(SEEDS) SLM_SIM_FIRST_SEED=$(FIRST_SEED) \
 	  cargo test --release -p slmops-sim --test simulation -- --nocapture random_seeds
 	SLM_NETWORK_ROUNDS=10 cargo nextest run --release --workspace --no-capture -E 'test(bad_networks)'
+	SLM_FUZZ_CASES=$(FUZZ_CASES) cargo nextest run --release -p slmops-delta --no-capture -E 'test(hostile)'
 	SLM_KILL_ROUNDS=500 cargo nextest run --release --workspace --no-capture -E 'test(a_kill_at_any_moment)'
 
 .PHONY: bench

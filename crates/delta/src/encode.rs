@@ -12,9 +12,11 @@ use zstd_safe::{CCtx, CParameter};
 use crate::apply::{Models, code};
 use crate::coder::{Encoder, Learner};
 use crate::format::{
-    Body, Frame, Header, MAX_FRAME_BYTES, MAX_PREFIX_BYTES, Pair, Segment, check, old_bytes,
+    Body, Frame, Header, MAX_FRAME_BYTES, MAX_PAIRS, MAX_PREFIX_BYTES, MAX_SEGMENTS, Pair, Segment,
+    check, old_bytes,
 };
 use crate::layout::Layout;
+use crate::matches::matches;
 use crate::numbers::{self, is_plain};
 use crate::planes::{self, Start};
 
@@ -28,9 +30,19 @@ const SAMPLE_FRAMES: usize = 24;
 const MIN_SEEN: u32 = 6;
 /// Fewer coded bytes than this do not repay the probabilities' place in the header.
 const MIN_LEARNED_BYTES: u64 = 2 << 20;
-/// What zstd does with the part before the weights, and with weights that are new.
-const HEADER_LEVEL: i32 = 19;
+/// How hard zstd tries with weights, with other bytes, and with few of these.
 const DATA_LEVEL: i32 = 3;
+const OTHER_LEVEL: i32 = 9;
+const FEW_LEVEL: i32 = 19;
+/// Bytes that are few: the part before the weights.
+const FEW_BYTES: u64 = 4 << 20;
+/// What bytes of unknown structure may be: nothing in particular, or numbers.
+const GUESSES: [Option<TensorType>; 4] =
+    [None, Some(TensorType::F32), Some(TensorType::F16), Some(TensorType::BF16)];
+/// Numbers in files of unknown structure begin at multiples of this, counted from its beginning.
+const NUMBERS_BEGIN: u64 = 4;
+/// Bytes of a frame by which it is told what they may be.
+const SAMPLE_BYTES: u64 = 64 << 10;
 
 /// A delta, and what it consists of.
 #[derive(Debug)]
@@ -169,6 +181,11 @@ impl Made {
     fn of(body: Body, payload: Vec<u8>) -> Self {
         Self { body, payload, segments: Vec::new() }
     }
+
+    /// This, or `other` where that takes fewer bytes.
+    fn or_less(self, other: Self) -> Self {
+        if other.payload.len() < self.payload.len() { other } else { self }
+    }
 }
 
 /// A stretch of the new file, and what it cost.
@@ -219,13 +236,17 @@ struct Plan {
 
 enum How {
     Copy(u64),
-    /// Compressed with old bytes before it.
-    Compress {
-        prefix: Range<u64>,
-        level: i32,
-    },
+    /// Compressed: weights without a counterpart.
+    Compress,
     /// Coded against old bytes of the same tensor.
     Code(Vec<Segment>),
+    /// Of unknown structure: compressed, or coded as whatever does best against as many old bytes
+    /// from one of two places on.
+    Guess {
+        prefix: Range<u64>,
+        level: i32,
+        olds: [u64; 2],
+    },
 }
 
 impl Plan {
@@ -233,46 +254,23 @@ impl Plan {
         let new = &new[range(&self.output)];
         match &self.how {
             How::Copy(from) => Made::of(Body::Copy(*from), Vec::new()),
-            How::Compress { prefix, level } => compress(old, new, prefix, *level),
+            How::Compress => compress(old, new, &(0..0), DATA_LEVEL),
             How::Code(segments) => {
-                let mut coder = Encoder::new();
-                let mut models = Models::of(header);
-                let mut output = new.to_vec();
-                let mut rest = &mut output[..];
-                let mut costs = Vec::with_capacity(segments.len());
-                for segment in segments {
-                    let (output, after) = rest.split_at_mut(segment.output_bytes as usize);
-                    rest = after;
-                    let before = coder.written();
-                    code(&mut coder, &mut models, slice::from_ref(segment), old, output);
-                    costs.push(Piece {
-                        bytes: segment.output_bytes,
-                        delta_bytes: coder.written() - before,
-                        method: Method::Coded,
-                    });
-                }
-                let payload = coder.finish();
-                // The last bytes are written when the coder ends.
-                if let Some((last, before)) = costs.split_last_mut() {
-                    let written: u64 = before.iter().map(|cost| cost.delta_bytes).sum();
-                    last.delta_bytes = (payload.len() as u64).saturating_sub(written);
-                }
-                let body = Body::Coded(segments.clone());
-                let coded = Made { body, payload, segments: costs };
+                let coded = coded(header, segments, old, new);
                 // Where the types' structure says little, others may do better.
                 if coded.payload.len() < new.len() / 3 {
                     return coded;
                 }
-                let around = |segment: &Segment| segment.old.start;
-                let start = segments.first().map_or(0, around);
+                let start = segments.first().map_or(0, |segment| segment.old.start);
                 let prefix = start..(start + 2 * MAX_FRAME_BYTES).min(old.len() as u64);
-                let others = [
-                    compress(old, new, &(0..0), DATA_LEVEL),
-                    compress(old, new, &prefix, DATA_LEVEL),
-                ];
-                others.into_iter().fold(coded, |best, other| {
-                    if other.payload.len() < best.payload.len() { other } else { best }
-                })
+                coded.or_less(compressed(old, new, &prefix, DATA_LEVEL))
+            }
+            How::Guess { prefix, level, olds } => {
+                let made = compressed(old, new, prefix, *level);
+                match guess(header, self.output.start, *olds, old, new) {
+                    Some(segments) => made.or_less(coded(header, &segments, old, new)),
+                    None => made,
+                }
             }
         }
     }
@@ -280,6 +278,90 @@ impl Plan {
 
 fn range(range: &Range<u64>) -> Range<usize> {
     range.start as usize..range.end as usize
+}
+
+/// The frame whose bytes are `new`, coded against old ones.
+fn coded(header: &Header, segments: &[Segment], old: &[u8], new: &[u8]) -> Made {
+    let mut coder = Encoder::new();
+    let mut models = Models::of(header);
+    let mut output = new.to_vec();
+    let mut rest = &mut output[..];
+    let mut costs = Vec::with_capacity(segments.len());
+    for segment in segments {
+        let (output, after) = rest.split_at_mut(segment.output_bytes as usize);
+        rest = after;
+        let before = coder.written();
+        code(&mut coder, &mut models, slice::from_ref(segment), old, output);
+        costs.push(Piece {
+            bytes: segment.output_bytes,
+            delta_bytes: coder.written() - before,
+            method: Method::Coded,
+        });
+    }
+    let payload = coder.finish();
+    // The last bytes are written when the coder ends.
+    if let Some((last, before)) = costs.split_last_mut() {
+        let written: u64 = before.iter().map(|cost| cost.delta_bytes).sum();
+        last.delta_bytes = (payload.len() as u64).saturating_sub(written);
+    }
+    Made { body: Body::Coded(segments.to_vec()), payload, segments: costs }
+}
+
+/// What the bytes `new` of unknown structure, at `at` of their file, are best coded as against as
+/// many old ones from one of `olds` on, by a sample; `None` where there are not so many.
+fn guess(header: &Header, at: u64, olds: [u64; 2], old: &[u8], new: &[u8]) -> Option<Vec<Segment>> {
+    let len = new.len() as u64;
+    // In the middle, at a multiple of what numbers begin at.
+    let skipped = len.saturating_sub(SAMPLE_BYTES) / 2 / NUMBERS_BEGIN * NUMBERS_BEGIN;
+    let sampled = skipped..len.min(skipped + SAMPLE_BYTES);
+    let places = if olds[0] == olds[1] { &olds[..1] } else { &olds[..] };
+    let fits = |from: &&u64| from.checked_add(len).is_some_and(|end| end <= old.len() as u64);
+    let guesses = places.iter().filter(fits).flat_map(|from| GUESSES.map(|kind| (*from, kind)));
+    let cost = |(from, kind): &(u64, Option<TensorType>)| {
+        let news = &new[range(&sampled)];
+        let segments = segments_of(*kind, at + skipped, from + skipped, old, news);
+        coded(header, &segments, old, news).payload.len()
+    };
+    let (from, kind) = guesses.min_by_key(cost)?;
+    Some(segments_of(kind, at, from, old, new))
+}
+
+/// Segments that take the bytes `new`, at `at` of their file, for numbers of a type, and those that
+/// are no whole number for bytes; the old ones are at `from` of `old`.
+fn segments_of(
+    kind: Option<TensorType>,
+    at: u64,
+    from: u64,
+    old: &[u8],
+    new: &[u8],
+) -> Vec<Segment> {
+    let len = new.len() as u64;
+    let (lead, whole, start) = match kind {
+        None => (0, len, Start::default()),
+        Some(kind) => {
+            let lead = (at.next_multiple_of(NUMBERS_BEGIN) - at).min(len);
+            let whole = (len - lead) / kind.block_bytes() * kind.block_bytes();
+            let numbers = |start: u64| range(&(start + lead..start + lead + whole));
+            (lead, whole, numbers::measure(kind, &old[numbers(from)], &new[numbers(0)]))
+        }
+    };
+    let mut position = from;
+    let bytes = (None, Start::default());
+    let parts = [(bytes, lead), ((kind, start), whole), (bytes, len - lead - whole)];
+    let filled = parts.into_iter().filter(|(_, len)| *len > 0);
+    filled
+        .map(|((kind, start), output_bytes)| {
+            let old = position..position + output_bytes;
+            position = old.end;
+            Segment { pair: (kind, kind), start, old, output_bytes }
+        })
+        .collect()
+}
+
+/// zstd with or without a prefix, whichever takes less.
+fn compressed(old: &[u8], new: &[u8], prefix: &Range<u64>, level: i32) -> Made {
+    let alone = compress(old, new, &(0..0), level);
+    if prefix.is_empty() { alone } else { alone.or_less(compress(old, new, prefix, level)) }
 }
 
 /// zstd with a prefix, or the bytes as they are.
@@ -395,13 +477,21 @@ fn safetensors_tensors(file: &[u8]) -> Option<Vec<Region>> {
 
 /// Parts the new file into frames.
 fn plan(old: &[u8], new: &[u8], news: Option<&[Region]>) -> Vec<Plan> {
-    let mut planner = Planner { old, new, plans: Vec::new(), pending: Vec::new(), pending_from: 0 };
+    let (plans, pending, pairs) = (Vec::new(), Vec::new(), Vec::new());
+    let mut planner = Planner { old, new, plans, pending, pending_from: 0, pairs };
     match (regions(old), news) {
         (Some(olds), Some(news)) => planner.tensors(&olds, news),
         _ => planner.bytes(&(0..new.len() as u64), &(0..old.len() as u64)),
     }
     planner.flush();
     planner.plans
+}
+
+/// A part of the new file in pieces that fit into a frame.
+fn frames_of(region: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    let end = region.end;
+    let starts = (region.start..end).step_by(MAX_FRAME_BYTES as usize);
+    starts.map(move |start| start..(start + MAX_FRAME_BYTES).min(end))
 }
 
 struct Planner<'a> {
@@ -411,6 +501,8 @@ struct Planner<'a> {
     /// Segments of the frame in the making, and where it begins.
     pending: Vec<Segment>,
     pending_from: u64,
+    /// The types of those segments.
+    pairs: Vec<Pair>,
 }
 
 impl Planner<'_> {
@@ -434,7 +526,7 @@ impl Planner<'_> {
                     old_position = found.bytes.end;
                     self.tensor(region, found);
                 }
-                None => self.compressed(&region.bytes, &(0..0), DATA_LEVEL),
+                None => self.new_tensor(&region.bytes),
             }
         }
     }
@@ -451,8 +543,22 @@ impl Planner<'_> {
             return;
         }
         let pair: Pair = (region.kind, old.kind);
-        let len = region.bytes.end - region.bytes.start;
-        let fits = old_bytes(pair, len) == Some(old.bytes.end - old.bytes.start);
+        let length = |region: &Region| region.bytes.end - region.bytes.start;
+        let (len, old_len) = (length(region), length(old));
+        // Of one type with rows added or taken away (a vocabulary's, say), the first rows are
+        // the same ones.
+        let same_kind = region.kind.is_some() && region.kind == old.kind;
+        let shared = if same_kind { len.min(old_len) } else { len };
+        if shared < len {
+            let first = |of: &Region| Region {
+                bytes: of.bytes.start..of.bytes.start + shared,
+                ..of.clone()
+            };
+            self.tensor(&first(region), &first(old));
+            self.new_tensor(&(region.bytes.start + shared..region.bytes.end));
+            return;
+        }
+        let fits = old_bytes(pair, shared).is_some_and(|bytes| bytes <= old_len);
         let (Some(kind), Some(old_kind), true) = (region.kind, old.kind, fits) else {
             self.bytes(&region.bytes, &old.bytes);
             return;
@@ -468,6 +574,9 @@ impl Planner<'_> {
         let mut done = 0;
         while done * new_part < len {
             let from = region.bytes.start + done * new_part;
+            if !self.has_room_for(pair) {
+                self.flush();
+            }
             if self.pending.is_empty() {
                 self.pending_from = from;
             }
@@ -480,34 +589,55 @@ impl Planner<'_> {
             let from_old = old.bytes.start + done * old_part;
             let old_len = old_bytes(pair, output_bytes).expect("parts are whole blocks");
             let segment = Segment { pair, start, old: from_old..from_old + old_len, output_bytes };
-            self.pending.push(segment);
+            self.add(segment);
             done += room;
         }
     }
 
-    /// Bytes without structure, against old bytes where they may have been.
-    fn bytes(&mut self, region: &Range<u64>, old: &Range<u64>) {
-        let same = region.end - region.start == old.end - old.start;
-        if same && self.new[range(region)] == self.old[range(old)] {
-            self.copy(region, old.start);
-            return;
+    /// Weights that the old file lacks.
+    fn new_tensor(&mut self, region: &Range<u64>) {
+        self.flush();
+        for output in frames_of(region) {
+            self.plans.push(Plan { output, how: How::Compress });
         }
-        let level =
-            if old.end - old.start <= 4 * MAX_PREFIX_BYTES { HEADER_LEVEL } else { DATA_LEVEL };
-        self.compressed(region, old, level);
     }
 
-    fn compressed(&mut self, region: &Range<u64>, old: &Range<u64>, level: i32) {
+    /// Bytes of unknown structure. What the old bytes have too is copied, wherever it is.
+    fn bytes(&mut self, region: &Range<u64>, old: &Range<u64>) {
+        let few = region.end - region.start <= FEW_BYTES;
+        let level = if few { FEW_LEVEL } else { OTHER_LEVEL };
+        let (mut done, mut expected) = (region.start, old.start);
+        for found in matches(&self.old[range(old)], &self.new[range(region)]) {
+            let len = (found.new.end - found.new.start) as u64;
+            if len < MIN_COPY_BYTES {
+                continue;
+            }
+            let (from, start) =
+                (old.start + found.old as u64, region.start + found.new.start as u64);
+            self.guessed(&(done..start), &(expected..from), old, level);
+            self.copy(&(start..start + len), from);
+            (done, expected) = (start + len, from + len);
+        }
+        self.guessed(&(done..region.end), &(expected..old.end), old, level);
+    }
+
+    /// Bytes that are probably like old ones: those from where the bytes before them are on
+    /// (`between.start`), or those up to where the bytes after them are (`between.end`).
+    fn guessed(&mut self, region: &Range<u64>, between: &Range<u64>, old: &Range<u64>, level: i32) {
         self.flush();
-        let mut from = region.start;
-        while from < region.end {
-            let output = from..(from + MAX_FRAME_BYTES).min(region.end);
-            // The prefix is around the same place of the old bytes.
-            let middle = old.start + (from - region.start).min(old.end - old.start);
-            let begin = middle.saturating_sub(MAX_PREFIX_BYTES / 2).max(old.start);
+        // Where there are more than before, the first ones may be those that were added: they are
+        // frames of their own, so that the others have old bytes in their place.
+        let len = region.end - region.start;
+        let more = len.saturating_sub(between.end.saturating_sub(between.start));
+        let split = region.start + more;
+        for output in frames_of(&(region.start..split)).chain(frames_of(&(split..region.end))) {
+            let offset = output.start - region.start;
+            let after = (between.start + offset).min(old.end);
+            let before = (between.end + offset).saturating_sub(len).clamp(old.start, old.end);
+            let begin = after.saturating_sub(MAX_PREFIX_BYTES / 2).max(old.start);
             let prefix = begin..(begin + MAX_PREFIX_BYTES).min(old.end);
-            from = output.end;
-            self.plans.push(Plan { output, how: How::Compress { prefix, level } });
+            let how = How::Guess { prefix, level, olds: [after, before] };
+            self.plans.push(Plan { output, how });
         }
     }
 
@@ -519,11 +649,11 @@ impl Planner<'_> {
         if !self.pending.is_empty() {
             // Small unchanged tensors between changed ones are not worth a frame.
             let room = MAX_FRAME_BYTES - (output.start - self.pending_from);
-            if len < MIN_COPY_BYTES && len <= room {
-                let pair = (None, None);
+            let pair = (None, None);
+            if len < MIN_COPY_BYTES && len <= room && self.has_room_for(pair) {
                 let old = from..from + len;
                 let segment = Segment { pair, start: Start::default(), old, output_bytes: len };
-                self.pending.push(segment);
+                self.add(segment);
                 return;
             }
         }
@@ -538,8 +668,22 @@ impl Planner<'_> {
         self.plans.push(Plan { output: output.clone(), how: How::Copy(from) });
     }
 
+    /// Whether the frame in the making can have another segment, of these types.
+    fn has_room_for(&self, pair: Pair) -> bool {
+        let known = self.pairs.len() < MAX_PAIRS || self.pairs.contains(&pair);
+        known && self.pending.len() < MAX_SEGMENTS as usize
+    }
+
+    fn add(&mut self, segment: Segment) {
+        if !self.pairs.contains(&segment.pair) {
+            self.pairs.push(segment.pair);
+        }
+        self.pending.push(segment);
+    }
+
     fn flush(&mut self) {
         let segments = std::mem::take(&mut self.pending);
+        self.pairs.clear();
         let len: u64 = segments.iter().map(|segment| segment.output_bytes).sum();
         if len > 0 {
             let output = self.pending_from..self.pending_from + len;

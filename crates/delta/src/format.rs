@@ -28,8 +28,10 @@ pub(crate) const PREAMBLE_BYTES: usize = 14;
 /// Bytes of the checksum that ends the header.
 const CHECK_BYTES: usize = 16;
 /// The most pieces of one frame, and the most models of one delta.
-const MAX_SEGMENTS: u64 = 4096;
+pub(crate) const MAX_SEGMENTS: u64 = 4096;
 const MAX_MODELS: u64 = 64;
+/// The most pairs of types in one frame: each takes memory for its model.
+pub(crate) const MAX_PAIRS: usize = 16;
 /// Bytes that a payload may be longer than its output.
 const PAYLOAD_SLACK_BYTES: u64 = 64;
 
@@ -382,9 +384,16 @@ impl Reader<'_> {
             }
             3 => {
                 let mut segments = Vec::new();
+                let mut pairs: Vec<Pair> = Vec::new();
                 let mut sum = 0_u64;
                 for _ in 0..self.count("a frame's segments are too many", MAX_SEGMENTS)? {
                     let pair = self.pair()?;
+                    if !pairs.contains(&pair) {
+                        pairs.push(pair);
+                    }
+                    if pairs.len() > MAX_PAIRS {
+                        return Err(DeltaError::Invalid("a frame has too many pairs of types"));
+                    }
                     let [noise, edges @ ..] = self.array::<3>()?;
                     let start = Start { noise, edges };
                     let output_bytes = self.count("a segment is too long", MAX_FRAME_BYTES)?;

@@ -10,6 +10,7 @@ mod encode;
 mod error;
 mod format;
 mod layout;
+mod matches;
 mod model;
 mod numbers;
 mod planes;

@@ -400,3 +400,96 @@ fn rounding_to_old_scales_keeps_them_and_is_exact() {
     assert!(crate::round_to_scales(TensorType::F16, &[0; 2], &[0.0]).is_none());
     assert!(crate::round_to_scales(TensorType::Q4_0, &[0; 18], &[0.0; 31]).is_none());
 }
+
+/// The bytes of zstd over a whole file, as hard as it can, with all of the old file before it.
+fn zstd_bytes(old: &[u8], new: &[u8]) -> usize {
+    use zstd_safe::{CCtx, CParameter};
+    let mut context = CCtx::create();
+    for setting in [
+        CParameter::CompressionLevel(19),
+        CParameter::WindowLog(27),
+        CParameter::EnableLongDistanceMatching(true),
+    ] {
+        context.set_parameter(setting).unwrap();
+    }
+    context.ref_prefix(old).unwrap();
+    let mut out = vec![0; zstd_safe::compress_bound(new.len())];
+    context.compress2(&mut out[..], new).unwrap()
+}
+
+/// Words in no order that makes sense.
+fn prose(random: &mut Random, bytes: usize) -> Vec<u8> {
+    let words: Vec<String> = (0..3000).map(|_| format!("{:x}", random.next() >> 11)).collect();
+    let mut text = Vec::new();
+    while text.len() < bytes {
+        // Some words are more frequent than others.
+        let word = random.below(3000).min(random.below(3000)).min(random.below(3000));
+        text.extend(words[word].bytes());
+        text.push(b' ');
+    }
+    text
+}
+
+#[test]
+fn files_without_tensors_cost_no_more_than_zstd_over_the_whole() {
+    let random = &mut Random(20);
+    let text = prose(random, 1 << 20);
+    let mut edited = text.clone();
+    for _ in 0..100 {
+        let (at, len) = (random.below(edited.len() - 200), random.below(100));
+        let others = 1 + random.below(100);
+        edited.splice(at..at + len, prose(random, others));
+    }
+    let noise: Vec<u8> = (0..1_500_000).map(|_| random.next() as u8).collect();
+    let shuffled: Vec<u8> =
+        noise.chunks(200_000).rev().flat_map(|chunk| [chunk, b"between"].concat()).collect();
+    // Numbers in a container that is not known, which begin somewhere else than before.
+    let floats: Vec<f32> =
+        (0..400_000).map(|_| (random.next() as f32 / (1 << 30) as f32 - 1.0) * 0.05).collect();
+    let container = |name: &[u8], scale: f32| -> Vec<u8> {
+        let bytes = floats.iter().flat_map(|number| (number * scale).to_le_bytes());
+        name.iter().copied().chain(bytes).collect()
+    };
+    let (weights, tuned) = (container(b"PK34", 1.0), container(b"PK34, and more of it", 1.0001));
+    for (name, old, new, share) in [
+        ("text, edited", &text, &edited, 1.0),
+        ("text, new", &noise, &text, 1.03),
+        ("noise, shuffled", &noise, &shuffled, 1.0),
+        ("noise, new", &text, &noise, 1.0),
+        ("numbers", &weights, &tuned, 0.6),
+        ("the same", &text, &text, 1.0),
+    ] {
+        let encoded = check(old, new);
+        let bytes = encoded.bytes.len() as f64;
+        // A header, and what a frame is described by.
+        let frames = Header::parse(&encoded.bytes).unwrap().frames().len();
+        let zstd = zstd_bytes(old, new).min(zstd_bytes(&[], new)) as f64;
+        assert!(
+            bytes <= zstd * share + 200.0 + frames as f64 * 40.0,
+            "{name}: {bytes}, zstd {zstd}"
+        );
+    }
+}
+
+#[test]
+fn a_longer_vocabulary_costs_its_new_rows_alone() {
+    let random = &mut Random(21);
+    let rows = |random: &mut Random, count: u64| weights(random, TensorType::Q8_0, count * 256);
+    let mut before = rows(random, 4000);
+    let old = model(&[(TensorType::Q8_0, 4000 * 256, before.clone())], "");
+    change(random, &mut before, 500);
+    let added = rows(random, 20);
+    let after = [before, added.clone()].concat();
+    let encoded = check(&old, &model(&[(TensorType::Q8_0, 4020 * 256, after)], ""));
+    assert!(encoded.bytes.len() < added.len() + old.len() / 100, "{}", encoded.bytes.len());
+}
+
+#[test]
+fn thousands_of_small_tensors_fit_into_frames() {
+    let random = &mut Random(22);
+    let before: Vec<_> =
+        (0..6000).map(|_| (TensorType::F32, 8, weights(random, TensorType::F32, 8))).collect();
+    let mut after = before.clone();
+    after.iter_mut().for_each(|(_, _, bytes)| change(random, bytes, 30));
+    check(&model(&before, ""), &model(&after, ""));
+}

@@ -20,6 +20,11 @@ pub const MAX_WAIT_S: i64 = 120;
 /// A delta is useless unless it is smaller than so many hundredths of the whole.
 pub const MAX_HUNDREDTHS: u64 = 80;
 
+/// Whether a delta of so many bytes is worth keeping beside a file of `whole_bytes`.
+pub fn saves_enough(delta_bytes: u64, whole_bytes: u64) -> bool {
+    delta_bytes.saturating_mul(100) < whole_bytes.saturating_mul(MAX_HUNDREDTHS)
+}
+
 /// A way from one model file to another that devices are on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use serde::Serialize;
 use slmops_artifact::{Digest, files};
 use slmops_delta::{DeltaError, Header, Method, Part};
+use slmops_fleet_core::deltas::{MAX_HUNDREDTHS, saves_enough};
 
 use super::Session;
 use crate::error::{Context, Failure, Result};
@@ -56,6 +57,8 @@ struct Made {
     delta: Whole,
     /// Of the new file's length.
     share: f64,
+    /// Whether that is little enough for a hub to keep it.
+    is_worth_it: bool,
     took_ms: u64,
     parts: Vec<Row>,
 }
@@ -125,6 +128,7 @@ impl Delta {
             to: Whole { file: self.new.clone(), digest: header.to, size_bytes: header.to_bytes },
             delta: Whole { file: self.out.clone(), digest: Digest::of(&encoded.bytes), size_bytes },
             share: size_bytes as f64 / header.to_bytes.max(1) as f64,
+            is_worth_it: saves_enough(size_bytes, header.to_bytes),
             took_ms,
             parts: encoded.parts.into_iter().map(Row::from).collect(),
         })
@@ -269,6 +273,12 @@ fn text(made: &Made) -> String {
         ("to", whole(&made.to)),
         ("delta", format!("{}, {}", whole(&made.delta), percent(made.share))),
     ]);
+    if !made.is_worth_it {
+        text.push_str(&format!(
+            "\n\nThat saves too little: a hub keeps deltas of less than {MAX_HUNDREDTHS} % of the file. Send the \
+             whole file."
+        ));
+    }
     let mut groups: BTreeMap<(&str, &str), (usize, u64, u64)> = BTreeMap::new();
     for row in &made.parts {
         let kind = match (&row.tensor, row.kind) {
