@@ -28,9 +28,9 @@ use crate::args::Args;
 use crate::error::{Exit, Failure};
 use crate::output::Format;
 
-/// Work that runs in a process of its own, since a failed assertion in the engine ends one.
+/// Work that runs in a process of its own, whose crashes and memory are not this one's.
 fn jobs() -> Vec<Job> {
-    [slmops_evaluate::JOBS, slmops_optimize::JOBS].concat()
+    [slmops_evaluate::JOBS, slmops_optimize::JOBS, &[commands::up::DELTA_JOB]].concat()
 }
 
 fn main() -> ExitCode {

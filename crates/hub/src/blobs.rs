@@ -163,7 +163,7 @@ pub enum BlobError {
 }
 
 impl BlobError {
-    fn file(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn file(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| match is_full(&source) {
             true => Self::DiskFull,
             false => Self::File { operation, path: path.to_owned(), source },

@@ -4,19 +4,25 @@
 //! reading at [`Maker::run`]; which deltas are wanted says `fleet_core::deltas`, what is kept of
 //! them is in `store/deltas.rs`.
 //!
-//! One delta at a time, on a thread of the lowest priority. Jobs are leased rows: a hub that dies
-//! over one leaves it to the next, or to itself after a restart.
+//! One delta at a time, at the lowest priority, by an [`Encode`]. Jobs are leased rows: a hub that
+//! dies over one leaves it to the next, or to itself after a restart.
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use slmops_api::delta::{
     BYTES_ANNOTATION, DELTA_MEDIA_TYPE, Delta, DeltaJob, FROM_ANNOTATION, TO_ANNOTATION,
 };
-use slmops_artifact::{Digest, MappedFile};
-use slmops_fleet_core::deltas::{MAX_HUNDREDTHS, wanted};
+use slmops_artifact::MappedFile;
+use slmops_delta::{Header, MAX_HEADER_BYTES};
+use slmops_fleet_core::deltas::{saves_enough, wanted};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::Instant;
 
@@ -38,8 +44,52 @@ const RETRY_AFTER: Duration = Duration::from_secs(60);
 /// The largest model files that deltas are made between, in bytes: a delta is made in memory, and
 /// may come to be as large as the file.
 const MAX_MODEL_BYTES: u64 = 4 << 30;
+/// What a delta's header has besides its body, at most, in bytes.
+const HEADER_ENDS_BYTES: u64 = 64;
 /// The lowest priority that a thread can have (`setpriority(2)`).
 const LOWEST_PRIORITY: i32 = 19;
+
+/// Files that a delta is made of, and where it goes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeltaFiles {
+    /// What devices have.
+    pub old: PathBuf,
+    /// What they are to have.
+    pub new: PathBuf,
+    /// The delta; not there yet.
+    pub delta: PathBuf,
+}
+
+impl DeltaFiles {
+    /// Makes the delta. On Linux the calling thread has the lowest priority from then on.
+    ///
+    /// # Errors
+    /// Files that cannot be read, or a delta that cannot be written.
+    pub fn encode(&self) -> io::Result<()> {
+        if let Err(error) = rustix::process::setpriority_process(None, LOWEST_PRIORITY) {
+            tracing::debug!(%error, "a delta is made at the usual priority");
+        }
+        let (old, new) = (MappedFile::open(&self.old)?, MappedFile::open(&self.new)?);
+        fs::write(&self.delta, slmops_delta::encode(&old, &new, 1, &|_| {}).bytes)
+    }
+}
+
+/// Makes one delta, somewhere; an error says why it could not. Dropping the future may end the work.
+pub type Encode = fn(DeltaFiles) -> BoxFuture<'static, Result<(), String>>;
+
+/// An [`Encode`] on a thread of this process.
+pub fn encode_on_thread(files: DeltaFiles) -> BoxFuture<'static, Result<(), String>> {
+    Box::pin(async move {
+        let (sender, made) = tokio::sync::oneshot::channel();
+        let work = move || {
+            // Whoever asked may be gone.
+            let _ = sender.send(files.encode().map_err(|error| error.to_string()));
+        };
+        let thread = std::thread::Builder::new().name("delta".to_owned()).spawn(work);
+        thread.map_err(|error| format!("start a thread: {error}"))?;
+        made.await.unwrap_or_else(|_| Err("the encoder gave up".to_owned()))
+    })
+}
 
 /// Makes what is wanted.
 pub struct Maker {
@@ -53,6 +103,10 @@ pub struct Maker {
     pub events: Events,
     /// Says that a device asked for something new.
     pub wake: Arc<Notify>,
+    /// Makes a delta.
+    pub encode: Encode,
+    /// Where deltas are until they are in the registry.
+    pub folder: PathBuf,
 }
 
 impl Maker {
@@ -164,29 +218,30 @@ impl Maker {
         }
         let old = self.registry.blob_file(repository, &job.from).await?;
         let new = self.registry.blob_file(repository, &job.to).await?;
-        let (sender, made) = tokio::sync::oneshot::channel();
-        let thread = std::thread::Builder::new().name("delta".to_owned()).spawn(move || {
-            let mapped = MappedFile::open(old.path())
-                .and_then(|old| Ok((old, MappedFile::open(new.path())?)));
-            // Whoever asked may be gone.
-            let _ = sender.send(mapped.map(|(old, new)| encode(&old, &new)));
-        });
-        if let Err(error) = thread {
-            return Ok(Made::Later(format!("start a thread: {error}")));
-        }
-        let encoded = match made.await {
-            Ok(Ok(encoded)) => encoded,
-            Ok(Err(error)) => return Ok(Made::Later(format!("read the models: {error}"))),
-            Err(_) => return Ok(Made::Failed("the encoder gave up".to_owned())),
+        let room = match tempfile::tempdir_in(&self.folder) {
+            Ok(room) => room,
+            Err(error) => return Ok(Made::Later(format!("make room for the delta: {error}"))),
         };
-        if (encoded.from, encoded.to) != (job.from, job.to) {
+        let files = DeltaFiles {
+            old: old.path().to_owned(),
+            new: new.path().to_owned(),
+            delta: room.path().join("delta"),
+        };
+        let path = files.delta.clone();
+        if let Err(why) = (self.encode)(files).await {
+            return Ok(Made::Later(why));
+        }
+        let (header, bytes) = match read_header(&path) {
+            Ok(read) => read,
+            Err(error) => return Ok(Made::Later(format!("read the delta: {error}"))),
+        };
+        if (header.from, header.to) != (job.from, job.to) {
             return Ok(Made::Failed("a model's bytes are not what its digest says".to_owned()));
         }
-        let bytes = encoded.bytes.len() as u64;
-        if bytes.saturating_mul(100) >= encoded.to_bytes.saturating_mul(MAX_HUNDREDTHS) {
+        if !saves_enough(bytes, header.to_bytes) {
             return Ok(Made::Useless(format!(
                 "it has {bytes} bytes, the whole {}",
-                encoded.to_bytes
+                header.to_bytes
             )));
         }
         let annotations = BTreeMap::from([
@@ -194,45 +249,29 @@ impl Maker {
             (TO_ANNOTATION.to_owned(), job.to.to_string()),
             (BYTES_ANNOTATION.to_owned(), bytes.to_string()),
         ]);
-        let layer = encoded.bytes.into();
         let blob = self
             .registry
-            .attach(repository, job.manifest, DELTA_MEDIA_TYPE, annotations, layer)
+            .attach(repository, job.manifest, DELTA_MEDIA_TYPE, annotations, &path)
             .await?;
         Ok(Made::Ready(Delta {
             from: job.from,
             to: job.to,
-            to_bytes: encoded.to_bytes,
+            to_bytes: header.to_bytes,
             blob,
             bytes,
-            header_bytes: encoded.header_bytes,
+            header_bytes: header.header_bytes(),
         }))
     }
 }
 
-/// A delta, and what it says of itself.
-struct Encoded {
-    bytes: Vec<u8>,
-    from: Digest,
-    to: Digest,
-    to_bytes: u64,
-    header_bytes: u64,
-}
-
-fn encode(old: &[u8], new: &[u8]) -> Encoded {
-    // On Linux this is about the calling thread alone. Without it the rest of the hub is slower.
-    if let Err(error) = rustix::process::setpriority_process(None, LOWEST_PRIORITY) {
-        tracing::debug!(%error, "a delta is made at the usual priority");
-    }
-    let bytes = slmops_delta::encode(old, new, 1, &|_| {}).bytes;
-    let header = slmops_delta::Header::parse(&bytes).expect("what was encoded has a header");
-    Encoded {
-        from: header.from,
-        to: header.to,
-        to_bytes: header.to_bytes,
-        header_bytes: header.header_bytes(),
-        bytes,
-    }
+/// A delta's header, and the delta's length in bytes.
+fn read_header(path: &Path) -> io::Result<(Header, u64)> {
+    let file = File::open(path)?;
+    let len = file.metadata()?.len();
+    let mut start = Vec::new();
+    file.take(MAX_HEADER_BYTES + HEADER_ENDS_BYTES).read_to_end(&mut start)?;
+    let header = Header::parse(&start).map_err(io::Error::other)?;
+    Ok((header, len))
 }
 
 /// Waits until a rollout changes, or more does than can be told; false once nobody announces.

@@ -1,10 +1,10 @@
 //! Starting and stopping the hub.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use std::{fs, io};
 
 use axum::Router;
 use axum_server::Handle;
@@ -25,7 +25,7 @@ use crate::auth::{
 };
 use crate::blobs::{BlobError, Blobs, S3};
 use crate::db::{Database, DbError, FolderLock, Postgres, Schema, Tx, params};
-use crate::deltas::Maker;
+use crate::deltas::{Encode, Maker};
 use crate::durable;
 use crate::engine::Engine;
 use crate::events::{Board, Events, Place};
@@ -44,6 +44,8 @@ pub const ADMIN_TOKEN_FILE: &str = "admin.token";
 const HUB_SECRET_FILE: &str = "hub.secret";
 /// The folder of the hub's authority in the data folder.
 const TLS_FOLDER: &str = "tls";
+/// The folder of deltas that are being made.
+const DELTA_FOLDER: &str = "deltas";
 /// The files of the data folder that make a hub the same hub elsewhere; the first is always there.
 pub(crate) const SECRET_FILES: [&str; 4] =
     [HUB_SECRET_FILE, "tls/ca.key", "tls/ca.pem", ADMIN_TOKEN_FILE];
@@ -79,6 +81,8 @@ pub struct HubConfig {
     pub public_url: Option<String>,
     /// How long telemetry is kept.
     pub keep: Keep,
+    /// What makes deltas.
+    pub encode: Encode,
 }
 
 /// Why the hub does not start.
@@ -265,12 +269,21 @@ impl Hub {
             neighbours: Neighbours::default(),
             delta_wanted: Arc::default(),
         });
+        let delta_folder = folder.join(DELTA_FOLDER);
+        // What a kill left behind there is of no use.
+        let file = |source| HubError::File { path: delta_folder.clone(), source };
+        match fs::remove_dir_all(&delta_folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(file(error)),
+            _ => fs::create_dir(&delta_folder).map_err(file)?,
+        }
         let maker = Maker {
             store: Arc::clone(&store),
             engine: engine.clone(),
             registry: registry.clone(),
             events: events.clone(),
             wake: Arc::clone(&state.delta_wanted),
+            encode: config.encode,
+            folder: delta_folder,
         };
         let app = app(&state, registry);
 

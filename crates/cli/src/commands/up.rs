@@ -3,13 +3,17 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use futures_util::future::BoxFuture;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
+use serde_json::Value;
 use slmops_hub::backup::Place;
 use slmops_hub::blobs::S3;
 use slmops_hub::db::Postgres;
+use slmops_hub::deltas::DeltaFiles;
 use slmops_hub::telemetry::Keep;
 use slmops_hub::{Hub as HubServer, HubConfig, RunningHub};
+use slmops_inference::child::{self, Job};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Session, key};
@@ -158,6 +162,7 @@ impl Up {
             names: self.names()?,
             public_url: self.public_url.as_ref().map(|url| url.trim_end_matches('/').to_owned()),
             keep: Keep { hours_s: self.telemetry_hours, days_s: self.telemetry_days },
+            encode: encode_in_child,
         };
         let mut hub = HubServer::start(config).await.user(|| "start the hub".to_owned())?;
         let outcome = self.serve(session, &mut hub, data).await;
@@ -278,4 +283,21 @@ fn text(ready: &Ready, hub: &RunningHub) -> String {
         .map(str::to_owned),
     );
     lines.join("\n")
+}
+
+/// The job of making a delta: in a process of its own, its memory and crashes are not the hub's.
+pub const DELTA_JOB: Job = Job { name: "hub-delta", run: encode };
+
+fn encode(input: Value, _on_progress: &mut dyn FnMut(Value)) -> anyhow::Result<Value> {
+    let files: DeltaFiles = serde_json::from_value(input)?;
+    files.encode()?;
+    Ok(Value::Null)
+}
+
+fn encode_in_child(files: DeltaFiles) -> BoxFuture<'static, Result<(), String>> {
+    Box::pin(async move {
+        let input = serde_json::to_value(&files).map_err(|error| error.to_string())?;
+        let made = child::call(DELTA_JOB.name, input, |_| ()).await;
+        made.map(|_| ()).map_err(|error| error.to_string())
+    })
 }

@@ -16,6 +16,7 @@ mod range;
 mod uploads;
 
 use std::collections::BTreeMap;
+use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,7 @@ use serde::Deserialize;
 use slmops_api::audit::Role;
 use slmops_artifact::{Digest, package};
 use tokio::runtime::Handle;
+use tokio_util::io::ReaderStream;
 
 pub use self::error::RegistryError;
 pub use self::index::{SCHEMA, StoredManifest};
@@ -52,6 +54,9 @@ mod tests;
 
 /// Entries on one page of a listing, where the client asks for more or says nothing.
 pub const MAX_PAGE: u32 = 1000;
+
+/// Bytes of a layer of its own that the hub reads at once.
+const LAYER_PIECE_BYTES: usize = 256 << 10;
 
 /// Bytes of a refused request that are read and dropped, so that the client reads the answer
 /// instead of finding its connection closed.
@@ -243,8 +248,8 @@ impl Registry {
         Ok(self.inner.blobs.file(digest).await?)
     }
 
-    /// Attaches something that the hub made to a manifest, as a referrer of it with one layer.
-    /// Returns the layer's digest. The same again changes nothing.
+    /// Attaches something that the hub made to a manifest, as a referrer of it with one layer: the
+    /// file `layer`. Returns the layer's digest. The same again changes nothing.
     ///
     /// # Errors
     /// A manifest that is not there, or a failing database or store.
@@ -254,13 +259,20 @@ impl Registry {
         subject: Digest,
         media_type: &str,
         annotations: BTreeMap<String, String>,
-        layer: Bytes,
+        layer: &FilePath,
     ) -> Result<Digest> {
         let reference = Reference::Digest(subject);
         let found = self.manifest(repository, &reference).await?;
         let found = found.ok_or_else(|| RegistryError::manifest_unknown(subject))?;
-        let descriptor = |kind: &str, digest: Digest, size: usize| serde_json::json!({ "mediaType": kind, "digest": digest, "size": size });
-        let (digest, size) = (Digest::of(&layer), layer.len());
+        let blobs = &self.inner.blobs;
+        let unreadable = |source| blobs::BlobError::file("read", layer)(source);
+        let file = tokio::fs::File::open(layer).await.map_err(unreadable)?;
+        let pieces = ReaderStream::with_capacity(file, LAYER_PIECE_BYTES).map_err(unreadable);
+        let empty = futures_util::stream::iter([Ok(Bytes::from_static(package::EMPTY_CONFIG))]);
+        let entries = [blobs.put(empty, None).await?, blobs.put(pieces, None).await?];
+        let [_, made] = &entries;
+        let made = made.clone();
+        let descriptor = |kind: &str, digest: Digest, size: u64| serde_json::json!({ "mediaType": kind, "digest": digest, "size": size });
         let content = serde_json::json!({
             "schemaVersion": 2,
             "mediaType": package::MANIFEST_MEDIA_TYPE,
@@ -268,20 +280,14 @@ impl Registry {
             "config": descriptor(
                 package::EMPTY_MEDIA_TYPE,
                 Digest::of(package::EMPTY_CONFIG),
-                package::EMPTY_CONFIG.len(),
+                package::EMPTY_CONFIG.len() as u64,
             ),
-            "layers": [descriptor(media_type, digest, size)],
-            "subject": descriptor(&found.media_type, subject, found.content.len()),
+            "layers": [descriptor(media_type, made.digest, made.size_bytes)],
+            "subject": descriptor(&found.media_type, subject, found.content.len() as u64),
             "annotations": annotations,
         });
         let content = serde_json::to_vec(&content).expect("a manifest is always JSON");
         let parsed = Parsed::read(&content, None)?;
-        let blobs = &self.inner.blobs;
-        let mut entries = Vec::new();
-        for bytes in [Bytes::from_static(package::EMPTY_CONFIG), layer] {
-            let whole = futures_util::stream::iter([Ok(bytes)]);
-            entries.push(blobs.put(whole, None).await?);
-        }
         let manifest = StoredManifest {
             digest: Digest::of(&content),
             media_type: parsed.media_type.clone(),
@@ -311,7 +317,7 @@ impl Registry {
             on_change.map_or(Ok(()), |tell| tell(tx, &change)).map_err(RegistryError::Observer)
         };
         self.inner.db.write(write).await?;
-        Ok(digest)
+        Ok(made.digest)
     }
 
     /// Removes what kills and forgotten uploads left behind: expired uploads, staging files without

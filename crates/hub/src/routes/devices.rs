@@ -9,7 +9,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
 use serde::Deserialize;
-use slmops_api::delta::{Delta, DeltaJob, Sources};
+use slmops_api::delta::Sources;
 use slmops_api::device::{
     Challenge, ChallengeRequest, DesiredState, DeviceReport, DeviceToken, DeviceTokenRequest,
     EnrolRequest, EnrolResponse, Phase,
@@ -20,7 +20,6 @@ use slmops_artifact::Digest;
 use slmops_fleet_core::deltas::{self, Wanted};
 
 use super::input::{Body, Query, check_facts, check_report, parse_name};
-use super::releases::unavailable;
 use super::{ApiError, AppState, new_id};
 use crate::auth::{AuthError, DeviceIdentity, DeviceKey, Peer, SecretHash};
 use crate::neighbours::Advice;
@@ -197,24 +196,6 @@ async fn note_neighbour(
     Ok(())
 }
 
-/// Forgets those of the offered deltas whose bytes went with the manifest that they were made for.
-async fn forget_gone(
-    state: &AppState,
-    known: &mut Vec<DeltaJob>,
-    offered: &[Delta],
-) -> Result<(), ApiError> {
-    for delta in offered {
-        let Some(at) = known.iter().position(|job| job.delta.as_ref() == Some(delta)) else {
-            continue;
-        };
-        let size = state.packages.blob_size(&known[at].model, delta.blob).await;
-        if size.map_err(unavailable)?.is_none() {
-            state.store.forget_delta(known.remove(at)).await?;
-        }
-    }
-    Ok(())
-}
-
 /// Which model file a device asks about.
 #[derive(Deserialize)]
 pub struct SourcesQuery {
@@ -260,8 +241,6 @@ pub async fn sources(
     }
     // Also for one that was noted a moment ago by a rollout.
     state.delta_wanted.notify_one();
-    let offered = deltas::sources(&known, wanted.weights, &bases, now).deltas;
-    forget_gone(&state, &mut known, &offered).await?;
     let mut sources = deltas::sources(&known, wanted.weights, &bases, now);
     if let (Some(site), Some(_)) = (stored.site, desired.rules.share_bytes_per_s) {
         let last_seen = |device: &DeviceId| state.board.last_seen(device);

@@ -178,7 +178,7 @@ pub(super) async fn publisher_key(
         .map_err(|error| refuse(error.to_string(), "register the key again"))
 }
 
-pub(super) fn unavailable(error: PackagesError) -> ApiError {
+fn unavailable(error: PackagesError) -> ApiError {
     tracing::error!(%error, "registry");
     let status = StatusCode::SERVICE_UNAVAILABLE;
     let title = "The registry cannot be read";

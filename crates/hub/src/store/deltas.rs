@@ -4,6 +4,7 @@
 use jiff::Timestamp;
 use slmops_api::ModelName;
 use slmops_api::delta::{Delta, DeltaJob, DeltaState};
+use slmops_artifact::Digest;
 use slmops_fleet_core::deltas::Wanted;
 
 use super::StoreError;
@@ -198,11 +199,12 @@ pub(super) fn list(tx: &Tx<'_>, model: &ModelName) -> Result<Vec<DeltaJob>, Stor
     collect(tx, &sql, params![model.as_str()], job_of)
 }
 
-/// Forgets a delta whose bytes are gone.
-pub(super) fn forget(tx: &Tx<'_>, job: &DeltaJob) -> Result<(), StoreError> {
+/// Forgets the deltas that the registry loses with `digest`: those made for a manifest, or the one whose
+/// bytes it is.
+pub(super) fn forget(tx: &Tx<'_>, digest: &Digest) -> Result<(), StoreError> {
     tx.execute(
-        "DELETE FROM deltas WHERE model = ?1 AND from_weights = ?2 AND to_weights = ?3",
-        params![job.model.as_str(), job.from.to_string(), job.to.to_string()],
+        "DELETE FROM deltas WHERE manifest = ?1 OR delta LIKE ?2",
+        params![digest.to_string(), format!("%\"blob\":\"{digest}\"%")],
     )?;
     Ok(())
 }

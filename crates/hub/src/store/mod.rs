@@ -575,8 +575,6 @@ pub trait Store: Send + Sync + 'static {
     fn finish_delta(&self, job: DeltaJob, made: Made, again_at: Timestamp) -> StoreFuture<'_, ()>;
     /// All deltas of a model line, those that most devices could use first.
     fn deltas(&self, model: ModelName) -> StoreFuture<'_, Vec<DeltaJob>>;
-    /// Forgets a delta whose bytes are gone.
-    fn forget_delta(&self, job: DeltaJob) -> StoreFuture<'_, ()>;
 
     /// Adds an operator token by the SHA-256 of its secret.
     fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()>;

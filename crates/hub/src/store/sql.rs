@@ -372,13 +372,17 @@ impl Chain {
     }
 }
 
-/// Adds an entry for a change of the registry, inside the transaction that makes the change.
+/// Adds an entry for a change of the registry, inside the transaction that makes the change, and
+/// forgets the deltas that go with what is deleted.
 ///
 /// # Errors
-/// If the entry cannot be added; the change must then not be made either.
+/// If that cannot be done; the change must then not be made either.
 pub fn record_registry(tx: &Tx<'_>, change: &registry::Change) -> Result<(), StoreError> {
     let by = By { actor: change.actor.clone(), at: Timestamp::now() };
     let details = json!({ "digest": change.digest });
+    if let ("registry.delete", Some(digest)) = (change.action, &change.digest) {
+        deltas::forget(tx, digest)?;
+    }
     append_audit(tx, &by, draft(change.action, &change.object, details))
 }
 
@@ -1425,10 +1429,6 @@ impl Store for SqlStore {
 
     fn deltas(&self, model: ModelName) -> StoreFuture<'_, Vec<DeltaJob>> {
         self.read(move |tx| deltas::list(tx, &model))
-    }
-
-    fn forget_delta(&self, job: DeltaJob) -> StoreFuture<'_, ()> {
-        self.write(move |tx| deltas::forget(tx, &job))
     }
 
     fn add_token(&self, by: By, token: Token, hash: SecretHash) -> StoreFuture<'_, ()> {

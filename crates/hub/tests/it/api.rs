@@ -696,6 +696,7 @@ async fn hub_refuses_what_would_not_work() {
         names: vec![],
         public_url: None,
         keep: Default::default(),
+        encode: slmops_hub::deltas::encode_on_thread,
     };
     let refused = async |config| match Hub::start(config).await {
         Ok(_) => panic!("the hub started"),

@@ -27,6 +27,7 @@ async fn hub_process() {
         names: vec![],
         public_url: None,
         keep: Default::default(),
+        encode: slmops_hub::deltas::encode_on_thread,
     };
     let mut hub = Hub::start(config).await.unwrap();
     println!("\nlistening on {}", hub.http.unwrap());

@@ -80,10 +80,10 @@ async fn a_rollout_brings_deltas_from_what_devices_run() {
     // It goes with the manifest that it was made for.
     let manifest = format!("/v2/m/manifests/{}", wanted.manifest);
     rig.send(Method::DELETE, &manifest, Value::Null, StatusCode::ACCEPTED).await;
+    assert_eq!(rig.get("/v1/releases/m/1.1.0/deltas").await["items"], json!([]));
     assert_eq!(devices[told].pull(&delta.blob).await, StatusCode::NOT_FOUND);
     assert_eq!(rig.get(&path).await["manifests"], json!([]));
     assert_eq!(devices[told].sources(wanted.weights).await, Sources::default());
-    assert_eq!(rig.get("/v1/releases/m/1.1.0/deltas").await["items"], json!([]));
 }
 
 #[tokio::test]

@@ -44,6 +44,7 @@ async fn hub_process() {
         names: vec![],
         public_url: None,
         keep: Default::default(),
+        encode: slmops_hub::deltas::encode_on_thread,
     };
     let mut hub = Hub::start(config).await.unwrap();
     println!("\nhub {} {}", hub.replica.as_ref().unwrap(), hub.http.unwrap());
@@ -279,6 +280,7 @@ async fn a_hub_whose_blobs_are_elsewhere_is_refused() {
         names: vec![],
         public_url: None,
         keep: Default::default(),
+        encode: slmops_hub::deltas::encode_on_thread,
     };
     let error = Hub::start(config).await.err().expect("refused").to_string();
     assert!(error.contains("--blobs s3://") && error.contains("hint: "), "{error}");

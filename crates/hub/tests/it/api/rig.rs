@@ -88,6 +88,7 @@ impl Rig {
             names: vec![],
             public_url: None,
             keep: Default::default(),
+            encode: slmops_hub::deltas::encode_on_thread,
         };
         let started = std::time::Instant::now();
         // One that was dropped just now may still be letting go of the folder.

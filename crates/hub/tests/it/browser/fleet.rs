@@ -56,6 +56,7 @@ impl RealHub {
             names: Vec::new(),
             public_url: None,
             keep: Default::default(),
+            encode: slmops_hub::deltas::encode_on_thread,
         };
         let hub = Hub::start(config).await.expect("the hub starts");
         let url = format!("http://{}", hub.http.expect("plain HTTP on loopback"));
