@@ -1,6 +1,8 @@
 //! The yardstick of benchmarks: what differences would cost without any context.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+
+use slmops_artifact::gguf::TensorType;
 
 use crate::encode::{Region, regions};
 use crate::layout::{Fields, Layout, Minimum};
@@ -9,30 +11,32 @@ use crate::planes::ordinal;
 
 /// The bytes of a delta that codes every field's differences at their order-0 entropy: per tensor
 /// and field, as if the frequencies were known to both sides for nothing. Codes differ modulo
-/// their range, scales by F16 ordinals. Equal tensors are free, and so is what is no tensor.
+/// their range, scales by F16 ordinals. Equal tensors are free, and so is what is no tensor. Summed
+/// up for the tensors of each type; `None` is for types that are not known.
 ///
 /// Tensors that have no counterpart of the same type and size count whole. `None` where a file is
 /// of no known format.
-pub fn order0_bytes(old: &[u8], new: &[u8]) -> Option<u64> {
+pub fn order0_bytes(old: &[u8], new: &[u8]) -> Option<BTreeMap<Option<TensorType>, u64>> {
     let (olds, news) = (regions(old)?, regions(new)?);
     let by_name: HashMap<&str, &Region> =
         olds.iter().filter_map(|region| Some((region.name.as_deref()?, region))).collect();
-    let mut bits = 0.0;
+    let mut bits: BTreeMap<Option<TensorType>, f64> = BTreeMap::new();
     for region in news.iter().filter(|region| region.name.is_some()) {
         let after = &new[region.bytes.start as usize..region.bytes.end as usize];
         let same = region.name.as_deref().and_then(|name| by_name.get(name)).filter(|found| {
             found.kind == region.kind && found.bytes.end - found.bytes.start == after.len() as u64
         });
+        let bits = bits.entry(region.kind).or_default();
         let Some(same) = same else {
-            bits += after.len() as f64 * 8.0;
+            *bits += after.len() as f64 * 8.0;
             continue;
         };
         let before = &old[same.bytes.start as usize..same.bytes.end as usize];
         if before != after {
-            bits += tensor_bits(region, before, after);
+            *bits += tensor_bits(region, before, after);
         }
     }
-    Some((bits / 8.0).ceil() as u64)
+    Some(bits.into_iter().map(|(kind, bits)| (kind, (bits / 8.0).ceil() as u64)).collect())
 }
 
 /// How often each difference occurs.

@@ -1,9 +1,11 @@
 //! `slm bench delta`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use slmops_artifact::files;
 use slmops_artifact::gguf::{self, TensorType};
 
 use super::Session;
@@ -39,6 +41,9 @@ const TYPE_CASES: [Change; 2] = [Change::Light, Change::Strong];
 pub struct DeltaBench {
     /// The model whose versions are made, a GGUF file
     model: PathBuf,
+    /// Measure the delta from the model to this file, instead of making versions
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["cases", "kinds", "weights"])]
+    new: Option<PathBuf>,
     /// What changes from one version to the next [default: everything]
     #[arg(long = "case", value_name = "CASE,…", value_enum, value_delimiter = ',')]
     cases: Vec<Change>,
@@ -86,13 +91,26 @@ struct Report {
 /// Two versions, and what the tools made of them.
 #[derive(Serialize)]
 struct Pair {
-    case: Change,
+    /// What changed, or the name of the new file that was given.
+    case: String,
     #[serde(rename = "type")]
     kind: Option<&'static str>,
     new_bytes: u64,
     /// What coding every field's differences at their order-0 entropy would take.
     order0_bytes: u64,
     tools: Vec<Measured>,
+    /// What tensors of each type take of our delta.
+    by_type: Vec<OfType>,
+}
+
+/// Tensors of one type.
+#[derive(Serialize)]
+struct OfType {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    new_bytes: u64,
+    order0_bytes: u64,
+    delta_bytes: u64,
 }
 
 impl DeltaBench {
@@ -122,6 +140,26 @@ impl DeltaBench {
             true => tools.to_vec(),
             false => self.tools.clone(),
         };
+        let mut report = Report {
+            version: env!("CARGO_PKG_VERSION"),
+            at: jiff::Timestamp::now(),
+            machine: Machine::here(),
+            model: self.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            pairs: Vec::new(),
+        };
+        if let Some(new) = &self.new {
+            let case = new.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let pair = Pair::measure(
+                session,
+                case,
+                None,
+                (&self.model, new),
+                &tools(Tool::value_variants()),
+                folder,
+            )?;
+            report.pairs.push(pair);
+            return Ok(report);
+        }
         let own = (Kind(None), given(Change::value_variants()), tools(Tool::value_variants()));
         let plan: Vec<(Kind, Vec<Change>, Vec<Tool>)> = if self.kinds.is_empty() {
             let of = |kind| (Kind(Some(kind)), given(&TYPE_CASES), tools(&[Tool::Slm]));
@@ -129,13 +167,6 @@ impl DeltaBench {
         } else {
             let of = |kind: &Kind| (*kind, own.1.clone(), own.2.clone());
             self.kinds.iter().map(of).collect()
-        };
-        let mut report = Report {
-            version: env!("CARGO_PKG_VERSION"),
-            at: jiff::Timestamp::now(),
-            machine: Machine::here(),
-            model: self.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            pairs: Vec::new(),
         };
         let (old_path, new_path) = (folder.join("old"), folder.join("new"));
         for (Kind(kind), cases, tools) in plan {
@@ -145,36 +176,63 @@ impl DeltaBench {
             write(&old_path, &old)?;
             stage.done(units::bytes(old.len() as u64));
             for case in cases {
-                let word = super::word(&case);
-                let stage = session.progress.stage(format!("{name}, {word}"));
-                let new = versions::version(&source, kind, Some(case), weights)?;
-                write(&new_path, &new)?;
-                let order0_bytes = slmops_delta::order0_bytes(&old, &new)
-                    .ok_or_else(|| Failure::internal("the versions are no GGUF files"))?;
-                let mut pair = Pair {
-                    case,
-                    kind: kind.map(TensorType::name),
-                    new_bytes: new.len() as u64,
-                    order0_bytes,
-                    tools: Vec::new(),
-                };
-                drop(new);
-                for tool in &tools {
-                    stage.note(&super::word(tool));
-                    pair.tools.extend(tool.measure(&old_path, &new_path, folder)?);
-                }
-                let said = pair.tools.iter().map(|found| {
-                    format!(
-                        "{} {}",
-                        super::word(&found.tool),
-                        percent(found.delta_bytes, pair.new_bytes)
-                    )
-                });
-                stage.done(said.collect::<Vec<_>>().join(", "));
+                write(&new_path, &versions::version(&source, kind, Some(case), weights)?)?;
+                let paths = (&old_path, &new_path);
+                let pair = Pair::measure(session, super::word(&case), kind, paths, &tools, folder)?;
                 report.pairs.push(pair);
             }
         }
         Ok(report)
+    }
+}
+
+impl Pair {
+    fn measure(
+        session: &Session,
+        case: String,
+        kind: Option<TensorType>,
+        (old_path, new_path): (&PathBuf, &PathBuf),
+        tools: &[Tool],
+        folder: &Path,
+    ) -> Result<Self> {
+        let name = kind.map_or("own", TensorType::name);
+        let stage = session.progress.stage(format!("{name}, {case}"));
+        let map = |path: &Path| files::map(path).user(|| format!("read `{}`", path.display()));
+        let (old, new) = (map(old_path)?, map(new_path)?);
+        let order0 = slmops_delta::order0_bytes(&old, &new)
+            .ok_or_else(|| Failure::user("the versions are no GGUF or safetensors files"))?;
+        let mut pair = Self {
+            case,
+            kind: kind.map(TensorType::name),
+            new_bytes: new.len() as u64,
+            order0_bytes: order0.values().sum(),
+            tools: Vec::new(),
+            by_type: Vec::new(),
+        };
+        for tool in tools {
+            stage.note(&super::word(tool));
+            pair.tools.extend(tool.measure(old_path, new_path, folder)?);
+        }
+        if tools.contains(&Tool::Slm) {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            let mut sums: BTreeMap<Option<TensorType>, (u64, u64)> = BTreeMap::new();
+            for part in slmops_delta::encode(&old, &new, threads, &|_| ()).parts {
+                let sum = sums.entry(part.kind.filter(|_| part.name.is_some())).or_default();
+                *sum = (sum.0 + part.bytes, sum.1 + part.delta_bytes);
+            }
+            let rows = sums.into_iter().map(|(kind, (new_bytes, delta_bytes))| OfType {
+                kind: kind.map_or("none", TensorType::name),
+                new_bytes,
+                order0_bytes: order0.get(&kind).copied().unwrap_or(0),
+                delta_bytes,
+            });
+            pair.by_type.extend(rows);
+        }
+        let said = pair.tools.iter().map(|found| {
+            format!("{} {}", super::word(&found.tool), percent(found.delta_bytes, pair.new_bytes))
+        });
+        stage.done(said.collect::<Vec<_>>().join(", "));
+        Ok(pair)
     }
 }
 
@@ -212,7 +270,7 @@ fn text(report: &Report) -> String {
                 None => String::new(),
             };
             vec![
-                super::word(&pair.case),
+                pair.case.clone(),
                 pair.kind.unwrap_or("own").to_owned(),
                 units::bytes(pair.new_bytes),
                 percent(pair.order0_bytes, pair.new_bytes),
@@ -243,6 +301,23 @@ fn text(report: &Report) -> String {
             ">encode peak (own)",
             ">apply peak (own)",
         ],
+        rows,
+    ));
+    let rows = report.pairs.iter().filter(|pair| pair.by_type.len() > 1).flat_map(|pair| {
+        pair.by_type.iter().map(move |of| {
+            vec![
+                pair.case.clone(),
+                of.kind.to_owned(),
+                units::bytes(of.new_bytes),
+                units::bytes(of.order0_bytes),
+                units::bytes(of.delta_bytes),
+                format!("{:.3}", of.delta_bytes as f64 / of.order0_bytes.max(1) as f64),
+            ]
+        })
+    });
+    text.push_str("\n\n");
+    text.push_str(&table(
+        &["case", "tensors of type", ">size", ">order 0", ">slm", ">of order 0"],
         rows,
     ));
     text
