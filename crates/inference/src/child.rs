@@ -133,7 +133,8 @@ pub fn run_if_child(jobs: &[Job]) {
     if name == crate::worker::JOB {
         std::process::exit(crate::worker::run());
     }
-    let Some(job) = jobs.iter().find(|job| job.name == name) else {
+    let own = Job { name: crate::constraint::JOB, run: crate::constraint::check_job };
+    let Some(job) = jobs.iter().chain([&own]).find(|job| job.name == name) else {
         eprintln!("no job is named `{name}`; `{CHILD_ARGUMENT}` is not for people");
         std::process::exit(1);
     };

@@ -5,6 +5,7 @@
 
 pub mod chat;
 pub mod child;
+pub mod constraint;
 pub mod host;
 #[allow(unsafe_code)]
 pub mod llama;

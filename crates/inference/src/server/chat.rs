@@ -5,6 +5,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
+use super::constrain::constraint;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generate::{
@@ -44,6 +45,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         stop: fields.texts("stop")?,
         echo: false,
         logprobs: wanted.then(|| top.unwrap_or(0)),
+        constraint: constraint(&mut fields)?,
     };
     fields.finish()?;
     let prompts = (0..count)
@@ -54,7 +56,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         })
         .collect();
     let job = Job { prompts, template, chat: true };
-    let generations = job.begin(&app.host).await?;
+    let generations = job.begin(app).await?;
     let (id, created) = (new_id("chatcmpl"), now_s());
     app.host.metrics().remember_answer(&id);
     if streaming.wanted {

@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Map, Value, json};
 
+use super::constrain::constraint;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generate::{
@@ -47,6 +48,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         stop: fields.texts("stop")?,
         logprobs: top,
         echo: fields.flag("echo")?.unwrap_or(false),
+        constraint: constraint(&mut fields)?,
     };
     fields.finish()?;
     let prompts = given
@@ -60,7 +62,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         })
         .collect();
     let job = Job { prompts, template, chat: false };
-    let generations = job.begin(&app.host).await?;
+    let generations = job.begin(app).await?;
     let (id, created) = (new_id("cmpl"), now_s());
     app.host.metrics().remember_answer(&id);
     let wanted = top.is_some();

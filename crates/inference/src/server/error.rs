@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::chat::TemplateError;
+use crate::constraint::ConstraintError;
 use crate::host::HostError;
 use crate::worker::{RequestError, WorkerError};
 
@@ -98,6 +99,19 @@ impl ApiError {
         let status = StatusCode::TOO_MANY_REQUESTS;
         let error = Self::new(status, "rate_limit_error", "rate_limit_exceeded", message);
         Self { retry_after: Some(again_after), ..error }
+    }
+
+    /// A constraint that is refused.
+    pub(super) fn constraint(parameter: &str, error: &ConstraintError) -> Self {
+        match error {
+            ConstraintError::Wrong { .. } | ConstraintError::TooComplex => {
+                Self::parameter(parameter, error.to_string())
+            }
+            ConstraintError::Check(_) => {
+                let status = StatusCode::INTERNAL_SERVER_ERROR;
+                Self::new(status, "server_error", "engine_error", error.to_string())
+            }
+        }
     }
 
     fn busy(status: StatusCode, kind: &'static str, code: &'static str, message: String) -> Self {

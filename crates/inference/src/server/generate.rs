@@ -1,7 +1,5 @@
 //! What chat and plain completions have in common.
 
-use std::sync::Arc;
-
 use axum::body::Bytes;
 use axum::response::Response;
 use futures_util::future::join_all;
@@ -10,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::fields::Fields;
-use super::{event, event_stream};
-use crate::host::{MeteredGeneration, ModelHost};
+use super::{App, event, event_stream};
+use crate::host::MeteredGeneration;
 use crate::worker::{
     Finish, FinishReason, GenerateRequest, Output, Piece, Prompt, Sampling, Worker, WorkerError,
 };
@@ -100,13 +98,14 @@ pub(super) struct Job {
 
 impl Job {
     /// Begins all answers.
-    pub(super) async fn begin(
-        &self,
-        host: &Arc<ModelHost>,
-    ) -> Result<Vec<MeteredGeneration>, ApiError> {
+    pub(super) async fn begin(&self, app: &App) -> Result<Vec<MeteredGeneration>, ApiError> {
+        if let Some(constraint) = &self.template.constraint {
+            let checked = app.checked.check(constraint).await;
+            checked.map_err(|error| ApiError::constraint(&constraint.parameter, &error))?;
+        }
         let mut generations = Vec::with_capacity(self.prompts.len());
         for (index, prompt) in self.prompts.iter().enumerate() {
-            let begun = host.generate(|worker| {
+            let begun = app.host.generate(|worker| {
                 let mut request = self.template.clone();
                 request.prompt = prompt(worker)?;
                 // Each answer of a repeatable request is repeatable, and they differ.

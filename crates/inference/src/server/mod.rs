@@ -5,6 +5,7 @@
 
 mod chat;
 mod completions;
+mod constrain;
 mod embeddings;
 mod error;
 mod feedback;
@@ -29,6 +30,7 @@ use axum::serve::{Listener, ListenerExt as _};
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
 
+use crate::constraint::Checked;
 use crate::host::{HostState, ModelHost, ModelSpec};
 use crate::metrics::write_metric;
 use crate::worker::{Sampling, Worker, WorkerError};
@@ -55,13 +57,14 @@ pub struct ServerOptions {
 struct App {
     host: Arc<ModelHost>,
     options: Arc<ServerOptions>,
+    checked: Arc<Checked>,
 }
 
 /// The routes: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`,
 /// `/v1/feedback`, `/tokenize`, `/detokenize`, `/tokenizer_info`, `/apply-template`, `/props`, `/health`
 /// and `/metrics`.
 pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
-    let app = App { host, options: Arc::new(options) };
+    let app = App { host, options: Arc::new(options), checked: Arc::default() };
     Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{model}", get(model))

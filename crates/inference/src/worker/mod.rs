@@ -3,6 +3,7 @@
 //! Whatever happens to the engine happens to that process; here its death is an event
 //! ([`Worker::ended`]) and a clear error of each request that was under way.
 
+mod preparing;
 mod process;
 pub mod protocol;
 mod sampler;
@@ -154,7 +155,7 @@ struct Shared {
 }
 
 enum Order {
-    Send(Command),
+    Send(Box<Command>),
     /// Close its stdin and let it leave.
     Leave,
     Kill,
@@ -394,7 +395,7 @@ impl Worker {
             state.pending.insert(id, sender);
         }
         // If the process ends before it reads this, the request's error comes from its ending.
-        let _ = shared.orders.send(Order::Send(command(id)));
+        let _ = shared.orders.send(Order::Send(Box::new(command(id))));
         Ok(Answer { id, events, worker: self.clone() })
     }
 
@@ -585,7 +586,7 @@ impl Drop for Answer {
     fn drop(&mut self) {
         let shared = &self.worker.shared;
         if shared.requests.remove(self.id) {
-            let _ = shared.orders.send(Order::Send(Command::Cancel { id: self.id }));
+            let _ = shared.orders.send(Order::Send(Box::new(Command::Cancel { id: self.id })));
         }
     }
 }

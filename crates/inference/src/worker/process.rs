@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 
+use super::preparing::Preparing;
 use super::protocol::{
     Command, Event, GenerateRequest, LoadFailure, MAX_LINE_BYTES, MAX_LOGIT_BIASES,
     MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS, ModelInfo, Piece, Prompt,
@@ -14,6 +15,7 @@ use super::protocol::{
 };
 use super::scheduler::{Embedding64, Generating, Scheduler, Scoring, Task, Work};
 use crate::child::print_line;
+use crate::constraint::Guide;
 use crate::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token, engine_version};
 
 /// Outputs in one batch beside one for each sequence: what scores and embeddings proceed by.
@@ -43,9 +45,10 @@ pub(crate) fn run() -> i32 {
         .name("engine".to_owned())
         .spawn(move || run_engine(scheduler, &receiver))
         .expect("a thread can be started");
+    let preparing = Preparing::new(Arc::clone(&model), sender.clone());
     while let Some(line) = read_line(&mut input, &mut line) {
         match serde_json::from_slice(line) {
-            Ok(command) => obey(command, &model, &sender),
+            Ok(command) => obey(command, &model, &sender, &preparing),
             Err(error) => misunderstood(line, &error),
         }
         if engine.is_finished() {
@@ -72,7 +75,7 @@ fn refuse(failure: LoadFailure) -> i32 {
     1
 }
 
-fn emit(event: &Event) {
+pub(super) fn emit(event: &Event) {
     print_line(&serde_json::to_value(event).expect("events are plain data"));
 }
 
@@ -188,7 +191,7 @@ fn warm_up(context: &mut Context) -> Result<(), String> {
 }
 
 /// What the engine's thread is told.
-enum Order {
+pub(super) enum Order {
     Submit(Task),
     Cancel(u64),
 }
@@ -220,7 +223,7 @@ fn follow(scheduler: &mut Scheduler, order: Order) {
 }
 
 /// Prepares a command on the reader's thread, beside the engine's.
-fn obey(command: Command, model: &Model, engine: &Sender<Order>) {
+fn obey(command: Command, model: &Model, engine: &Sender<Order>, preparing: &Preparing) {
     let arrived = Instant::now();
     let submit = |id: u64, prepared: Result<(Vec<Token>, Work), RequestError>| match prepared {
         Ok((tokens, work)) => {
@@ -229,7 +232,16 @@ fn obey(command: Command, model: &Model, engine: &Sender<Order>) {
         Err(error) => emit(&Event::Failed { id, error }),
     };
     match command {
-        Command::Generate { id, request } => submit(id, prepare_generate(request, model)),
+        Command::Generate { id, request } => match check_generate(&request, model) {
+            Ok(tokens) if request.constraint.is_some() => {
+                preparing.begin(id, request, tokens, arrived);
+            }
+            Ok(tokens) => {
+                let generating = generating(request, None, &tokens, model);
+                submit(id, Ok((tokens, Work::Generate(Box::new(generating)))));
+            }
+            Err(error) => submit(id, Err(error)),
+        },
         Command::Score { id, request } => submit(id, prepare_score(&request, model)),
         Command::Embed { id, prompt } => submit(
             id,
@@ -247,6 +259,7 @@ fn obey(command: Command, model: &Model, engine: &Sender<Order>) {
             Err(error) => emit(&Event::Failed { id, error }),
         },
         Command::Cancel { id } => {
+            preparing.cancel(id);
             let _ = engine.send(Order::Cancel(id));
         }
     }
@@ -313,10 +326,8 @@ fn prompt_tokens(prompt: &Prompt, model: &Model) -> Result<Vec<Token>, RequestEr
     Ok(tokens)
 }
 
-fn prepare_generate(
-    request: GenerateRequest,
-    model: &Model,
-) -> Result<(Vec<Token>, Work), RequestError> {
+/// Checks a request; returns its prompt's tokens.
+fn check_generate(request: &GenerateRequest, model: &Model) -> Result<Vec<Token>, RequestError> {
     let sampling = &request.sampling;
     sampling.check()?;
     if sampling.logit_bias.len() > MAX_LOGIT_BIASES {
@@ -340,10 +351,18 @@ fn prepare_generate(
     if request.logprobs.is_some_and(|top| top > MAX_TOP_LOGPROBS) {
         return Err(invalid("top_logprobs", format!("at most {MAX_TOP_LOGPROBS}")));
     }
-    let tokens = prompt_tokens(&request.prompt, model)?;
-    let echo = request.echo.then(|| echoed(&request.prompt, &tokens, model));
-    let generating = Generating::new(request, tokens.len(), echo);
-    Ok((tokens, Work::Generate(Box::new(generating))))
+    prompt_tokens(&request.prompt, model)
+}
+
+/// An answer to a request that was checked.
+pub(super) fn generating(
+    request: GenerateRequest,
+    guide: Option<Guide>,
+    tokens: &[Token],
+    model: &Model,
+) -> Generating {
+    let echo = request.echo.then(|| echoed(&request.prompt, tokens, model));
+    Generating::new(request, guide, tokens.len(), echo)
 }
 
 /// A prompt as an answer begins with it, its log-probabilities yet unknown.

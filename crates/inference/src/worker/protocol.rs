@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use slmops_api::model::ModelShape;
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 
+use crate::constraint::Constraint;
 use crate::llama::Token;
 
 /// The most bytes of one line in either direction.
@@ -150,6 +151,8 @@ pub struct GenerateRequest {
     /// they are asked for; then `max_tokens` may be 0, and the token that ends the answer is among
     /// its log-probabilities.
     pub echo: bool,
+    /// What the answer is held to; it must have passed [`crate::constraint::Checked::check`].
+    pub constraint: Option<Constraint>,
 }
 
 impl GenerateRequest {
@@ -162,6 +165,7 @@ impl GenerateRequest {
             stop: Vec::new(),
             logprobs: None,
             echo: false,
+            constraint: None,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use llguidance::toktrie::SimpleVob;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
@@ -34,17 +35,35 @@ impl Sampler {
         }
     }
 
-    /// The next token after `history`; absent when no logit is a finite number.
-    pub(super) fn sample(&mut self, logits: &[f32], history: &[Token]) -> Option<Token> {
+    /// A token to follow `history`; absent when no logit is a finite number. It is chosen once
+    /// [`Sampler::choose`] was told so.
+    pub(super) fn propose(&mut self, logits: &[f32], history: &[Token]) -> Option<Token> {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         self.bias(history);
-        let token = match self.sampling.temperature {
-            temperature if temperature > 0.0 => self.draw(temperature)?,
-            _ => most_probable(&self.logits)?,
-        };
+        self.draw_or_take()
+    }
+
+    /// Another one in place of the one that was just proposed, among those that `mask` allows.
+    pub(super) fn propose_within(&mut self, mask: &SimpleVob) -> Option<Token> {
+        for (token, logit) in self.logits.iter_mut().enumerate() {
+            if token >= mask.len() || !mask.get(token) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        self.draw_or_take()
+    }
+
+    /// Notes that this token is the next one.
+    pub(super) fn choose(&mut self, token: Token) {
         *self.generated.entry(token).or_insert(0) += 1;
-        Some(token)
+    }
+
+    fn draw_or_take(&mut self) -> Option<Token> {
+        match self.sampling.temperature {
+            temperature if temperature > 0.0 => self.draw(temperature),
+            _ => most_probable(&self.logits),
+        }
     }
 
     fn bias(&mut self, history: &[Token]) {
@@ -192,6 +211,14 @@ pub(super) fn logprob(model: &Model, logits: &[f32], token: Token, top: u32) -> 
 mod tests {
     use super::*;
 
+    impl Sampler {
+        fn sample(&mut self, logits: &[f32], history: &[Token]) -> Option<Token> {
+            let token = self.propose(logits, history)?;
+            self.choose(token);
+            Some(token)
+        }
+    }
+
     fn shares(sampling: Sampling, logits: &[f32]) -> Vec<f64> {
         let mut counts = vec![0.0; logits.len()];
         for seed in 0..4000 {
@@ -223,6 +250,25 @@ mod tests {
             Sampling { logit_bias: vec![(0, -100.0), (9, 5.0)], ..base.clone() },
             &[0.0, 0.5, 0.333, 0.167],
         );
+    }
+
+    #[test]
+    fn what_a_mask_allows_is_drawn_as_its_share() {
+        let logits: Vec<f32> = [0.4_f32, 0.3, 0.2, 0.1].iter().map(|p| p.ln()).collect();
+        let mask = SimpleVob::from_slice(&[false, true, false, true]);
+        let mut counts = [0_u32; 4];
+        for seed in 0..4000 {
+            let mut sampler = Sampler::new(Sampling { seed: Some(seed), ..Sampling::default() });
+            let mut token = sampler.propose(&logits, &[]).expect("finite");
+            if !mask.get(token as usize) {
+                token = sampler.propose_within(&mask).expect("two are allowed");
+            }
+            counts[token as usize] += 1;
+        }
+        assert_eq!((counts[0], counts[2]), (0, 0));
+        let share = f64::from(counts[1]) / 4000.0;
+        // The standard error is 0.7 %.
+        assert!((share - 0.75).abs() < 0.035, "{counts:?}");
     }
 
     #[test]

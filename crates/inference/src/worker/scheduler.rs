@@ -10,6 +10,7 @@ use super::protocol::{
 };
 use super::sampler::{Sampler, entropy, log_sum_exp, logprob, most_probable};
 use super::text::TextAssembler;
+use crate::constraint::Guide;
 use crate::llama::{Batch, Context, Model, Token};
 
 /// Prompt tokens in one step beside answers under way.
@@ -40,6 +41,7 @@ pub(super) struct Generating {
     request_max_tokens: Option<u32>,
     logprobs: Option<u32>,
     sampler: Sampler,
+    guide: Option<Guide>,
     text: TextAssembler,
     /// The prompt, where the answer begins with it; taken when it was handed out.
     echo: Option<Piece>,
@@ -53,11 +55,17 @@ pub(super) struct Generating {
 }
 
 impl Generating {
-    pub(super) fn new(request: GenerateRequest, prompt_tokens: usize, echo: Option<Piece>) -> Self {
+    pub(super) fn new(
+        request: GenerateRequest,
+        guide: Option<Guide>,
+        prompt_tokens: usize,
+        echo: Option<Piece>,
+    ) -> Self {
         Self {
             request_max_tokens: request.max_tokens,
             logprobs: request.logprobs,
             sampler: Sampler::new(request.sampling),
+            guide,
             text: TextAssembler::new(request.stop),
             echo,
             shows_end: request.echo,
@@ -450,6 +458,10 @@ impl Scheduler {
                 slot.running = None;
                 (self.emit)(&event);
             }
+            Outcome::Failed(error) => {
+                slot.running = None;
+                self.fail(id, error);
+            }
             Outcome::NoNumbers => {
                 self.break_off(
                     output.slot,
@@ -515,6 +527,7 @@ enum Outcome {
     GoesOn,
     Finished(Finish),
     Done(Event),
+    Failed(RequestError),
     NoNumbers,
 }
 
@@ -539,7 +552,11 @@ fn next_token(
     if generating.request_max_tokens == Some(0) {
         return Outcome::Finished(generating.finish(FinishReason::Length, first_token_at, stage));
     }
-    let Some(token) = generating.sampler.sample(logits, tokens) else { return Outcome::NoNumbers };
+    let token = match choose(generating, tokens, logits, stage.model) {
+        Ok(Some(token)) => token,
+        Ok(None) => return Outcome::NoNumbers,
+        Err(error) => return Outcome::Failed(error),
+    };
     if generating.generated.is_multiple_of(ENTROPY_EVERY) {
         generating.entropy_tokens += 1;
         generating.entropy_nats += entropy(logits);
@@ -561,7 +578,11 @@ fn next_token(
         let (piece, stopped) = generating.text.push(token, &bytes, entry);
         emit(piece);
         tokens.push(token);
-        if stopped {
+        let complete = match generating.guide.as_mut().map(|guide| guide.take(token)).transpose() {
+            Ok(complete) => complete.unwrap_or(false),
+            Err(message) => return Outcome::Failed(misguided(generating, message)),
+        };
+        if stopped || complete {
             reason = Some(FinishReason::Stop);
         } else if generating.request_max_tokens.is_some_and(|max| generating.generated >= max)
             || tokens.len() >= stage.context_tokens
@@ -578,4 +599,40 @@ fn next_token(
         emit(rest);
     }
     Outcome::Finished(generating.finish(reason, first_token_at, stage))
+}
+
+/// Chooses the next token: the sampler's own choice where the guide allows it, which needs no look
+/// at the whole vocabulary; else one among those that are allowed. Either way each token has its
+/// share of what is allowed.
+fn choose(
+    generating: &mut Generating,
+    tokens: &[Token],
+    logits: &[f32],
+    model: &Model,
+) -> Result<Option<Token>, RequestError> {
+    let Some(mut token) = generating.sampler.propose(logits, tokens) else { return Ok(None) };
+    if let Some(guide) = &mut generating.guide {
+        let allowed = if model.ends(token) { guide.may_end() } else { guide.allows(token) };
+        let mask = match allowed {
+            Ok(true) => Ok(None),
+            Ok(false) => guide.mask().map(Some),
+            Err(message) => Err(message),
+        };
+        match mask {
+            Ok(None) => {}
+            Ok(Some(mask)) => match generating.sampler.propose_within(&mask) {
+                Some(allowed) => token = allowed,
+                None => return Ok(None),
+            },
+            Err(message) => return Err(misguided(generating, message)),
+        }
+    }
+    generating.sampler.choose(token);
+    Ok(Some(token))
+}
+
+/// A guide that cannot go on.
+fn misguided(generating: &Generating, message: String) -> RequestError {
+    let parameter = generating.guide.as_ref().map_or("constraint", |guide| guide.parameter());
+    RequestError::Invalid { parameter: parameter.to_owned(), message }
 }

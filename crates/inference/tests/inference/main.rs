@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod child;
+mod constrained;
 mod lm_eval;
 mod server;
 mod support;

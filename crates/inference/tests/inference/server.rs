@@ -51,7 +51,7 @@ impl Endpoint {
         Self { host, url, client: reqwest::Client::new(), stop: Some(stop), server }
     }
 
-    async fn new(runtime: RuntimeConfig) -> Self {
+    pub async fn new(runtime: RuntimeConfig) -> Self {
         Self::serving(model(runtime)).await
     }
 
@@ -66,7 +66,7 @@ impl Endpoint {
         self.host.activate(staged);
     }
 
-    async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+    pub async fn post(&self, path: &str, body: Value) -> (u16, Value) {
         self.post_text(path, body.to_string()).await
     }
 
@@ -77,14 +77,14 @@ impl Endpoint {
         (status, response.json().await.expect("JSON"))
     }
 
-    async fn get(&self, path: &str) -> (u16, String) {
+    pub async fn get(&self, path: &str) -> (u16, String) {
         let response = self.client.get(format!("{}{path}", self.url)).send().await;
         let response = response.expect("an answer");
         (response.status().as_u16(), response.text().await.expect("text"))
     }
 
     /// The events of a stream; `[DONE]` is a string.
-    async fn events(&self, path: &str, body: Value) -> Vec<Value> {
+    pub async fn events(&self, path: &str, body: Value) -> Vec<Value> {
         let url = format!("{}{path}", self.url);
         let response = self.client.post(url).body(body.to_string()).send().await.expect("begins");
         assert_eq!(response.headers()["content-type"], "text/event-stream");
@@ -107,11 +107,11 @@ fn events_of(text: &str) -> Vec<Value> {
         .collect()
 }
 
-fn completion(max_tokens: u32) -> Value {
+pub fn completion(max_tokens: u32) -> Value {
     json!({ "model": "glass", "prompt": PROMPT, "temperature": 0, "max_tokens": max_tokens })
 }
 
-fn with(mut body: Value, name: &str, value: Value) -> Value {
+pub fn with(mut body: Value, name: &str, value: Value) -> Value {
     body[name] = value;
     body
 }
@@ -343,7 +343,10 @@ async fn wrong_requests_get_errors_in_openais_shape() {
         ("logit_bias", json!({ "x": 1 })),
         ("logprobs", json!(50)),
         ("best_of", json!(3)),
-        ("response_format", json!({ "type": "json_object" })),
+        ("response_format", json!({ "type": "yaml" })),
+        ("response_format", json!({ "type": "json_schema", "json_schema": {} })),
+        ("regex", json!("(")),
+        ("grammar", json!("root = 5")),
         ("stream_options", json!({ "include_usage": true })),
         ("colour", json!("red")),
     ] {

@@ -33,3 +33,13 @@ pub fn glass() -> PathBuf {
 pub fn runtime() -> RuntimeConfig {
     RuntimeConfig { context_tokens: 128, threads: 2, ..RuntimeConfig::default() }
 }
+
+/// SmolLM2-135M-Instruct, which `SLMOPS_SMOLLM2` names (`make test` fetches it); says so where there
+/// is none.
+pub fn smollm2() -> Option<PathBuf> {
+    let model = std::env::var_os("SLMOPS_SMOLLM2").map(PathBuf::from);
+    if model.is_none() {
+        eprintln!("skipped: SLMOPS_SMOLLM2 does not name the SmolLM2 GGUF file");
+    }
+    model
+}
