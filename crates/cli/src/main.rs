@@ -30,7 +30,8 @@ use crate::output::Format;
 
 /// Work that runs in a process of its own, whose crashes and memory are not this one's.
 fn jobs() -> Vec<Job> {
-    [slmops_evaluate::JOBS, slmops_optimize::JOBS, &[commands::up::DELTA_JOB]].concat()
+    let own = [commands::up::DELTA_JOB, bench::serve::raw::RAW_LOOP];
+    [slmops_evaluate::JOBS, slmops_optimize::JOBS, &own].concat()
 }
 
 fn main() -> ExitCode {

@@ -14,7 +14,7 @@ use slmops_api::evidence::EvidenceCounts;
 use slmops_api::runtime::EffectiveConfig;
 use tokio::sync::{broadcast, watch};
 
-use crate::metrics::{GenerationMeter, Metrics};
+use crate::metrics::{GenerationMeter, Metrics, Operation};
 use crate::worker::{
     Ending, Finish, GenerateRequest, Generation, Memory, Output, Piece, Worker, WorkerError,
     WorkerSpec,
@@ -306,15 +306,17 @@ impl ModelHost {
         }
     }
 
-    /// Begins an answer. `request` is made from the worker, whose chat template may matter.
+    /// Begins an answer, counted under `operation`. `request` is made from the worker, whose chat template may matter.
     ///
     /// # Errors
     /// There is no worker, or the request cannot be made.
-    pub async fn generate(
+    pub(crate) async fn generate(
         &self,
+        operation: Operation,
         request: impl Fn(&Worker) -> Result<GenerateRequest, WorkerError>,
     ) -> Result<MeteredGeneration, HostError> {
-        let mut meter = self.metrics.begin();
+        let model = self.current().map(|(spec, _)| spec.id.clone()).unwrap_or_default();
+        let mut meter = self.metrics.begin(operation, model);
         let begun = loop {
             let (_, worker) = self.worker().await?;
             match request(&worker).and_then(|request| worker.generate(request)) {

@@ -18,6 +18,11 @@ const LONG_BUCKETS_S: [f64; 14] =
 /// Upper bounds of the histogram of the time between tokens, in seconds.
 const TOKEN_BUCKETS_S: [f64; 12] =
     [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0];
+/// Upper bounds of the histograms of tokens, as OpenTelemetry's conventions advise.
+const COUNT_BUCKETS: [f64; 10] =
+    [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262_144.0];
+/// Models whose answers are told apart, at most; a device that is updated for years forgets the oldest.
+const MODELS: usize = 8;
 /// Requests whose time to first token makes the median.
 const RECENT_REQUESTS: usize = 100;
 /// Answers that can still be called good or bad.
@@ -46,15 +51,65 @@ impl Histogram {
         self.sum += value;
     }
 
-    fn write(&self, text: &mut String, name: &str, help: &str) {
-        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
+    fn write(&self, text: &mut String, name: &str, labels: &str) {
         let mut cumulative = 0;
         for (bound, count) in self.bounds.iter().zip(&self.counts) {
             cumulative += count;
-            let _ = writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {cumulative}");
+            let _ = writeln!(text, "{name}_bucket{{{labels},le=\"{bound}\"}} {cumulative}");
         }
-        let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {}", self.count);
-        let _ = writeln!(text, "{name}_sum {}\n{name}_count {}", self.sum, self.count);
+        let _ = writeln!(text, "{name}_bucket{{{labels},le=\"+Inf\"}} {}", self.count);
+        let _ = writeln!(text, "{name}_sum{{{labels}}} {}", self.sum);
+        let _ = writeln!(text, "{name}_count{{{labels}}} {}", self.count);
+    }
+}
+
+/// What is asked of a model, by its name in OpenTelemetry's conventions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Operation {
+    Chat,
+    TextCompletion,
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::TextCompletion => "text_completion",
+        }
+    }
+}
+
+/// The histograms of one operation of one model.
+struct Series {
+    operation: Operation,
+    model: String,
+    first_token: Histogram,
+    between_tokens: Histogram,
+    whole: Histogram,
+    input_tokens: Histogram,
+    output_tokens: Histogram,
+}
+
+impl Series {
+    fn new(operation: Operation, model: &str) -> Self {
+        Self {
+            operation,
+            model: model.to_owned(),
+            first_token: Histogram::new(&LONG_BUCKETS_S),
+            between_tokens: Histogram::new(&TOKEN_BUCKETS_S),
+            whole: Histogram::new(&LONG_BUCKETS_S),
+            input_tokens: Histogram::new(&COUNT_BUCKETS),
+            output_tokens: Histogram::new(&COUNT_BUCKETS),
+        }
+    }
+
+    /// Its labels, by the conventions' present names and by that which they had before.
+    fn labels(&self) -> String {
+        let model = self.model.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', " ");
+        format!(
+            "gen_ai_operation_name=\"{}\",gen_ai_provider_name=\"slmops\",gen_ai_system=\"slmops\",gen_ai_request_model=\"{model}\"",
+            self.operation.name()
+        )
     }
 }
 
@@ -78,9 +133,8 @@ struct Counters {
     quality: EvidenceCounts,
     waiting: u64,
     running: u64,
-    first_token: Histogram,
-    between_tokens: Histogram,
-    whole: Histogram,
+    /// By model and operation, the newest model's last.
+    series: Vec<Series>,
     recent_first_token_ms: VecDeque<f64>,
     /// Ids of answers of the model that serves which nobody has called good or bad.
     recent_answers: VecDeque<String>,
@@ -104,9 +158,7 @@ impl Default for Metrics {
             quality: EvidenceCounts::default(),
             waiting: 0,
             running: 0,
-            first_token: Histogram::new(&LONG_BUCKETS_S),
-            between_tokens: Histogram::new(&TOKEN_BUCKETS_S),
-            whole: Histogram::new(&LONG_BUCKETS_S),
+            series: Vec::new(),
             recent_first_token_ms: VecDeque::new(),
             recent_answers: VecDeque::new(),
             rate: VecDeque::new(),
@@ -138,6 +190,18 @@ impl Counters {
         if self.rate.is_empty() { 0.0 } else { tokens as f64 / self.rate.len() as f64 }
     }
 
+    fn series(&mut self, operation: Operation, model: &str) -> &mut Series {
+        let is_it = |it: &Series| it.operation == operation && it.model == model;
+        let place = self.series.iter().position(is_it).unwrap_or_else(|| {
+            if self.series.len() == 2 * MODELS {
+                self.series.remove(0);
+            }
+            self.series.push(Series::new(operation, model));
+            self.series.len() - 1
+        });
+        &mut self.series[place]
+    }
+
     fn median_first_token_ms(&self) -> f64 {
         let mut sorted: Vec<f64> = self.recent_first_token_ms.iter().copied().collect();
         sorted.sort_by(f64::total_cmp);
@@ -150,11 +214,13 @@ impl Metrics {
         act(&mut self.0.lock().expect("no holder panics"))
     }
 
-    /// A request for an answer came.
-    pub(crate) fn begin(&self) -> GenerationMeter {
+    /// A request for an answer of a model came.
+    pub(crate) fn begin(&self, operation: Operation, model: String) -> GenerationMeter {
         self.with(|counters| counters.waiting += 1);
         GenerationMeter {
             metrics: self.clone(),
+            operation,
+            model,
             began: Instant::now(),
             stage: Stage::Waiting,
             last_token_at: None,
@@ -281,21 +347,37 @@ impl Metrics {
             ] {
                 write_metric(&mut text, name, "gauge", help, value as f64);
             }
-            counters.first_token.write(
-                &mut text,
-                "slmops_time_to_first_token_seconds",
-                "From a request's arrival to its first token.",
-            );
-            counters.between_tokens.write(
-                &mut text,
-                "slmops_time_per_output_token_seconds",
-                "Between one token of an answer and the next.",
-            );
-            counters.whole.write(
-                &mut text,
-                "slmops_request_duration_seconds",
+            let series = &counters.series;
+            let mut family = |name: &str, help: &str, of: fn(&Series) -> &Histogram| {
+                let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
+                series.iter().for_each(|it| of(it).write(&mut text, name, &it.labels()));
+            };
+            family(
+                "gen_ai_server_request_duration_seconds",
                 "From a request's arrival to its end.",
+                |series| &series.whole,
             );
+            family(
+                "gen_ai_server_time_to_first_token_seconds",
+                "From a request's arrival to its first token.",
+                |series| &series.first_token,
+            );
+            family(
+                "gen_ai_server_time_per_output_token_seconds",
+                "Between one token of an answer and the next.",
+                |series| &series.between_tokens,
+            );
+            let name = "gen_ai_client_token_usage";
+            let help = "Tokens of a request and of its answer.";
+            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
+            for series in &counters.series {
+                for (kind, histogram) in
+                    [("input", &series.input_tokens), ("output", &series.output_tokens)]
+                {
+                    let labels = format!("{},gen_ai_token_type=\"{kind}\"", series.labels());
+                    histogram.write(&mut text, name, &labels);
+                }
+            }
         });
         text
     }
@@ -319,6 +401,8 @@ enum Stage {
 /// Counts one answer. Dropped before its end it counts as cancelled.
 pub(crate) struct GenerationMeter {
     metrics: Metrics,
+    operation: Operation,
+    model: String,
     began: Instant,
     stage: Stage,
     last_token_at: Option<Instant>,
@@ -365,10 +449,11 @@ impl GenerationMeter {
         let first_ms = (now - self.began).as_secs_f64() * 1e3;
         self.metrics.with(|counters| {
             counters.count_tokens(tokens);
+            let series = counters.series(self.operation, &self.model);
             match last {
-                Some(last) => counters.between_tokens.add((now - last).as_secs_f64()),
+                Some(last) => series.between_tokens.add((now - last).as_secs_f64()),
                 None => {
-                    counters.first_token.add(first_ms / 1e3);
+                    series.first_token.add(first_ms / 1e3);
                     counters.quality.first_tokens += 1;
                     // A microsecond at least, for the logarithm.
                     counters.quality.first_token_ln_ms += first_ms.max(1e-3).ln();
@@ -386,6 +471,7 @@ impl GenerationMeter {
         let rest = u64::from(finish.completion_tokens).saturating_sub(self.counted_tokens);
         let wordless = self.counted_tokens == 0;
         let Findings { repetitive, refusal, json } = self.shape.findings();
+        let (operation, model) = (self.operation, self.model.clone());
         self.enter(Stage::Over, |counters, elapsed| {
             counters.answered += 1;
             counters.quality.empty += u64::from(wordless);
@@ -402,18 +488,22 @@ impl GenerationMeter {
             counters.count_tokens(rest);
             counters.prompt_tokens += u64::from(finish.prompt_tokens);
             counters.cached_tokens += u64::from(finish.cached_tokens);
-            counters.whole.add(elapsed.as_secs_f64());
+            let series = counters.series(operation, &model);
+            series.whole.add(elapsed.as_secs_f64());
+            series.input_tokens.add(f64::from(finish.prompt_tokens));
+            series.output_tokens.add(f64::from(finish.completion_tokens));
         });
     }
 
     pub(crate) fn fail(&mut self, error: &WorkerError) {
         let ours = is_our_fault(error);
+        let (operation, model) = (self.operation, self.model.clone());
         self.enter(Stage::Over, |counters, elapsed| {
             match ours {
                 true => counters.failed += 1,
                 false => counters.refused += 1,
             }
-            counters.whole.add(elapsed.as_secs_f64());
+            counters.series(operation, &model).whole.add(elapsed.as_secs_f64());
         });
     }
 }

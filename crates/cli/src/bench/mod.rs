@@ -7,6 +7,7 @@ mod devices;
 mod hub;
 pub mod measure;
 mod seed;
+pub mod serve;
 mod wire;
 
 use std::collections::BinaryHeap;

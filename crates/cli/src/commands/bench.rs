@@ -35,6 +35,15 @@ pub enum Bench {
         after_help = "Examples:\n  $ slm bench delta smollm2.gguf --weights 24000000\n  $ slm bench delta smollm2.gguf --case light,strong --type own,Q4_K --tool slm,zstd"
     )]
     Delta(super::bench_delta::DeltaBench),
+    /// Measure an endpoint beside the engine's own loop
+    #[command(
+        long_about = "Run `slm serve` and, in turns with it, the engine in a bare loop of its own, with the \
+                      same model, threads and configuration: prompt processing, decoding of one and of \
+                      eight streams, time to the first token, memory. Then 200 clients at once. Nothing \
+                      else should run on the machine meanwhile.",
+        after_help = "Examples:\n  $ slm bench serve smollm2.gguf\n  $ slm bench serve smollm2.gguf --rounds 9 --peer http://127.0.0.1:8000"
+    )]
+    Serve(super::bench_serve::ServeBench),
 }
 
 /// `slm bench fleet`.
@@ -101,6 +110,7 @@ impl Bench {
         match self {
             Self::Fleet(fleet) => fleet.run(session).await,
             Self::Delta(delta) => delta.run(session).await,
+            Self::Serve(serve) => serve.run(session).await,
         }
     }
 }

@@ -4,6 +4,7 @@ pub mod audit;
 pub mod backup;
 pub mod bench;
 pub mod bench_delta;
+mod bench_serve;
 pub mod blueprint;
 pub mod channel;
 pub mod class;

@@ -10,6 +10,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::{App, event, event_stream};
 use crate::host::MeteredGeneration;
+use crate::metrics::Operation;
 use crate::worker::{
     Finish, FinishReason, GenerateRequest, Output, Piece, Prompt, Sampling, Worker, WorkerError,
 };
@@ -105,7 +106,11 @@ impl Job {
         }
         let mut generations = Vec::with_capacity(self.prompts.len());
         for (index, prompt) in self.prompts.iter().enumerate() {
-            let begun = app.host.generate(|worker| {
+            let operation = match self.chat {
+                true => Operation::Chat,
+                false => Operation::TextCompletion,
+            };
+            let begun = app.host.generate(operation, |worker| {
                 let mut request = self.template.clone();
                 request.prompt = prompt(worker)?;
                 // Each answer of a repeatable request is repeatable, and they differ.

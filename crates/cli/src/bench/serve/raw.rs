@@ -1,0 +1,154 @@
+//! What the engine itself does in a loop of its own, without scheduler, process boundary or HTTP: the
+//! ceiling of what the endpoint can do. It runs in a process of its own, so that its memory is its own.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use slmops_api::runtime::RuntimeConfig;
+use slmops_inference::child::Job;
+use slmops_inference::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token};
+
+/// The job's name.
+pub const JOB: &str = "bench-raw-loop";
+/// The loop as a child process.
+pub const RAW_LOOP: Job = Job { name: JOB, run: |input, _| run(input) };
+
+/// What is to be measured.
+#[derive(Serialize, Deserialize)]
+pub struct Work {
+    /// The model file.
+    pub model: PathBuf,
+    /// As the endpoint is configured.
+    pub runtime: RuntimeConfig,
+    /// Text that prompts are cut from.
+    pub text: String,
+    /// Tokens of the long prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of the short prompts, and how many there are.
+    pub short: (usize, usize),
+    /// Tokens that each sequence generates.
+    pub decode_tokens: usize,
+    /// Sequences side by side.
+    pub streams: usize,
+}
+
+/// What was measured.
+#[derive(Serialize, Deserialize)]
+pub struct Figures {
+    /// Prompt processing, tokens per second.
+    pub prompt_per_s: f64,
+    /// Decoding of one sequence, tokens per second.
+    pub decode_per_s: f64,
+    /// Decoding of all sequences together, tokens per second.
+    pub streams_per_s: f64,
+    /// From a short prompt to its first token, in milliseconds.
+    pub first_token_ms: Vec<f64>,
+    /// Resident memory in the end, in bytes.
+    pub resident_bytes: u64,
+}
+
+fn run(input: Value) -> anyhow::Result<Value> {
+    let work: Work = serde_json::from_value(input)?;
+    let options = LoadOptions { check_tensors: true, ..LoadOptions::default() };
+    let model = Arc::new(Model::load(&work.model, &options)?);
+    let sequences = u32::try_from(work.streams)?;
+    let options = ContextOptions {
+        context_tokens: work.runtime.context_tokens,
+        sequences,
+        batch_tokens: work.runtime.batch_tokens,
+        outputs: sequences,
+        threads: work.runtime.threads,
+        kv_type: work.runtime.kv_type,
+        flash_attention: work.runtime.flash_attention,
+        embeddings: false,
+        abort: None,
+    };
+    let mut engine = Loop { context: Context::new(&model, &options)?, batch: Batch::new() };
+    let tokens = model.tokenise(&work.text, false, false)?;
+    let prompt = |skip: usize, length: usize| -> Vec<Token> {
+        tokens.iter().copied().cycle().skip(skip * 7).take(length).collect()
+    };
+
+    // The first one touches every weight and buffer.
+    engine.prompt(0, &prompt(1, work.prompt_tokens))?;
+    let long = prompt(2, work.prompt_tokens);
+    let started = Instant::now();
+    engine.prompt(0, &long)?;
+    let prompt_per_s = long.len() as f64 / started.elapsed().as_secs_f64();
+    let mut first_token_ms = Vec::new();
+    for number in 0..work.short.1 {
+        let short = prompt(3 + number, work.short.0);
+        let started = Instant::now();
+        engine.prompt(0, &short)?;
+        first_token_ms.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    let decode_per_s = engine.decode(&[prompt(5, work.short.0)], work.decode_tokens)?;
+    let prompts: Vec<_> =
+        (0..work.streams).map(|number| prompt(9 + number, work.short.0)).collect();
+    let streams_per_s = engine.decode(&prompts, work.decode_tokens)?;
+    let figures = Figures {
+        prompt_per_s,
+        decode_per_s,
+        streams_per_s,
+        first_token_ms,
+        resident_bytes: super::resident_bytes(std::process::id()),
+    };
+    Ok(serde_json::to_value(figures)?)
+}
+
+struct Loop {
+    context: Context,
+    batch: Batch,
+}
+
+impl Loop {
+    /// Computes a prompt from nothing; gives the most probable next token.
+    fn prompt(&mut self, sequence: u32, tokens: &[Token]) -> anyhow::Result<Token> {
+        self.context.truncate(sequence, 0);
+        let (mut place, last) = (0, tokens.len() - 1);
+        let mut next = None;
+        for piece in tokens.chunks(self.context.batch_tokens() as usize) {
+            self.batch.clear();
+            for token in piece {
+                let at = self.batch.push(*token, u32::try_from(place)?, sequence, place == last);
+                if place == last {
+                    next = Some(at);
+                }
+                place += 1;
+            }
+            self.context.decode(&mut self.batch)?;
+        }
+        next.and_then(|at| most_probable(self.context.logits(at)?)).context("no logits came")
+    }
+
+    /// Generates `count` tokens after each prompt, all of them side by side; tokens per second.
+    fn decode(&mut self, prompts: &[Vec<Token>], count: usize) -> anyhow::Result<f64> {
+        let mut next = Vec::new();
+        for (sequence, prompt) in (0..).zip(prompts) {
+            next.push(self.prompt(sequence, prompt)?);
+        }
+        let started = Instant::now();
+        for step in 0..count {
+            self.batch.clear();
+            for (sequence, token) in next.iter().enumerate() {
+                let place = u32::try_from(prompts[sequence].len() + step)?;
+                self.batch.push(*token, place, u32::try_from(sequence)?, true);
+            }
+            self.context.decode(&mut self.batch)?;
+            for (at, token) in next.iter_mut().enumerate() {
+                let chosen = self.context.logits(at).and_then(most_probable);
+                *token = chosen.context("no logits came")?;
+            }
+        }
+        Ok((count * prompts.len()) as f64 / started.elapsed().as_secs_f64())
+    }
+}
+
+fn most_probable(logits: &[f32]) -> Option<Token> {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1))?;
+    Token::try_from(best.0).ok()
+}
