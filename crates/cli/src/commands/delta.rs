@@ -164,14 +164,6 @@ impl Patch {
             let needed = header.delta_bytes();
             return Err(DeltaError::Truncated { needed, available }).user(what);
         }
-        let found = Digest::of(&old);
-        if found != header.from {
-            let (old, found, expected) = (self.old.display(), found.short(), header.from.short());
-            return Err(Failure::user(format!(
-                "`{old}` is {found}, and the delta changes {expected}"
-            ))
-            .hint("give it the file that the delta was made from, or make a delta from this one"));
-        }
         check_space(&self.out, header.to_bytes)?;
         let started = Instant::now();
         let mut done = 0;
@@ -182,6 +174,13 @@ impl Patch {
                 (&*file).write_all(piece)
             };
             let applied = slmops_delta::apply(&old, &delta, threads(self.threads), emit);
+            if let Err(DeltaError::Base { .. } | DeltaError::Frame { .. }) = &applied {
+                // What comes out is checked, so that the old file is only looked at to tell why.
+                let found = Digest::of(&old);
+                if found != header.from {
+                    return Err(self.wrong_base(found, header.from));
+                }
+            }
             applied.user(|| writing(&self.out))
         })?;
         Ok(Patched {
@@ -192,6 +191,14 @@ impl Patch {
             delta_bytes: header.delta_bytes(),
             took_ms: started.elapsed().as_millis() as u64,
         })
+    }
+}
+
+impl Patch {
+    fn wrong_base(&self, found: Digest, expected: Digest) -> Failure {
+        let (old, found, expected) = (self.old.display(), found.short(), expected.short());
+        Failure::user(format!("`{old}` is {found}, and the delta changes {expected}"))
+            .hint("give it the file that the delta was made from, or make a delta from this one")
     }
 }
 
