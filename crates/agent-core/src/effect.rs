@@ -50,6 +50,9 @@ pub enum Effect {
         route: Vec<Delta>,
         /// Devices of the same site that have the weights. They come before everything else.
         peers: Vec<String>,
+        /// A model file that was given up to make room for the weights, and is in use by nobody: the
+        /// route changes it where it lies; what does not come that way comes once it is deleted.
+        gives_up: Option<Digest>,
         /// Bytes a second, at most.
         max_rate_bytes_per_s: Option<u64>,
     },
@@ -170,6 +173,11 @@ impl From<Package> for Offer {
 pub enum FetchError {
     /// Nobody's fault: try again.
     Obstacle(Obstacle),
+    /// The disk has no room for it.
+    NoRoom {
+        /// How many bytes more would have to be free.
+        short_bytes: u64,
+    },
     /// The source does not have it.
     Missing,
     /// The signature is missing, wrong, or by a key that this device does not trust.

@@ -141,6 +141,10 @@ pub struct Ledger {
     /// The confirmed deployment before, kept for going back.
     #[serde(default)]
     pub previous: Option<Deployment>,
+    /// The confirmed deployment before, where its file was given up to make room: going back means
+    /// fetching it again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<Deployment>,
     /// What is on its way.
     #[serde(default)]
     pub candidate: Option<Candidate>,
@@ -159,6 +163,7 @@ impl Default for Ledger {
             current: None,
             probes: Vec::new(),
             previous: None,
+            given_up: None,
             candidate: None,
             rejected: Vec::new(),
         }
@@ -246,10 +251,15 @@ impl Ledger {
         })
     }
 
+    /// What was given up and not replaced yet: the device has no model.
+    pub fn without(&self) -> Option<&Deployment> {
+        self.given_up.as_ref().filter(|_| self.current.is_none())
+    }
+
     /// The files of everything that the ledger names.
     pub fn blobs(&self) -> BTreeSet<Digest> {
         let candidate = self.candidate.as_ref().map(|candidate| &candidate.deployment);
-        let named = [self.current.as_ref(), self.previous.as_ref(), candidate];
+        let named = [self.current.as_ref(), self.previous.as_ref(), candidate, self.without()];
         let blobs = named.into_iter().flatten().flat_map(|named| named.package.blobs());
         blobs.map(|blob| blob.digest).collect()
     }
@@ -275,8 +285,9 @@ impl Ledger {
         let refused = |named: &Deployment| {
             self.refuses(named.model.manifest, &named.runtime, u64::MAX).is_some()
         };
-        if self.previous.as_ref().is_some_and(refused) {
-            self.previous = None;
-        }
+        let refuses_previous = self.previous.as_ref().is_some_and(refused);
+        let refuses_given_up = self.given_up.as_ref().is_some_and(refused);
+        self.previous.take_if(|_| refuses_previous);
+        self.given_up.take_if(|_| refuses_given_up);
     }
 }

@@ -69,6 +69,10 @@ enum Op {
     Withdraw,
     /// The hub holds what it asks for, or lets it go on.
     Hold(bool),
+    /// The hub lets it give up the model that serves to make room, or not.
+    Replace(bool),
+    /// So many models fit on the disk; 0: any number.
+    Room(u8),
     /// The hub answers the poll with what it asked for before.
     OldAnswer,
     /// A pending effect happens, and the core hears of it.
@@ -107,6 +111,8 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (model, any::<bool>()).prop_map(|(model, wide)| Op::Publish(model, wide)),
         1 => Just(Op::Withdraw),
         3 => any::<bool>().prop_map(Op::Hold),
+        2 => any::<bool>().prop_map(Op::Replace),
+        3 => (0_u8..4).prop_map(Op::Room),
         1 => Just(Op::OldAnswer),
         60 => any::<u8>().prop_map(Op::Finish),
         3 => any::<u8>().prop_map(Op::Unheard),
@@ -177,6 +183,8 @@ struct World {
     // The world around.
     network: bool,
     disk: bool,
+    /// Models that fit on the disk; 0: any number.
+    room: u8,
     // What survives on the device.
     ledger: Vec<u8>,
     files: BTreeMap<Digest, bool>,
@@ -191,6 +199,8 @@ struct World {
     reported_generation: u64,
     /// The newest that this process has heard, or found in its ledger.
     told: Option<DesiredState>,
+    /// Whether it was ever allowed to give up the model that serves.
+    may_replace: bool,
     /// Whether a worker seemed to crash by itself.
     faulted: bool,
     problems: Vec<String>,
@@ -209,6 +219,7 @@ impl World {
             rules: DeviceRules::default(),
             network: true,
             disk: true,
+            room: 0,
             ledger: ledger.to_bytes(),
             files: BTreeMap::new(),
             pending: Vec::new(),
@@ -219,6 +230,7 @@ impl World {
             probed: BTreeSet::new(),
             reported_generation: 0,
             told: None,
+            may_replace: false,
             faulted: false,
             problems: Vec::new(),
         };
@@ -280,6 +292,15 @@ impl World {
         match effect {
             Effect::Download { package, .. } if held && new(package.manifest) => {
                 self.problems.push("fetches what is held".into());
+            }
+            Effect::Download { gives_up: Some(weights), .. } => {
+                let uses = |it: &Deployment| it.package.weights.digest == *weights;
+                if !self.may_replace || !durable.without().is_some_and(uses) {
+                    self.problems.push("gives up what it may not".into());
+                }
+                if self.workers.values().any(uses) {
+                    self.problems.push("gives up what is in use".into());
+                }
             }
             Effect::Stage { deployment, .. } if held && new(deployment.model.manifest) => {
                 self.problems.push("tries what is held".into());
@@ -374,10 +395,16 @@ impl World {
                 };
                 Event::PackageFetched { id, result }
             }
-            Effect::Download { id, package, .. } => {
+            Effect::Download { id, package, gives_up, .. } => {
+                if let Some(weights) = gives_up {
+                    // Changed where it lay, or deleted.
+                    self.files.remove(&weights);
+                }
+                let short_bytes = self.short_bytes(&package);
                 let result = match behaviour(package.manifest) {
                     _ if !self.network => Err(FetchError::Obstacle(network)),
                     _ if !self.disk => Err(FetchError::Obstacle(storage)),
+                    _ if short_bytes > 0 => Err(FetchError::NoRoom { short_bytes }),
                     Model::MissingAtSource => Err(FetchError::Missing),
                     Model::WrongAtSource => Err(FetchError::Digest),
                     _ => {
@@ -426,6 +453,16 @@ impl World {
             }
             Effect::Collect { .. } | Effect::Cancel { .. } | Effect::StopServing => return None,
         })
+    }
+
+    /// Bytes that the disk lacks for the weights of a package.
+    fn short_bytes(&self, package: &Package) -> u64 {
+        let [probes, weights] = package.blobs().map(|blob| blob.digest);
+        let others = self.files.keys().filter(|file| ![probes, weights].contains(file)).count();
+        match self.room {
+            0 => 0,
+            room => (others as u64 + 1).saturating_sub(room.into()) * package.weights.size_bytes,
+        }
     }
 
     fn intact(&self, package: &Package) -> bool {
@@ -522,6 +559,12 @@ impl World {
                 self.generation += 1;
                 self.rules.hold = hold;
             }
+            Op::Replace(replace) => {
+                self.generation += 1;
+                self.rules.replace = replace;
+                self.may_replace |= replace;
+            }
+            Op::Room(room) => self.room = room,
             Op::OldAnswer => {
                 let poll = self.pending.iter().position(|e| matches!(e, Effect::Poll { .. }));
                 if let Some(Effect::Poll { id, .. }) = poll.map(|index| self.pending.remove(index))
@@ -601,6 +644,11 @@ impl World {
     /// Faults end: everything that is asked for happens, in order, until nothing changes.
     fn heal(&mut self) {
         (self.network, self.disk) = (true, true);
+        // Without leave to give up a model it would wait; so would one that mends its newest model
+        // while the one before serves.
+        if !self.rules.replace || self.durable().previous.is_some() {
+            self.room = 0;
+        }
         for _ in 0..600 {
             let held = |effect: &Effect, generation| matches!(effect, Effect::Poll { known: Some(known), .. } if *known == generation);
             let next = self.pending.iter().position(|effect| !held(effect, self.generation));
@@ -639,6 +687,9 @@ impl World {
         let live = self.live.and_then(|live| self.workers.get(&live));
         if live != ledger.current.as_ref() {
             return Err("does not serve what the ledger names".into());
+        }
+        if ledger.without().is_some() && !self.holds() {
+            return Err("gave up its model, and gets none".into());
         }
         let Some((model, wide)) = self.wish else { return Ok(None) };
         let wanted = desired(self.generation, self.wish, self.rules.clone());

@@ -16,18 +16,17 @@ use reqwest::header::{CONTENT_RANGE, RANGE};
 use slmops_agent_core::{Blob, FetchError, Obstacle, Package, VerifyError};
 use slmops_api::ModelName;
 use slmops_api::delta::{Delta, Fallback, Transfer};
-use slmops_api::device::WaitCause;
+use slmops_api::device::{DISK_RESERVE_BYTES, WaitCause};
 use slmops_artifact::Digest;
 use slmops_artifact::digest::Hasher;
 use tokio::sync::mpsc;
 
 use crate::durable;
 use crate::hub::{DeviceHub, HubError};
-use crate::patch::{self, End, Patch, Recipe};
+use crate::patch::{self, End, Made, Patch, Recipe};
+use crate::replace::{self, Replacement, Unchanged};
 use crate::state::{StateFolder, wait_cause};
 
-/// Bytes that stay free for the ledger and for everyone else on the device.
-const DISK_RESERVE_BYTES: u64 = 16 << 20;
 /// Pieces between the network and the disk, at most.
 const QUEUED_PIECES: usize = 16;
 /// Milliseconds that a download may stand still.
@@ -66,6 +65,8 @@ pub struct Sources<'a> {
     pub route: &'a [Delta],
     /// Devices of the same site that have them.
     pub peers: &'a [String],
+    /// A model file that goes to make room for them.
+    pub gives_up: Option<Digest>,
 }
 
 /// Who is asked for a blob.
@@ -171,6 +172,15 @@ impl From<io::Error> for Refusal {
     }
 }
 
+impl From<Unchanged> for Refusal {
+    fn from(unchanged: Unchanged) -> Self {
+        match unchanged {
+            Unchanged::Fallback(cause) => Self::Fallback(cause),
+            Unchanged::Disk(error) => error.into(),
+        }
+    }
+}
+
 impl From<io::Error> for Problem {
     fn from(error: io::Error) -> Self {
         tracing::warn!("cannot write the download: {error}");
@@ -245,8 +255,27 @@ impl Downloads {
                     whole_bytes: 0,
                     peer_bytes: 0,
                     fallback: None,
+                    gave_up: None,
                 });
             }
+        }
+        let mut route = sources.route;
+        if let Some(base) = sources.gives_up {
+            self.note(|transfer| transfer.gave_up = Some(base));
+            if self.replace_all(name, route, &mut flow, |bytes| progress(bytes, total)).await? {
+                progress(total, total);
+                return Ok(());
+            }
+            let state = self.state.clone();
+            let targets = route.iter().map(|delta| delta.to).chain([weights.digest]);
+            let targets: Vec<Digest> = targets.collect();
+            let discarded = blocking(move || {
+                targets.iter().try_for_each(|to| replace::discard(&state, base, *to))
+            });
+            discarded
+                .await
+                .map_err(|error| FetchError::Obstacle(Obstacle::new(wait_cause(&error))))?;
+            route = &[];
         }
         flow.part = Part::Peer;
         for peer in sources.peers {
@@ -256,22 +285,17 @@ impl Downloads {
             }
         }
         // What is made on the way counts as well: it takes its time.
-        let made: u64 = sources.route.iter().map(|delta| delta.to_bytes).sum();
+        let made: u64 = route.iter().map(|delta| delta.to_bytes).sum();
         let total = probes.size_bytes + made.max(weights.size_bytes);
         let mut before = probes.size_bytes;
-        for delta in sources.route {
+        for delta in route {
             flow.part = Part::Delta;
             match self.patch(name, delta, &mut flow, |bytes| progress(before + bytes, total)).await
             {
                 Ok(()) => before += delta.to_bytes,
                 Err(Refusal::Fetch(error)) => return Err(error),
                 Err(Refusal::Fallback(cause)) => {
-                    tracing::warn!(
-                        "the delta {} does not do ({}); getting the rest of the model itself",
-                        delta.blob.short(),
-                        crate::words::fallback(cause)
-                    );
-                    self.note(|transfer| transfer.fallback = Some(cause));
+                    self.falls_back(delta, cause);
                     break;
                 }
             }
@@ -280,6 +304,84 @@ impl Downloads {
         let before = total - weights.size_bytes;
         self.blob(name, weights, &mut flow, |bytes| progress(before + bytes, total)).await?;
         progress(total, total);
+        Ok(())
+    }
+
+    fn falls_back(&self, delta: &Delta, cause: Fallback) {
+        tracing::warn!(
+            "the delta {} does not do ({}); getting the rest of the model itself",
+            delta.blob.short(),
+            crate::words::fallback(cause)
+        );
+        self.note(|transfer| transfer.fallback = Some(cause));
+    }
+
+    /// Changes a model file where it lies into the last one of `route`; false where that does not do.
+    async fn replace_all(
+        &self,
+        name: &ModelName,
+        route: &[Delta],
+        flow: &mut Flow<'_>,
+        mut progress: impl FnMut(u64),
+    ) -> Result<bool, FetchError> {
+        flow.part = Part::Delta;
+        for delta in route {
+            match self.replace(name, delta, flow, &mut progress).await {
+                Ok(()) => {}
+                Err(Refusal::Fetch(error)) => return Err(error),
+                Err(Refusal::Fallback(cause)) => {
+                    self.falls_back(delta, cause);
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(!route.is_empty())
+    }
+
+    /// Changes a model file by a delta where it lies, going on where an earlier attempt ended.
+    async fn replace(
+        &self,
+        name: &ModelName,
+        delta: &Delta,
+        flow: &mut Flow<'_>,
+        progress: &mut impl FnMut(u64),
+    ) -> Result<(), Refusal> {
+        let guard = Arc::new(self.writer(delta.to).lock_owned().await);
+        let (state, blob) =
+            (self.state.clone(), Blob { digest: delta.to, size_bytes: delta.to_bytes });
+        if blocking(move || state.blob(blob.digest).exists() && check(&state, blob).is_ok()).await {
+            return Ok(());
+        }
+        if !patch::is_header_length(delta.header_bytes) {
+            return Err(Refusal::Fallback(Fallback::Unreadable));
+        }
+        let header = self.delta_header(name, delta, flow).await?;
+        let (state, wanted) = (self.state.clone(), delta.clone());
+        let mut made = blocking(move || Replacement::open(&state, &wanted, &header)).await?;
+        while let Some(run) = made.run() {
+            let end;
+            (made, end) = self
+                .feed(
+                    name,
+                    delta.blob,
+                    run.payloads,
+                    made,
+                    &guard,
+                    flow,
+                    progress,
+                    Replacement::apply,
+                )
+                .await?;
+            match end {
+                End::Complete => {}
+                End::Cut => return Err(cut(&delta.blob)),
+                // The base was right: it is the delta.
+                End::WrongFrame => return Err(Refusal::Fallback(Fallback::DamagedDelta)),
+            }
+        }
+        let (state, wanted) = (self.state.clone(), delta.clone());
+        blocking(move || made.finish(&state, &wanted)).await?;
+        drop(guard);
         Ok(())
     }
 
@@ -332,11 +434,8 @@ impl Downloads {
         })
         .await?;
         let written = made.written();
-        let needed = delta.to_bytes - written.load(Ordering::Relaxed);
-        if self.state.free_bytes() < needed.saturating_add(DISK_RESERVE_BYTES) {
-            let full = Obstacle::new(WaitCause::DiskFull);
-            return Err(Refusal::Fetch(FetchError::Obstacle(full)));
-        }
+        self.check_room(delta.to_bytes - written.load(Ordering::Relaxed))
+            .map_err(Refusal::Fetch)?;
         let mut wrong_frames = 0;
         let damage = loop {
             flow.part = Part::Delta;
@@ -422,17 +521,17 @@ impl Downloads {
 
     /// Gives a part of a blob, as it comes, to `work` on a thread of its own.
     #[expect(clippy::too_many_arguments, reason = "each is another thing of one download")]
-    async fn feed(
+    async fn feed<T: Made + Send + 'static>(
         &self,
         name: &ModelName,
         blob: Digest,
         range: std::ops::Range<u64>,
-        mut made: Patch,
+        mut made: T,
         guard: &Arc<tokio::sync::OwnedMutexGuard<()>>,
         flow: &mut Flow<'_>,
         progress: &mut impl FnMut(u64),
-        work: fn(&mut Patch, mpsc::Receiver<Bytes>) -> io::Result<End>,
-    ) -> Result<(Patch, End), Refusal> {
+        work: fn(&mut T, mpsc::Receiver<Bytes>) -> io::Result<End>,
+    ) -> Result<(T, End), Refusal> {
         let mut left = range.end - range.start;
         let mut pieces = match left {
             0 => None,
@@ -527,11 +626,7 @@ impl Downloads {
     ) -> Result<(), Problem> {
         let state = self.state.clone();
         let (mut file, mut hasher, mut have) = blocking(move || resume(&state, blob)).await?;
-        let needed = (blob.size_bytes - have).saturating_add(DISK_RESERVE_BYTES);
-        if self.state.free_bytes() < needed {
-            let full = Obstacle::new(WaitCause::DiskFull);
-            return Err(Problem::Fetch(FetchError::Obstacle(full)));
-        }
+        self.check_room(blob.size_bytes - have).map_err(Problem::Fetch)?;
         let asked = match from {
             Origin::Hub(name) => self.hub.blob(name, blob.digest, have..blob.size_bytes).await,
             Origin::Peer(url) => ask_peer(&self.peers, url, have).await,
@@ -593,6 +688,15 @@ impl Downloads {
         })
         .await?;
         Ok(())
+    }
+
+    /// Whether so many bytes more may be written.
+    fn check_room(&self, bytes: u64) -> Result<(), FetchError> {
+        let needed = bytes.saturating_add(DISK_RESERVE_BYTES);
+        match needed.saturating_sub(self.state.free_bytes()) {
+            0 => Ok(()),
+            short_bytes => Err(FetchError::NoRoom { short_bytes }),
+        }
     }
 
     fn discard(&self, digest: Digest) {

@@ -49,6 +49,8 @@ pub struct Engine {
 struct Workers {
     staged: HashMap<EffectId, Staged>,
     active: Option<EffectId>,
+    /// Waits for the worker that was taken out of service.
+    leaving: Option<tokio::task::JoinHandle<()>>,
     /// Of which manifest the prompts were replayed last, and what came of it.
     replayed: Option<(Digest, Replay)>,
 }
@@ -204,8 +206,18 @@ impl Engine {
 
     /// Ends the worker that serves.
     pub fn stop_serving(&self) {
-        self.lock().active = None;
-        drop(self.host.deactivate());
+        let mut workers = self.lock();
+        workers.active = None;
+        workers.leaving = Some(self.host.evict(Duration::from_millis(SHUT_DOWN_MS)));
+    }
+
+    /// Waits until the worker that was stopped has let go of its file.
+    pub async fn stopped(&self) {
+        let leaving = self.lock().leaving.take();
+        if let Some(leaving) = leaving {
+            // It is bounded, and gone with the runtime at worst.
+            let _ = leaving.await;
+        }
     }
 
     /// Lets requests finish and ends every worker.

@@ -15,6 +15,7 @@ pub mod identity;
 pub mod outbox;
 mod patch;
 pub mod peers;
+mod replace;
 pub mod shell;
 pub mod state;
 pub mod status;

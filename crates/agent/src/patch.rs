@@ -47,6 +47,18 @@ pub enum End {
     WrongFrame,
 }
 
+/// A file that is made step by step.
+pub trait Made {
+    /// Bytes that are there; grows while frames are applied.
+    fn written(&self) -> Arc<AtomicU64>;
+}
+
+impl Made for Patch {
+    fn written(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.written)
+    }
+}
+
 impl Recipe {
     /// Puts together what a delta says and the file at `old`.
     ///
@@ -117,11 +129,6 @@ impl Patch {
         file.seek(SeekFrom::Start(good))?;
         let written = Arc::new(AtomicU64::new(good));
         Ok(Self { recipe, file, hasher, next, written })
-    }
-
-    /// Bytes that are there; grows while frames are applied.
-    pub fn written(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.written)
     }
 
     /// Where the payloads lie in the delta that are still needed.

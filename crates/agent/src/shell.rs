@@ -274,11 +274,23 @@ impl Running {
                     Event::PackageFetched { id, result }
                 });
             }
-            Effect::Download { id, model, package, route, peers, max_rate_bytes_per_s } => {
+            Effect::Download {
+                id,
+                model,
+                package,
+                route,
+                peers,
+                gives_up,
+                max_rate_bytes_per_s,
+            } => {
                 let (downloads, events) = (Arc::clone(&self.downloads), self.events.clone());
+                let engine = Arc::clone(&self.engine);
                 self.spawn(id, async move {
+                    if gives_up.is_some() {
+                        engine.stopped().await;
+                    }
                     let mut last = None::<Instant>;
-                    let sources = Sources { route: &route, peers: &peers };
+                    let sources = Sources { route: &route, peers: &peers, gives_up };
                     let rate = max_rate_bytes_per_s;
                     let result = downloads
                         .package(

@@ -26,6 +26,7 @@ const STATUS_FILE: &str = "status.json";
 pub const ENDPOINT_KEYS_FILE: &str = "endpoint-keys.toml";
 const BLOBS_FOLDER: &str = "blobs";
 const PARTIAL_FOLDER: &str = "partial";
+const CHANGING_FOLDER: &str = "changing";
 /// Sequence numbers reserved by one write, so that a report costs no write.
 const SEQUENCE_BLOCK: u64 = 1_000;
 /// The longest small file, in bytes.
@@ -51,12 +52,14 @@ impl StateFolder {
     /// # Errors
     /// A folder that cannot be made.
     pub fn create(root: &Path) -> Result<Self, AgentError> {
-        let partial = root.join(BLOBS_FOLDER).join(PARTIAL_FOLDER);
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&partial)
-            .map_err(AgentError::file("make folder", &partial))?;
+        for folder in [PARTIAL_FOLDER, CHANGING_FOLDER] {
+            let path = root.join(BLOBS_FOLDER).join(folder);
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&path)
+                .map_err(AgentError::file("make folder", &path))?;
+        }
         Ok(Self { root: root.to_owned() })
     }
 
@@ -181,17 +184,25 @@ impl StateFolder {
         self.root.join(BLOBS_FOLDER).join(PARTIAL_FOLDER).join(digest.hex())
     }
 
+    /// Where another file becomes this blob, and its journal.
+    pub fn changing(&self, digest: Digest) -> (PathBuf, PathBuf) {
+        let path = self.root.join(BLOBS_FOLDER).join(CHANGING_FOLDER).join(digest.hex());
+        let journal = durable::with_suffix(&path, ".journal");
+        (path, journal)
+    }
+
     /// Deletes every blob that is not in `keep`, whole or partial; says how many bytes that freed.
     pub fn collect(&self, keep: &BTreeSet<Digest>) -> u64 {
         let keep: BTreeSet<String> = keep.iter().map(Digest::hex).collect();
         let blobs = self.root.join(BLOBS_FOLDER);
         let mut freed_bytes = 0;
-        for folder in [blobs.join(PARTIAL_FOLDER), blobs] {
+        for folder in [blobs.join(PARTIAL_FOLDER), blobs.join(CHANGING_FOLDER), blobs] {
             let Ok(files) = std::fs::read_dir(&folder) else { continue };
             for file in files.flatten() {
                 let name = file.file_name().to_string_lossy().into_owned();
                 let Ok(metadata) = file.metadata() else { continue };
-                if metadata.is_file() && !keep.contains(&name) {
+                let digest = name.split('.').next().unwrap_or_default();
+                if metadata.is_file() && !keep.contains(digest) {
                     match std::fs::remove_file(file.path()) {
                         Ok(()) => freed_bytes += metadata.len(),
                         Err(error) => tracing::warn!("delete {}: {error}", file.path().display()),
@@ -395,10 +406,17 @@ mod tests {
         for digest in [kept, dropped] {
             std::fs::write(state.blob(digest), b"12345").unwrap();
             std::fs::write(state.partial(digest), b"123").unwrap();
+            let (changing, journal) = state.changing(digest);
+            std::fs::write(changing, b"12").unwrap();
+            std::fs::write(journal, b"1").unwrap();
         }
-        assert_eq!(state.collect(&BTreeSet::from([kept])), 8);
-        assert!(state.blob(kept).exists() && state.partial(kept).exists());
-        assert!(!state.blob(dropped).exists() && !state.partial(dropped).exists());
+        let paths = |digest| {
+            let (changing, journal) = state.changing(digest);
+            [state.blob(digest), state.partial(digest), changing, journal]
+        };
+        assert_eq!(state.collect(&BTreeSet::from([kept])), 11);
+        assert!(paths(kept).iter().all(|path| path.exists()));
+        assert!(!paths(dropped).iter().any(|path| path.exists()));
         assert!(state.free_bytes() > 0);
     }
 }

@@ -44,6 +44,9 @@ pub struct StatusFile {
     /// The model kept for going back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub previous: Option<InstalledModel>,
+    /// The model that was given up to make room: none answers until another one is here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<InstalledModel>,
     /// What failed here.
     #[serde(default)]
     pub rejected: Vec<Rejection>,
@@ -76,6 +79,7 @@ impl StatusFile {
             hub_answers: status.hub_answers == Some(true),
             wanted: status.wanted.clone(),
             reason: status.reason.clone(),
+            given_up: status.given_up.clone(),
             retry_in_s,
             telemetry,
             facts: Some(facts.clone()),
@@ -109,6 +113,7 @@ impl StatusFile {
             phase,
             running: ledger.current.as_ref().map(|current| current.model.clone()),
             previous: ledger.previous.as_ref().map(|previous| previous.model.clone()),
+            given_up: ledger.without().map(|given_up| given_up.model.clone()),
             rejected: ledger.rejected.iter().map(|entry| entry.rejection.clone()).collect(),
             probes: ledger.probes.clone(),
             telemetry,
@@ -129,6 +134,7 @@ impl StatusFile {
             reason: None,
             running: None,
             previous: None,
+            given_up: None,
             rejected: Vec::new(),
             probes: Vec::new(),
             retry_in_s: None,
@@ -179,6 +185,10 @@ impl StatusFile {
         }
         if let Some(previous) = &self.previous {
             line("previous", words::model(previous));
+        }
+        if let Some(given_up) = &self.given_up {
+            let model = words::model(given_up);
+            line("gave up", format!("{model}, to make room: no model answers meanwhile"));
         }
         for rejection in &self.rejected {
             let failure = words::failure(&rejection.failure);

@@ -20,6 +20,7 @@ pub fn fallback(cause: Fallback) -> &'static str {
         Fallback::DamagedBase => "the model that it changes is damaged on this disk",
         Fallback::DamagedDelta => "the delta itself is damaged",
         Fallback::WrongResult => "what came out is not what was signed",
+        Fallback::NotInPlace => "the old model cannot be changed by it where it lies",
     }
 }
 
@@ -37,6 +38,9 @@ pub fn transfer(transfer: &Transfer) -> String {
     }
     let of = units::size(transfer.size_bytes);
     let mut text = format!("{} for a model of {of}", parts.join(" and "));
+    if transfer.gave_up.is_some() {
+        text += ", in the place of the one before";
+    }
     if let Some(cause) = transfer.fallback {
         text += &format!("; a delta did not do: {}", fallback(cause));
     }

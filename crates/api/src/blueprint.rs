@@ -98,6 +98,10 @@ pub struct PolicyLayer {
     /// Bytes a second with which a device shares its models with its site; 0: it does not.
     #[serde(default)]
     pub share_bytes_per_s: Option<u32>,
+    /// Whether a device whose disk has no room for a second model gives up the one that serves, and
+    /// has none until the new one is confirmed. Without it, such a device waits for room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replace_in_place: Option<bool>,
 }
 
 /// A stored layer.

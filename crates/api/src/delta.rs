@@ -144,6 +144,10 @@ pub struct Transfer {
     /// Why a delta was not used, or not for all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Fallback>,
+    /// Digest of the model file that was given up to make room for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub gave_up: Option<Digest>,
 }
 
 /// By which way a model came to a device.
@@ -216,4 +220,7 @@ pub enum Fallback {
     DamagedDelta,
     /// Every frame was right, and the whole is not what was signed.
     WrongResult,
+    /// The file that it changes had to be changed where it lies, and that takes too much room or
+    /// memory, or was begun with another delta.
+    NotInPlace,
 }

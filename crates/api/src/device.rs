@@ -21,6 +21,9 @@ use crate::rules::DeviceRules;
 use crate::runtime::{EffectiveConfig, RuntimeConfig};
 use crate::{ClassName, DeviceId, InvitationId, KeyId, ModelName, SiteName, VariantName};
 
+/// Bytes that stay free where models are kept, for the device's own notes and for everyone else.
+pub const DISK_RESERVE_BYTES: u64 = 16 << 20;
+
 /// Text that a device signs for a token is this, a newline, its id, a newline and the challenge.
 pub const TOKEN_CONTEXT: &str = "slmops device token v1";
 

@@ -38,6 +38,11 @@ pub struct DeviceRules {
     /// the site's line, at so many bytes a second together; they are not if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub share_bytes_per_s: Option<u64>,
+    /// A device whose disk has no room for a second model gives up the one that serves: it has none
+    /// until the new one is confirmed, and if that fails until it has fetched the old one again.
+    /// Without this it waits for room. What it allows nobody has to obey.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub replace: bool,
 }
 
 /// Hours of the week in a time zone.
@@ -82,9 +87,11 @@ impl DeviceRules {
     const METERED: &str = "metered";
     const MAX_RATE: &str = "max_rate";
     const SHARE: &str = "share";
+    /// The name of [`DeviceRules::replace`].
+    pub const REPLACE: &str = "replace";
     /// Every rule that an agent of this version obeys, by name; see
     /// [`crate::device::DeviceFacts::obeys`].
-    pub const ALL: [&str; 7] = [
+    pub const ALL: [&str; 8] = [
         Self::HOLD,
         Self::ACTIVATE_AT,
         Self::ACTIVATE_IN,
@@ -92,6 +99,7 @@ impl DeviceRules {
         Self::METERED,
         Self::MAX_RATE,
         Self::SHARE,
+        Self::REPLACE,
     ];
 
     /// Whether there are no rules at all.
@@ -99,7 +107,8 @@ impl DeviceRules {
         *self == Self::default()
     }
 
-    /// The names of the rules that are given.
+    /// The names of the rules that are given and hold something up: an agent that does not know
+    /// them would do what it must not.
     pub fn names(&self) -> Vec<&'static str> {
         let given = [
             (Self::HOLD, self.hold),
@@ -133,6 +142,7 @@ impl DeviceRules {
             metered: self.metered.and(other.metered),
             max_rate_bytes_per_s: least(self.max_rate_bytes_per_s, other.max_rate_bytes_per_s),
             share_bytes_per_s: least(self.share_bytes_per_s, other.share_bytes_per_s),
+            replace: self.replace || other.replace,
         }
     }
 }
@@ -182,6 +192,9 @@ impl fmt::Display for DeviceRules {
         words.extend(rate.map(|bytes| format!("fetches at most {bytes} bytes/s")));
         let share = self.share_bytes_per_s;
         words.extend(share.map(|bytes| format!("shares with its site at {bytes} bytes/s")));
+        if self.replace {
+            words.push("gives up its model where there is no room for two".to_owned());
+        }
         f.write_str(&words.join("; "))
     }
 }

@@ -1,4 +1,5 @@
 use std::borrow::Cow;
+use std::ops::Range;
 use std::thread;
 
 use slmops_artifact::digest::Hasher;
@@ -39,14 +40,24 @@ impl Header {
                 found_bytes: old.len() as u64,
             });
         }
+        self.decode_from(index, Old::Whole(old), payload)
+    }
+
+    /// The same, from old bytes that were checked to be enough.
+    pub(crate) fn decode_from<'a>(
+        &self,
+        index: usize,
+        old: Old<'a>,
+        payload: &[u8],
+    ) -> Result<Cow<'a, [u8]>, DeltaError> {
         let frame = &self.frames[index];
         let wrong = DeltaError::Frame { frame: index, base: self.from };
         let len = (frame.output.end - frame.output.start) as usize;
         let output = match &frame.body {
-            Body::Copy(from) => Cow::Borrowed(&old[*from as usize..][..len]),
+            Body::Copy(from) => Cow::Borrowed(old.slice(&(*from..*from + len as u64))),
             Body::Stored => Cow::Owned(payload.to_vec()),
             Body::Zstd(prefix) => {
-                let prefix = &old[prefix.start as usize..prefix.end as usize];
+                let prefix = old.slice(prefix);
                 let mut context = zstd_safe::DCtx::create();
                 let mut output = vec![0; len];
                 let written = context
@@ -65,6 +76,35 @@ impl Header {
             }
         };
         if check(&output) == frame.check { Ok(output) } else { Err(wrong) }
+    }
+}
+
+/// The old file, or the parts of it that are needed.
+#[derive(Clone, Copy)]
+pub(crate) enum Old<'a> {
+    Whole(&'a [u8]),
+    /// By where they begin, and the shorter one first where two begin at the same place.
+    Parts(&'a [Part]),
+}
+
+/// Bytes of the old file.
+pub(crate) struct Part {
+    pub(crate) start: u64,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl<'a> Old<'a> {
+    fn slice(self, range: &Range<u64>) -> &'a [u8] {
+        match self {
+            Self::Whole(bytes) => &bytes[range.start as usize..range.end as usize],
+            Self::Parts(_) if range.is_empty() => &[],
+            Self::Parts(parts) => {
+                let after = parts.partition_point(|part| part.start <= range.start);
+                let part = &parts[after - 1];
+                &part.bytes[(range.start - part.start) as usize..]
+                    [..(range.end - range.start) as usize]
+            }
+        }
     }
 }
 
@@ -98,14 +138,14 @@ pub(crate) fn code<C: Coder>(
     coder: &mut C,
     models: &mut Models<'_>,
     segments: &[Segment],
-    old: &[u8],
+    old: Old<'_>,
     output: &mut [u8],
 ) {
     let mut rest = output;
     for segment in segments {
         let (new, after) = rest.split_at_mut(segment.output_bytes as usize);
         rest = after;
-        let old = &old[segment.old.start as usize..segment.old.end as usize];
+        let old = old.slice(&segment.old);
         let model = models.get(segment.pair);
         match segment.pair {
             (Some(kind), Some(old_kind)) if is_plain(kind) => {

@@ -9,7 +9,7 @@ use slmops_artifact::Digest;
 use slmops_artifact::gguf::{self, TensorType};
 use zstd_safe::{CCtx, CParameter};
 
-use crate::apply::{Models, code};
+use crate::apply::{Models, Old, code};
 use crate::coder::{Encoder, Learner};
 use crate::format::{
     Body, Frame, Header, MAX_FRAME_BYTES, MAX_PAIRS, MAX_PREFIX_BYTES, MAX_SEGMENTS, Pair, Segment,
@@ -170,9 +170,9 @@ pub fn encode(
 }
 
 /// A frame as it was made.
-struct Made {
-    body: Body,
-    payload: Vec<u8>,
+pub(crate) struct Made {
+    pub(crate) body: Body,
+    pub(crate) payload: Vec<u8>,
     /// What the segments of a coded frame cost.
     segments: Vec<Piece>,
 }
@@ -291,6 +291,7 @@ fn coded(header: &Header, segments: &[Segment], old: &[u8], new: &[u8]) -> Made 
         let (output, after) = rest.split_at_mut(segment.output_bytes as usize);
         rest = after;
         let before = coder.written();
+        let old = Old::Whole(old);
         code(&mut coder, &mut models, slice::from_ref(segment), old, output);
         costs.push(Piece {
             bytes: segment.output_bytes,
@@ -365,7 +366,7 @@ fn compressed(old: &[u8], new: &[u8], prefix: &Range<u64>, level: i32) -> Made {
 }
 
 /// zstd with a prefix, or the bytes as they are.
-fn compress(old: &[u8], new: &[u8], prefix: &Range<u64>, level: i32) -> Made {
+pub(crate) fn compress(old: &[u8], new: &[u8], prefix: &Range<u64>, level: i32) -> Made {
     let old = &old[range(prefix)];
     let mut context = CCtx::create();
     let window = (old.len() + new.len()).next_power_of_two().ilog2().clamp(17, 24);
@@ -407,7 +408,7 @@ fn learn(header: &mut Header, plans: &[Plan], old: &[u8], new: &[u8]) {
     let skip = coded.len().div_ceil(SAMPLE_FRAMES).max(1);
     for (plan, segments) in coded.into_iter().step_by(skip) {
         let mut output = new[range(&plan.output)].to_vec();
-        code(&mut Learner, &mut models, segments, old, &mut output);
+        code(&mut Learner, &mut models, segments, Old::Whole(old), &mut output);
     }
     let learned = models.into_used().into_iter();
     header.priors = learned

@@ -51,6 +51,18 @@ pub enum DeltaError {
         /// The digest of what came out.
         found: Digest,
     },
+    /// It cannot be applied in place with bounded memory.
+    #[error("apply the delta in place: {0}\nhint: apply it to another file, or fetch the whole")]
+    Entangled(&'static str),
+    /// A journal of an application in place is about another delta.
+    #[error(
+        "apply the delta in place: the journal beside the file is about another delta, with which \
+         the file was changed half-way\nhint: go on with that delta, or fetch the whole file"
+    )]
+    Journal,
+    /// The file that is changed in place, or its journal, refused.
+    #[error("change the file in place\nhint: check that the disk has space, then go on")]
+    Storage(#[source] std::io::Error),
     /// The output refused.
     #[error("write the new file\nhint: check that the disk has space")]
     Write(#[source] std::io::Error),

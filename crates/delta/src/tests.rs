@@ -105,6 +105,7 @@ fn check(old: &[u8], new: &[u8]) -> Encoded {
         .unwrap();
         assert!(out == new, "the result differs");
     }
+    assert!(crate::rewrite::tests::in_place(old, &encoded.bytes) == new, "in place it differs");
     encoded
 }
 

@@ -23,7 +23,7 @@ pub const QUEUE_LIMIT: (u32, u32) = (0, 4096);
 /// Bounds of `policy.confirm_timeout_s`.
 pub const CONFIRM_TIMEOUT_S: (u32, u32) = (5, 604_800);
 /// Every key, in the order in which they are explained.
-const KEYS: [&str; 17] = [
+const KEYS: [&str; 18] = [
     "model",
     "channel",
     "runtime.context_tokens",
@@ -41,6 +41,7 @@ const KEYS: [&str; 17] = [
     "policy.max_rate_bytes_per_s",
     "policy.metered",
     "policy.share_bytes_per_s",
+    "policy.replace_in_place",
 ];
 /// `policy.time_zone` for each device's own.
 const DEVICE_TIME_ZONE: &str = "device";
@@ -117,7 +118,7 @@ impl BlueprintError {
                 "keys are overridable, model, channel, runtime.{context_tokens, parallel, threads, batch_tokens, kv_type, \
                  flash_attention, queue_limit} and policy.{confirm_timeout_s, frozen, activate_in, \
                  download_in, time_zone, metered, max_rate_bytes_per_s, \
-                 share_bytes_per_s}"
+                 share_bytes_per_s, replace_in_place}"
             }
             Self::Bounds { .. } => "choose a value within the bounds",
             Self::TimeZone { .. } => {
@@ -305,6 +306,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut metered = Metered::default();
     let mut max_rate = 0;
     let mut share = 0;
+    let mut replace = false;
 
     let mut model_is = Setting::new("model", "(none)");
     let mut channel_is = Setting::new("channel", "(none)");
@@ -323,6 +325,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut rate_is = Setting::new("policy.max_rate_bytes_per_s", max_rate);
     let mut metered_is = Setting::new("policy.metered", quoted(metered));
     let mut share_is = Setting::new("policy.share_bytes_per_s", share);
+    let mut replace_is = Setting::new("policy.replace_in_place", replace);
 
     // What sites and devices may override, and who says so.
     let mut overridable: Option<(Vec<String>, String)> = None;
@@ -402,6 +405,8 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
         );
         let given = policy.share_bytes_per_s;
         share_is.set(&mut share, given.as_ref(), &layer, number(given));
+        let given = policy.replace_in_place;
+        replace_is.set(&mut replace, given.as_ref(), &layer, truth(given));
     }
 
     if runtime.kv_type == KvType::Q8_0 && !runtime.flash_attention {
@@ -418,6 +423,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
         metered,
         max_rate_bytes_per_s: (max_rate > 0).then_some(u64::from(max_rate)),
         share_bytes_per_s: (share > 0).then_some(u64::from(share)),
+        replace,
         ..DeviceRules::default()
     };
     let settings = [
@@ -438,6 +444,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
         rate_is,
         metered_is,
         share_is,
+        replace_is,
     ];
     debug_assert!(settings.iter().map(|setting| setting.key).eq(KEYS), "every key is explained");
     let mut conflicts = Vec::new();

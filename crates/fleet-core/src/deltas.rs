@@ -194,6 +194,7 @@ mod tests {
             whole_bytes,
             peer_bytes,
             fallback: None,
+            gave_up: None,
         };
         let told = [
             (transfer(100, 0, 0), 80),

@@ -10,6 +10,7 @@ pub mod fit;
 pub mod gate;
 pub mod labels;
 pub mod rollout;
+pub mod room;
 pub mod survey;
 #[cfg(test)]
 mod testing;

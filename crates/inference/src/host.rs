@@ -244,6 +244,20 @@ impl ModelHost {
         })
     }
 
+    /// Takes the model out of service and lets go of its file: what runs is finished, but not for
+    /// longer than `limit`. The handle waits until the worker's process has ended.
+    pub fn evict(&self, limit: Duration) -> tokio::task::JoinHandle<()> {
+        let worker = self.lock().current.as_ref().map(|current| current.worker.clone());
+        let leaving = self.deactivate();
+        tokio::spawn(async move {
+            let left = tokio::time::timeout(limit, leaving).await;
+            if let (Err(_), Some(worker)) = (left, worker) {
+                worker.kill();
+                worker.ended().await;
+            }
+        })
+    }
+
     /// Takes no more requests, and waits until those under way are done, at most for `limit`.
     pub async fn shut_down(&self, limit: Duration) {
         self.lock().closed = true;

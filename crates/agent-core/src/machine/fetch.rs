@@ -57,7 +57,7 @@ impl<R: Rng> Core<R> {
     /// Model files that are here and whole, as far as is known.
     fn bases(&self) -> Vec<Digest> {
         let current = self.ledger.current.as_ref().filter(|_| !self.damaged);
-        let named = current.into_iter().chain(&self.ledger.previous);
+        let named = current.into_iter().chain(&self.ledger.previous).chain(self.ledger.without());
         named.map(|named| named.package.weights.digest).collect()
     }
 
@@ -70,6 +70,10 @@ impl<R: Rng> Core<R> {
     ) {
         match error {
             FetchError::Obstacle(obstacle) => self.pause(now, target, Some(obstacle), resume),
+            FetchError::NoRoom { .. } => {
+                let full = Obstacle::new(WaitCause::DiskFull);
+                self.pause(now, target, Some(full), resume);
+            }
             FetchError::Missing => {
                 target.missing += 1;
                 if target.missing >= self.config.missing_limit {
@@ -102,7 +106,20 @@ impl<R: Rng> Core<R> {
         let model = Box::new(target.model.clone());
         let route = target.route.clone();
         let peers = target.peers.clone();
-        effects.push(Effect::Download { id, model, package, route, peers, max_rate_bytes_per_s });
+        let given_up = self.ledger.without().map(|it| it.package.weights.digest);
+        let gives_up = given_up.filter(|weights| *weights != package.weights.digest);
+        if gives_up.is_some() {
+            self.stop_serving(effects);
+        }
+        effects.push(Effect::Download {
+            id,
+            model,
+            package,
+            route,
+            peers,
+            gives_up,
+            max_rate_bytes_per_s,
+        });
         let until = now + self.config.stall_timeout_ms;
         let total_bytes = package.total_bytes();
         self.step = Step::Download { target, id, until, done_bytes: 0, total_bytes, free_until };
@@ -135,8 +152,68 @@ impl<R: Rng> Core<R> {
                 self.work_backoff.reset();
                 self.verify(now, target, effects);
             }
+            Err(FetchError::NoRoom { short_bytes }) => {
+                self.make_room(now, target, short_bytes, effects);
+            }
             Err(error) => self.fetch_failed(now, target, error, Resume::Download),
         }
+    }
+
+    /// Gives up what may be given up for `target`, if that is enough; otherwise waits for room.
+    fn make_room(
+        &mut self,
+        now: Millis,
+        target: Target,
+        short_bytes: u64,
+        effects: &mut Vec<Effect>,
+    ) {
+        let [candidate_bytes, previous_bytes, current_bytes] = self.room_in(&target);
+        let spare_bytes = candidate_bytes.saturating_add(previous_bytes);
+        if spare_bytes > 0 && spare_bytes >= short_bytes {
+            // Nothing that is still wanted; the previous one would go once this one is confirmed.
+            self.change(|ledger| {
+                ledger.candidate = None;
+                ledger.previous.take_if(|_| candidate_bytes < short_bytes);
+            });
+            self.step = Step::Room { target };
+            return;
+        }
+        let desired = self.ledger.desired.as_ref();
+        let is_wanted = target.generation == self.ledger.generation;
+        let may = desired.is_some_and(|desired| desired.rules.replace && is_wanted);
+        let enough = spare_bytes.saturating_add(current_bytes) >= short_bytes;
+        if may && current_bytes > 0 && enough {
+            return self.proceed(now, target, Resume::Replace, effects);
+        }
+        let full = Obstacle::new(WaitCause::DiskFull);
+        self.pause(now, target, Some(full), Resume::Download);
+    }
+
+    /// Bytes that the disk gets back with the files of a candidate for something else, of the previous
+    /// and of the current model.
+    fn room_in(&self, target: &Target) -> [u64; 3] {
+        let serving = self.serving.as_ref().map(|serving| &serving.deployment);
+        let candidate = self.ledger.candidate.as_ref().map(|candidate| &candidate.deployment);
+        let previous = self.ledger.previous.as_ref().filter(|it| serving != Some(it));
+        let named = [candidate, previous, self.ledger.current.as_ref()];
+        let blobs = named.map(|named| named.map(|named| named.package.weights));
+        // A file that two of them have goes with the last one.
+        std::array::from_fn(|index| {
+            let blob = blobs[index].filter(|blob| blob.digest != target.model.weights);
+            let blob = blob.filter(|blob| !blobs[index + 1..].contains(&Some(*blob)));
+            blob.map_or(0, |blob| blob.size_bytes)
+        })
+    }
+
+    /// Gives up the model that serves: from here on there is none until `target` is confirmed.
+    pub(super) fn replace(&mut self, target: Target) {
+        self.change(|ledger| {
+            ledger.given_up = ledger.current.take();
+            ledger.previous = None;
+            ledger.candidate = None;
+            ledger.probes.clear();
+        });
+        self.step = Step::Room { target };
     }
 
     pub(super) fn verify(&mut self, now: Millis, target: Target, effects: &mut Vec<Effect>) {

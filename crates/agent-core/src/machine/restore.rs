@@ -38,7 +38,9 @@ impl<R: Rng> Core<R> {
     pub(super) fn restore(&mut self, now: Millis, effects: &mut Vec<Effect>) -> bool {
         self.restore_at = None;
         self.booted = true;
-        let named = [self.ledger.current.clone(), self.ledger.previous.clone()];
+        // What was given up may be whole still.
+        let without = self.ledger.without().cloned();
+        let named = [self.ledger.current.clone(), self.ledger.previous.clone(), without];
         let queue: VecDeque<_> = named.into_iter().flatten().collect();
         if queue.is_empty() {
             self.stop_serving(effects);
@@ -175,6 +177,10 @@ impl<R: Rng> Core<R> {
             self.restore_backoff.reset();
             return;
         }
+        if self.ledger.without() == Some(deployment) {
+            // The next look takes it back, unless its place is taken by then.
+            return;
+        }
         match problem {
             Some(StageError::Load) => self.take_back_current(Failure::Load),
             Some(StageError::Configuration { settings }) => {
@@ -207,7 +213,10 @@ impl<R: Rng> Core<R> {
             Some(StageError::Died(_)) => Some(Failure::Crash),
             Some(StageError::Damaged | StageError::Obstacle(_)) | None => None,
         };
-        self.restore_later(now);
+        // What was given up is not waited for: it is fetched again, or something else is.
+        if self.ledger.current.is_some() {
+            self.restore_later(now);
+        }
     }
 
     fn restore_later(&mut self, now: Millis) {
@@ -215,7 +224,7 @@ impl<R: Rng> Core<R> {
         self.restore_at = Some(self.restore_backoff.fail(now, limits, None, &mut self.rng));
     }
 
-    fn stop_serving(&mut self, effects: &mut Vec<Effect>) {
+    pub(super) fn stop_serving(&mut self, effects: &mut Vec<Effect>) {
         if self.serving.take().is_some() {
             effects.push(Effect::StopServing);
         }

@@ -45,12 +45,19 @@ impl<R: Rng> Core<R> {
             _ => return Ruling::FREE,
         };
         match resume {
-            Resume::Fetch | Resume::Download | Resume::Mark if rules.hold => {
+            Resume::Fetch | Resume::Download | Resume::Replace | Resume::Mark if rules.hold => {
                 Ruling::held(WaitCause::Held, None)
             }
             // How many bytes it takes is known once it was asked what there is to get it from.
             Resume::Fetch => self.may_fetch(now, rules, 0),
             Resume::Download => self.may_fetch(now, rules, target.fetched_bytes()),
+            // Giving up the model that serves is a switch, and begins a download.
+            Resume::Replace => match self.may_switch(now, rules) {
+                Ruling::Free { .. } => self.may_fetch(now, rules, target.fetched_bytes()),
+                held => held,
+            },
+            // Nothing serves that a switch could disturb.
+            Resume::Mark if self.ledger.without().is_some() => Ruling::FREE,
             Resume::Mark => self.may_switch(now, rules),
             Resume::Verify | Resume::ProbeLive => Ruling::FREE,
         }
@@ -131,6 +138,7 @@ impl<R: Rng> Core<R> {
         match resume {
             Resume::Fetch => self.fetch(now, target, effects),
             Resume::Download => self.download(now, target, free_until, effects),
+            Resume::Replace => self.replace(target),
             Resume::Verify => self.verify(now, target, effects),
             Resume::Mark => self.mark(target),
             Resume::ProbeLive => self.probe_live(now, target, effects),

@@ -90,6 +90,8 @@ pub struct Status {
     pub wanted: Option<DesiredModel>,
     /// The hub's reason for what it wants, in words.
     pub reason: Option<String>,
+    /// The model that was given up to make room for what is wanted: none answers until that is here.
+    pub given_up: Option<InstalledModel>,
     /// Whether the latest poll was answered; absent before the first one.
     pub hub_answers: Option<bool>,
     /// When what is in the way is tried again.
@@ -103,6 +105,7 @@ impl<R: Rng> Core<R> {
             snapshot: self.snapshot(),
             wanted: self.ledger.desired.as_ref().and_then(|desired| desired.model.clone()),
             reason: self.ledger.desired.as_ref().map(|desired| desired.reason.clone()),
+            given_up: self.ledger.without().map(|given_up| given_up.model.clone()),
             hub_answers: self.hub_answers,
             retry_at: match &self.step {
                 Step::Pause { until, .. } => Some(*until),
@@ -139,13 +142,23 @@ impl<R: Rng> Core<R> {
     fn phase(&self) -> Option<Phase> {
         let waits_for_ledger = matches!(
             self.step,
-            Step::Settled | Step::Mark { .. } | Step::Commit { .. } | Step::Confirm
+            Step::Settled
+                | Step::Room { .. }
+                | Step::Mark { .. }
+                | Step::Commit { .. }
+                | Step::Confirm
         );
         if let Some(cause) = self.save.failed
             && waits_for_ledger
             && self.dirty()
         {
             return Some(Phase::Waiting { cause, until: None });
+        }
+        // Getting the model before again is no news of the one that failed.
+        if let Some(Outcome::RolledBack { failure }) = &self.saved.outcome
+            && self.step.target().is_some_and(|it| it.generation != self.saved.generation)
+        {
+            return Some(Phase::RolledBack { failure: failure.clone() });
         }
         Some(match &self.step {
             Step::Restore(_) => return None,
@@ -158,8 +171,13 @@ impl<R: Rng> Core<R> {
                 Phase::Waiting { cause: *cause, until: *until }
             }
             Step::Pause { resume: Resume::ProbeLive, .. } => Phase::Activated,
-            Step::Pause { resume: Resume::Fetch | Resume::Download, target, .. }
-            | Step::Fetch { target, .. } => {
+            Step::Pause {
+                resume: Resume::Fetch | Resume::Download | Resume::Replace,
+                target,
+                ..
+            }
+            | Step::Fetch { target, .. }
+            | Step::Room { target } => {
                 Phase::Downloading { done_bytes: 0, total_bytes: target.total_bytes() }
             }
             Step::Download { done_bytes, total_bytes, .. } => {
@@ -182,6 +200,11 @@ impl<R: Rng> Core<R> {
             && let Some(failure) = &self.restore_failure
         {
             return Some(Phase::RolledBack { failure: failure.clone() });
+        }
+        // It takes back what it was to give up, once that is durable.
+        let serving = self.serving.as_ref().map(|serving| &serving.deployment);
+        if serving.is_some() && serving == self.saved.without() {
+            return None;
         }
         let serves_current =
             self.serving.as_ref().map(|serving| &serving.deployment) == self.saved.current.as_ref();

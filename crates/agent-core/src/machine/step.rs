@@ -37,6 +37,8 @@ pub(super) enum Step {
         /// Until when the rules let it, if that ends.
         free_until: Option<Timestamp>,
     },
+    /// Waits until the durable ledger says what was given up for it.
+    Room { target: Target },
     /// Files are being hashed.
     Verify { target: Target, id: EffectId, until: Millis },
     /// Waits until the candidate is in the durable ledger.
@@ -60,6 +62,8 @@ pub(super) enum Step {
 pub(super) enum Resume {
     Fetch,
     Download,
+    /// By giving up the model that serves.
+    Replace,
     Verify,
     Mark,
     ProbeLive,
@@ -102,7 +106,7 @@ impl Target {
         })
     }
 
-    /// A confirmed deployment whose file is damaged. It belongs to no generation.
+    /// A confirmed deployment whose file is damaged or was given up. It belongs to no generation.
     pub(super) fn again(current: &Deployment) -> Self {
         let InstalledModel { model, version, variant, manifest, weights } = current.model.clone();
         Self {
@@ -175,6 +179,7 @@ impl Step {
         match self {
             Self::Settled
             | Self::Held { .. }
+            | Self::Room { .. }
             | Self::Mark { .. }
             | Self::Commit { .. }
             | Self::Confirm => None,
@@ -187,6 +192,25 @@ impl Step {
             | Self::Probe { until, .. }
             | Self::Activate { until, .. }
             | Self::ProbeLive { until, .. } => Some(*until),
+        }
+    }
+
+    /// What it is about.
+    pub(super) fn target(&self) -> Option<&Target> {
+        match self {
+            Self::Settled | Self::Restore(_) | Self::Confirm => None,
+            Self::Pause { target, .. }
+            | Self::Held { target, .. }
+            | Self::Fetch { target, .. }
+            | Self::Download { target, .. }
+            | Self::Room { target }
+            | Self::Verify { target, .. }
+            | Self::Mark { target }
+            | Self::Stage { target, .. }
+            | Self::Probe { target, .. }
+            | Self::Commit { target, .. }
+            | Self::Activate { target, .. }
+            | Self::ProbeLive { target, .. } => Some(target),
         }
     }
 
@@ -225,6 +249,7 @@ impl Step {
             | Self::Held { .. }
             | Self::Fetch { .. }
             | Self::Download { .. }
+            | Self::Room { .. }
             | Self::Verify { .. }
             | Self::Mark { .. }
             | Self::Stage { .. }

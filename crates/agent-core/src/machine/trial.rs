@@ -7,8 +7,8 @@ use slmops_api::probe::{MAX_PROBES, ProbeResult};
 use super::step::{Resume, Step, Target, Worker};
 use super::{Core, Serving};
 use crate::{
-    Candidate, Death, Effect, EffectId, Loaded, Millis, Outcome, ProbeError, Probed, ReplayOrder,
-    Scope, StageError,
+    Candidate, Death, Deployment, Effect, EffectId, Loaded, Millis, Outcome, ProbeError, Probed,
+    ReplayOrder, Scope, StageError,
 };
 
 impl<R: Rng> Core<R> {
@@ -235,10 +235,13 @@ impl<R: Rng> Core<R> {
             serving.probes.clone_from(&probes);
         }
         self.change(|ledger| {
+            let back = |it: &mut Deployment| it.model.manifest == target.model.manifest;
+            ledger.given_up.take_if(back);
             let before = ledger.current.replace(deployment);
             // Fetching a damaged model again must not make it its own predecessor.
             if let Some(before) = before.filter(|before| ledger.current.as_ref() != Some(before)) {
                 ledger.previous = Some(before);
+                ledger.given_up = None;
             }
             ledger.probes = probes;
             ledger.candidate = None;

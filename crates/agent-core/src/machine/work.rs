@@ -47,6 +47,12 @@ impl<R: Rng> Core<R> {
                 true
             }
             Step::Held { target, resume, .. } => self.look_at_held(now, target, resume, effects),
+            Step::Room { mut target } if !self.dirty() => {
+                // What it was to be made from may be gone.
+                target.package = None;
+                self.proceed(now, target, Resume::Fetch, effects);
+                true
+            }
             Step::Mark { target } if !self.dirty() => {
                 let id = self.id();
                 effects.push(Effect::Stage { id, deployment: Box::new(target.deployment()) });
@@ -80,6 +86,9 @@ impl<R: Rng> Core<R> {
 
     /// Compares what is with what should be. True when it started or noted something.
     pub(super) fn aim(&mut self, now: Millis, effects: &mut Vec<Effect>) -> bool {
+        if self.keeps_given_up() {
+            return true;
+        }
         let current = self.ledger.current.as_ref();
         let serves_current = self.serving.as_ref().map(|serving| &serving.deployment) == current;
         let restore_due = self.restore_at.is_some_and(|at| at <= now);
@@ -130,14 +139,29 @@ impl<R: Rng> Core<R> {
             return self.restore(now, effects);
         }
         let serving = self.serving.as_ref().map(|serving| &serving.deployment);
-        match self.ledger.current.as_ref() {
-            Some(current) if self.damaged && serving != Some(current) && !self.dirty() => {
-                let target = Target::again(current);
+        let current = self.ledger.current.as_ref();
+        match current.filter(|_| self.damaged).or(self.ledger.without()) {
+            Some(lost) if serving != Some(lost) && !self.dirty() => {
+                let target = Target::again(lost);
                 self.fetch(now, target, effects);
                 true
             }
             _ => false,
         }
+    }
+
+    /// What was to be given up and still serves, since something else is wanted by now, stays.
+    fn keeps_given_up(&mut self) -> bool {
+        let serving = self.serving.as_ref().map(|serving| &serving.deployment);
+        let keeps = self.ledger.without().is_some_and(|it| serving == Some(it));
+        if keeps {
+            let probes = self.serving.as_ref().map(|it| it.probes.clone()).unwrap_or_default();
+            self.change(|ledger| {
+                ledger.current = ledger.given_up.take();
+                ledger.probes = probes;
+            });
+        }
+        keeps
     }
 
     pub(super) fn note_outcome(&mut self, outcome: Outcome) -> bool {
@@ -188,8 +212,8 @@ impl<R: Rng> Core<R> {
         // What is confirmed here in another configuration is not to blame as a whole.
         let same = |known: &Deployment| known.model.manifest == target.model.manifest;
         let ledger = &self.ledger;
-        let confirmed =
-            ledger.current.as_ref().is_some_and(same) || ledger.previous.as_ref().is_some_and(same);
+        let confirmed = [&ledger.current, &ledger.previous, &ledger.given_up];
+        let confirmed = confirmed.into_iter().flatten().any(same);
         let scope = match failure {
             Failure::Timeout => Scope::Generation,
             Failure::Configuration { .. } | Failure::Memory { .. } => {
@@ -215,9 +239,13 @@ impl<R: Rng> Core<R> {
             generation: target.generation,
             failure: failure.clone(),
         };
+        let without = self.ledger.without();
+        let lost = without.is_some_and(|without| without.is(&target.model, &target.runtime));
         self.change(|ledger| {
             ledger.reject(rejection, scope);
             ledger.candidate = None;
+            // Fetching it again did not help either.
+            ledger.given_up.take_if(|_| lost);
             if ledger.generation == target.generation {
                 ledger.outcome = Some(Outcome::RolledBack { failure });
             }

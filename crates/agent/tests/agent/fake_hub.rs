@@ -267,7 +267,22 @@ impl FakeHub {
         self.want(Some(model), runtime())
     }
 
+    /// The same under rules.
+    pub fn ship_under(&self, release: &Release, rules: DeviceRules) -> u64 {
+        let model = self.publish(release);
+        self.want_under(Some(model), runtime(), rules)
+    }
+
     pub fn want(&self, model: Option<DesiredModel>, runtime: RuntimeConfig) -> u64 {
+        self.want_under(model, runtime, DeviceRules::default())
+    }
+
+    fn want_under(
+        &self,
+        model: Option<DesiredModel>,
+        runtime: RuntimeConfig,
+        rules: DeviceRules,
+    ) -> u64 {
         let generation = {
             let mut world = self.lock();
             let generation = world.desired.generation + 1;
@@ -277,7 +292,7 @@ impl FakeHub {
                 runtime,
                 confirm_timeout_s: 60,
                 reason: "the release fits".to_owned(),
-                rules: DeviceRules::default(),
+                rules,
             };
             generation
         };

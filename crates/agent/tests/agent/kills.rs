@@ -27,7 +27,15 @@ pub fn agent(folder: &Path, verb: &[&str]) -> Command {
 }
 
 pub fn join(hub: &FakeHub, folder: &Path) {
-    let mut join = agent(folder, &["join", "-", "--no-run", "--listen", "127.0.0.1:0"])
+    join_by(hub, agent(folder, JOIN));
+}
+
+/// The verb of an agent that joins.
+pub const JOIN: &[&str] = &["join", "-", "--no-run", "--listen", "127.0.0.1:0"];
+
+/// Joins by this command of [`JOIN`].
+pub fn join_by(hub: &FakeHub, mut join: Command) {
+    let mut join = join
         .args(["--name", "kiosk", "--memory-budget", "2GB"])
         .stdin(Stdio::piped())
         .spawn()

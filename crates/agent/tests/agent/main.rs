@@ -4,6 +4,7 @@ mod deltas;
 mod fake_hub;
 mod kills;
 mod program;
+mod replace;
 mod rollouts;
 mod tls;
 

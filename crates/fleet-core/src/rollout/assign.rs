@@ -14,6 +14,7 @@ use slmops_artifact::Digest;
 
 use super::{Assignment, Look, RolloutError, RolloutRecord, Target, TargetState, Targets};
 use crate::fit::{self, Fit, unmet};
+use crate::room::{Room, room_on};
 use crate::words;
 use crate::world::{CompletedRollout, FleetDevice, World};
 
@@ -143,6 +144,12 @@ pub(super) fn assign(
         } else if !going_back {
             obey_blueprint(device, &mut desired);
         }
+        if let Some(model) = desired.model.as_ref().filter(|_| desired.rules.replace)
+            && room_on(device, world, model.weights, model.size_bytes, true) == Room::Replaces
+        {
+            desired.reason += "; ";
+            desired.reason += &Room::Replaces.words().unwrap_or_default();
+        }
         desired.generation = device.next_generation();
         let desired = share(&mut shared, desired);
         assignments.push(Assignment { device: device.id.clone(), desired });
@@ -204,6 +211,7 @@ pub(super) fn policy_rules(policy: &RolloutPolicy) -> DeviceRules {
         metered: policy.limits.metered,
         max_rate_bytes_per_s: policy.limits.device_bytes_per_s,
         share_bytes_per_s: None,
+        replace: false,
     }
 }
 

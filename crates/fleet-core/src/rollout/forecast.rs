@@ -10,8 +10,12 @@ use slmops_api::{ClassName, DeviceId, RolloutId};
 use super::create::{create, leave_out, selected};
 use super::rules::{absence, approval};
 use super::{RolloutError, RolloutRecord, Targets, plan};
-use crate::words::{clock, seconds};
+use crate::room::{Room, room_on};
+use crate::words::{clock, count, list, seconds};
 use crate::world::{FleetDevice, World};
+
+/// How many devices a note names.
+const NAMED_DEVICES: usize = 3;
 
 /// How fast devices took releases: seconds for a byte of the model, from told to confirmed.
 #[derive(Clone, Debug, Default)]
@@ -154,6 +158,7 @@ fn told(
             seconds(i64::from(policy.stragglers.away_after_s))
         ));
     }
+    notes.extend(disks(&record, world));
     RolloutPlan {
         transfer_bytes: waves.iter().map(|wave| wave.transfer_bytes).sum(),
         expected_s: expected(&waves),
@@ -165,6 +170,41 @@ fn told(
         asked: rollout.asked.clone(),
         rollout: Some(id.clone()),
     }
+}
+
+/// Devices whose disks have no room for a second model, in words.
+fn disks(record: &RolloutRecord, world: &World<'_>) -> Vec<String> {
+    let asked = &record.rollout.asked;
+    let Some(release) = world.release(&asked.model, &asked.version) else { return Vec::new() };
+    let (mut replace, mut lack) = (Vec::new(), Vec::new());
+    for part in record.rollout.devices.iter().filter(|part| is_open(part)) {
+        let variant = release.variants.iter().find(|it| Some(it.manifest) == part.manifest);
+        let (Some(device), Some(variant)) = (world.device(&part.device), variant) else { continue };
+        let replaces = device.config.rules.replace;
+        match room_on(device, world, variant.weights, variant.size_bytes, replaces) {
+            Room::Enough => {}
+            Room::Replaces => replace.push(device.name.as_str()),
+            Room::Lacks { .. } => lack.push(device.name.as_str()),
+        }
+    }
+    let mut notes = Vec::new();
+    if !replace.is_empty() {
+        notes.push(format!(
+            "{} without room for two models ({}): each gives up the one that it has, and has none \
+             until the new one is confirmed, or the old one is fetched again",
+            count(replace.len(), "device"),
+            list(&replace, NAMED_DEVICES)
+        ));
+    }
+    if !lack.is_empty() {
+        notes.push(format!(
+            "{} without room for two models ({}): each waits for space, unless \
+             policy.replace_in_place lets it give up the one that it has",
+            count(lack.len(), "device"),
+            list(&lack, NAMED_DEVICES)
+        ));
+    }
+    notes
 }
 
 fn is_open(part: &RolloutDevice) -> bool {

@@ -20,7 +20,7 @@ use slmops_api::id::MAX_NAME_BYTES;
 use slmops_api::model::DeviceClass;
 use slmops_api::problem::Problem;
 use slmops_api::{ClassName, InvitationId, Page};
-use slmops_fleet_core::{blueprint, fit, survey, words};
+use slmops_fleet_core::{blueprint, fit, room, survey, words};
 use tokio_stream::wrappers::BroadcastStream;
 
 use super::input::{
@@ -280,6 +280,14 @@ pub async fn explain(
             fit::unmet(&release.requires, &device.facts).map(|why| format!("left out: {why}")),
         );
         lines.extend(fit::explain(&release.variants, budget, &runtime));
+        if let Ok((chosen, _)) = fit::best(&release.variants, budget, &runtime) {
+            let chosen = &release.variants[chosen];
+            let file = (chosen.weights, chosen.size_bytes);
+            let report = device.report.as_ref();
+            let replaces = resolved.rules.replace;
+            let room = room::room_for(&device.facts, report, &releases, file, replaces);
+            lines.extend(room.words().map(|words| format!("disk: {words}")));
+        }
     }
     let orders = device.orders.as_deref().map(words::orders).unwrap_or_default();
     Ok(Json(Explanation { values: resolved.values, orders, fit: lines }))

@@ -54,6 +54,32 @@ impl Fleet {
     }
 }
 
+/// What a plan and a device are told of a disk that has no room for a second model.
+#[test]
+fn a_disk_without_room_is_told_before() {
+    let mut fleet = Fleet::new(&[600, 600]);
+    fleet.settle_on_1_0_0();
+    let obeys = DeviceRules::ALL.map(str::to_owned).to_vec();
+    let facts = DeviceFacts { disk_free_bytes: 20 << 20, obeys, ..testing::facts(600) };
+    fleet.devices[0].facts = Arc::new(facts);
+    let note = |fleet: &Fleet| fleet.forecast("1.1.0", all_at_once()).unwrap().notes.join("; ");
+    let notes = note(&fleet);
+    assert!(
+        notes.starts_with("1 device without room for two models (dev-0): each waits"),
+        "{notes}"
+    );
+    let layer = "[policy]\nreplace_in_place = true\n".to_owned();
+    fleet.devices[0].config = Arc::new(resolve(&[(Layer::Fleet, layer)]).unwrap());
+    let notes = note(&fleet);
+    assert!(notes.contains("(dev-0): each gives up the one that it has"), "{notes}");
+
+    fleet.start("1.1.0", all_at_once()).unwrap();
+    let reason = |device: usize| fleet.devices[device].desired.reason.as_str();
+    assert!(reason(0).contains("it gives up the one that runs"), "{}", reason(0));
+    assert!(!reason(1).contains("gives up"), "{}", reason(1));
+    assert!(fleet.devices[0].desired.rules.replace && !fleet.devices[1].desired.rules.replace);
+}
+
 #[test]
 fn a_pinned_device_is_left_out_and_keeps_its_release() {
     let mut fleet = Fleet::new(&[600, 600, 600]);
