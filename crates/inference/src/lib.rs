@@ -13,4 +13,5 @@ mod metrics;
 pub mod probe;
 pub mod server;
 mod shape;
+pub mod tools;
 pub mod worker;

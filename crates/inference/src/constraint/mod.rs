@@ -129,6 +129,24 @@ impl Constraint {
         Self::new(parameter, format!("start: /{}/", llguidance::regex_to_lark(regex, "")))
     }
 
+    /// A text of a grammar in llguidance's Lark, made by this program from what a client sent.
+    ///
+    /// # Errors
+    /// It is too long.
+    pub(crate) fn lark(parameter: &str, grammar: String) -> Result<Self, ConstraintError> {
+        Self::new(parameter, grammar)
+    }
+
+    /// The grammar as an expression in another one; only of JSON and of regular expressions.
+    pub(crate) fn expression(&self) -> &str {
+        self.grammar.strip_prefix("start: ").unwrap_or(&self.grammar)
+    }
+
+    /// Whether [`Self::expression`] stands for the whole grammar.
+    pub(crate) fn is_expression(&self) -> bool {
+        !self.grammar.contains('\n')
+    }
+
     /// A text of a grammar in GBNF.
     ///
     /// # Errors
@@ -361,4 +379,4 @@ fn clean(message: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -22,7 +22,7 @@ fn accepts(constraint: &Constraint, text: &str) -> bool {
 }
 
 #[track_caller]
-fn check(constraint: Constraint, yes: &[&str], no: &[&str]) {
+pub(crate) fn check(constraint: Constraint, yes: &[&str], no: &[&str]) {
     for text in yes {
         assert!(accepts(&constraint, text), "`{text}` is refused by {}", constraint.grammar);
     }

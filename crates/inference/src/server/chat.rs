@@ -1,5 +1,7 @@
 //! `POST /v1/chat/completions`.
 
+use std::sync::Arc;
+
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
@@ -11,9 +13,11 @@ use super::fields::Fields;
 use super::generate::{
     Chunks, Job, PromptOf, choices, finish_all, reason, sampling, stream_all, streaming, usage,
 };
+use super::tools::{ToolUse, new_call_id, past_calls, read_whole, tool_use, written};
 use super::{App, check_model, new_id, now_s, object, read_fields};
 use crate::chat::ChatMessage;
-use crate::worker::{Finish, GenerateRequest, Piece, Prompt, TokenLogprob};
+use crate::tools::{Choice, Found, Reader};
+use crate::worker::{Finish, FinishReason, GenerateRequest, Piece, Prompt, TokenLogprob, Worker};
 
 pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
     answer(&app, body).await.map_err(|error| error.of_prompt("messages"))
@@ -23,6 +27,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(body).await?;
     let spec = check_model(app, &mut fields).await?;
     let messages = messages(&mut fields)?;
+    let tool_use = tool_use(&mut fields)?;
     let count = choices(&mut fields)?;
     let streaming = streaming(&mut fields)?;
     let max_tokens = match fields.count("max_completion_tokens")? {
@@ -38,7 +43,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         let message = "only with \"logprobs\": true".to_owned();
         return Err(ApiError::parameter("top_logprobs", message));
     }
-    let template = GenerateRequest {
+    let mut template = GenerateRequest {
         prompt: Prompt::Tokens(Vec::new()),
         max_tokens,
         sampling: sampling(&mut fields)?,
@@ -48,33 +53,42 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         constraint: constraint(&mut fields)?,
     };
     fields.finish()?;
-    let prompts = (0..count)
-        .map(|_| {
-            let messages = messages.clone();
-            Box::new(move |worker: &crate::worker::Worker| worker.chat_prompt(&messages))
-                as PromptOf
-        })
-        .collect();
+    let readers = hold_to_tools(app, tool_use.as_ref(), &mut template, count).await?;
+    let prompts = chat_prompts(messages, tool_use, count);
     let job = Job { prompts, template, chat: true };
     let generations = job.begin(app).await?;
     let (id, created) = (new_id("chatcmpl"), now_s());
     app.host.metrics().remember_answer(&id);
     if streaming.wanted {
         let usage = streaming.usage;
-        let chunks = ChatChunks { id, created, model: spec.id.clone(), usage, count };
+        let model = spec.id.clone();
+        let unsent = vec![Vec::new(); count];
+        let chunks = ChatChunks { id, created, model, usage, count, readers, unsent };
         return stream_all(generations, chunks).await;
     }
     let answers = finish_all(generations).await?;
     let finishes: Vec<Finish> = answers.iter().map(|(_, finish)| *finish).collect();
+    let mut readers = readers.into_iter();
     let choices: Vec<Value> = answers
         .into_iter()
         .enumerate()
         .map(|(index, (piece, finish))| {
+            let (content, calls) = match readers.next() {
+                Some(reader) => read_whole(reader, &piece.text),
+                None => (piece.text, Vec::new()),
+            };
+            let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
+            if !calls.is_empty() {
+                message["tool_calls"] = written(&calls);
+                if content.is_empty() {
+                    message["content"] = Value::Null;
+                }
+            }
             json!({
                 "index": index,
-                "message": { "role": "assistant", "content": piece.text, "refusal": null },
+                "message": message,
                 "logprobs": logprobs(&piece.logprobs, wanted),
-                "finish_reason": reason(&finish),
+                "finish_reason": chat_reason(&finish, calls.len()),
             })
         })
         .collect();
@@ -88,6 +102,54 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         "system_fingerprint": null,
     }))
     .into_response())
+}
+
+/// Holds an answer to the use of tools, where there is one; readers of what comes then.
+pub(super) async fn hold_to_tools(
+    app: &App,
+    tool_use: Option<&ToolUse>,
+    template: &mut GenerateRequest,
+    count: usize,
+) -> Result<Vec<Reader>, ApiError> {
+    let Some(tool_use) = tool_use else { return Ok(Vec::new()) };
+    let (_, worker) = app.host.worker().await?;
+    let syntax = worker.template().tool_syntax();
+    let text = template.constraint.take();
+    template.constraint = Some(tool_use.constraint(syntax, text.as_ref())?);
+    // JSON that was asked for is no call, whatever it looks like.
+    let unannounced = match (&tool_use.choice, text) {
+        (Choice::Auto, Some(_)) => &[],
+        _ => &tool_use.tools[..],
+    };
+    Ok((0..count).map(|_| Reader::new(syntax, unannounced)).collect())
+}
+
+/// The prompts of `count` answers to the same chat.
+pub(super) fn chat_prompts(
+    messages: Vec<ChatMessage>,
+    tool_use: Option<ToolUse>,
+    count: usize,
+) -> Vec<PromptOf> {
+    let definitions = tool_use.as_ref().map(ToolUse::definitions).unwrap_or_default();
+    let choice = tool_use.map_or(Choice::Auto, |tool_use| tool_use.choice);
+    let chat: Arc<(Vec<ChatMessage>, Vec<Value>, Choice)> =
+        Arc::new((messages, definitions, choice));
+    let prompt = || {
+        let chat = Arc::clone(&chat);
+        Box::new(move |worker: &Worker| {
+            let (messages, definitions, choice) = &*chat;
+            worker.chat_prompt_with_tools(messages, definitions, choice)
+        }) as PromptOf
+    };
+    (0..count).map(|_| prompt()).collect()
+}
+
+/// Why a chat's answer ended.
+fn chat_reason(finish: &Finish, calls: usize) -> &'static str {
+    match finish.reason {
+        FinishReason::Stop if calls > 0 => "tool_calls",
+        _ => reason(finish),
+    }
 }
 
 /// Takes `messages`.
@@ -113,12 +175,13 @@ fn message(index: usize, value: Value) -> Result<ChatMessage, ApiError> {
         Some("system" | "developer") => "system",
         Some("user") => "user",
         Some("assistant") => "assistant",
-        Some("tool" | "function") => {
-            let message = "this endpoint does not support tools".to_owned();
+        Some("tool") => "tool",
+        Some("function") => {
+            let message = "functions are called by `tools`".to_owned();
             return Err(ApiError::unsupported(&name("role"), message));
         }
         _ => {
-            let message = "expected system, developer, user or assistant".to_owned();
+            let message = "expected system, developer, user, assistant or tool".to_owned();
             return Err(ApiError::parameter(&name("role"), message));
         }
     };
@@ -149,25 +212,38 @@ fn message(index: usize, value: Value) -> Result<ChatMessage, ApiError> {
             return Err(ApiError::parameter(&name("content"), message));
         }
     };
+    let tool_calls = match role {
+        "assistant" => past_calls(&name("tool_calls"), &mut fields)?,
+        _ => Vec::new(),
+    };
+    let tool_call_id = match role {
+        "tool" => {
+            // The call says which tool it was.
+            let _ = fields.text("name")?;
+            fields.text("tool_call_id")?
+        }
+        _ => None,
+    };
+    if role == "tool" && tool_call_id.is_none() {
+        return Err(ApiError::parameter(&name("tool_call_id"), "it is missing".to_owned()));
+    }
     // What OpenAI's own answers carry is accepted when it is sent back empty.
-    for field in ["tool_calls", "annotations"] {
-        match fields.take(field) {
-            None => {}
-            Some(Value::Array(items)) if items.is_empty() => {}
-            Some(_) => {
-                let message = "this endpoint does not support it".to_owned();
-                return Err(ApiError::unsupported(&name(field), message));
-            }
+    match fields.take("annotations") {
+        None => {}
+        Some(Value::Array(items)) if items.is_empty() => {}
+        Some(_) => {
+            let message = "this endpoint does not support it".to_owned();
+            return Err(ApiError::unsupported(&name("annotations"), message));
         }
     }
-    for field in ["name", "refusal", "audio", "function_call", "tool_call_id"] {
+    for field in ["name", "refusal", "audio", "function_call", "tool_calls", "tool_call_id"] {
         if fields.take(field).is_some() {
             let message = "this endpoint does not support it".to_owned();
             return Err(ApiError::unsupported(&name(field), message));
         }
     }
     fields.finish()?;
-    Ok(ChatMessage { role: role.to_owned(), content })
+    Ok(ChatMessage { role: role.to_owned(), content, tool_calls, tool_call_id })
 }
 
 fn logprobs(entries: &[TokenLogprob], wanted: bool) -> Value {
@@ -198,6 +274,10 @@ struct ChatChunks {
     model: String,
     usage: bool,
     count: usize,
+    /// One for each answer that may call tools.
+    readers: Vec<Reader>,
+    /// Log-probabilities of each answer's tokens whose text is not decided yet.
+    unsent: Vec<Vec<TokenLogprob>>,
 }
 
 impl ChatChunks {
@@ -223,22 +303,67 @@ impl ChatChunks {
     }
 }
 
+impl ChatChunks {
+    /// The chunk of what a reader found.
+    fn found(&mut self, index: usize, found: Found) -> Value {
+        let call = |call: usize, rest: Value| {
+            let mut call = json!({ "index": call });
+            for (name, value) in rest.as_object().into_iter().flatten() {
+                call[name] = value.clone();
+            }
+            json!({ "tool_calls": [call] })
+        };
+        let delta = match found {
+            Found::Text(text) => json!({ "content": text }),
+            Found::Begin { index, name } => call(
+                index,
+                json!({
+                    "id": new_call_id(),
+                    "type": "function",
+                    "function": { "name": name, "arguments": "" },
+                }),
+            ),
+            Found::Arguments { index, text } => {
+                call(index, json!({ "function": { "arguments": text } }))
+            }
+        };
+        let entries = std::mem::take(&mut self.unsent[index]);
+        let entries = logprobs(&entries, !entries.is_empty());
+        self.choice(index, delta, entries, None)
+    }
+}
+
 impl Chunks for ChatChunks {
     fn begin(&mut self, index: usize) -> Option<Value> {
-        let delta = json!({ "role": "assistant", "content": "", "refusal": null });
+        let delta = json!({ "role": "assistant", "content": null, "refusal": null });
         Some(self.choice(index, delta, Value::Null, None))
     }
 
-    fn piece(&mut self, index: usize, piece: Piece) -> Option<Value> {
+    fn piece(&mut self, index: usize, piece: Piece) -> Vec<Value> {
         if piece.text.is_empty() && piece.logprobs.is_empty() {
-            return None;
+            return Vec::new();
         }
-        let entries = logprobs(&piece.logprobs, !piece.logprobs.is_empty());
-        Some(self.choice(index, json!({ "content": piece.text }), entries, None))
+        let Some(reader) = self.readers.get_mut(index) else {
+            let entries = logprobs(&piece.logprobs, !piece.logprobs.is_empty());
+            return vec![self.choice(index, json!({ "content": piece.text }), entries, None)];
+        };
+        self.unsent[index].extend(piece.logprobs);
+        let found = reader.push(&piece.text);
+        found.into_iter().map(|found| self.found(index, found)).collect()
     }
 
-    fn end(&mut self, index: usize, finish: &Finish) -> Value {
-        self.choice(index, json!({}), Value::Null, Some(reason(finish)))
+    fn end(&mut self, index: usize, finish: &Finish) -> Vec<Value> {
+        let (held, calls) = match self.readers.get_mut(index) {
+            Some(reader) => (reader.finish(), reader.calls()),
+            None => (None, 0),
+        };
+        let mut chunks: Vec<Value> =
+            held.into_iter().map(|found| self.found(index, found)).collect();
+        let reason = Some(chat_reason(finish, calls));
+        let entries = std::mem::take(&mut self.unsent[index]);
+        let entries = logprobs(&entries, !entries.is_empty());
+        chunks.push(self.choice(index, json!({}), entries, reason));
+        chunks
     }
 
     fn usage(&mut self, finishes: &[Finish]) -> Option<Value> {

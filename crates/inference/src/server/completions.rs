@@ -192,23 +192,23 @@ impl Chunks for PlainChunks {
         None
     }
 
-    fn piece(&mut self, index: usize, piece: Piece) -> Option<Value> {
+    fn piece(&mut self, index: usize, piece: Piece) -> Vec<Value> {
         if piece.text.is_empty() && piece.logprobs.is_empty() {
-            return None;
+            return Vec::new();
         }
         let entries = match piece.logprobs.is_empty() {
             true => Value::Null,
             false => logprobs(&piece.logprobs, &mut self.offsets[index]),
         };
-        Some(self.chunk(json!([
+        vec![self.chunk(json!([
             { "text": piece.text, "index": index, "logprobs": entries, "finish_reason": null }
-        ])))
+        ]))]
     }
 
-    fn end(&mut self, index: usize, finish: &Finish) -> Value {
-        self.chunk(json!([
+    fn end(&mut self, index: usize, finish: &Finish) -> Vec<Value> {
+        vec![self.chunk(json!([
             { "text": "", "index": index, "logprobs": null, "finish_reason": reason(finish) }
-        ]))
+        ]))]
     }
 
     fn usage(&mut self, finishes: &[Finish]) -> Option<Value> {

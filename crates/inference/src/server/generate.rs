@@ -162,10 +162,10 @@ pub(super) fn reason(finish: &Finish) -> &'static str {
 pub(super) trait Chunks: Send + 'static {
     /// The chunks before any text of answer `index`.
     fn begin(&mut self, index: usize) -> Option<Value>;
-    /// The chunk of a piece, if it shows anything.
-    fn piece(&mut self, index: usize, piece: Piece) -> Option<Value>;
-    /// The chunk that ends an answer.
-    fn end(&mut self, index: usize, finish: &Finish) -> Value;
+    /// The chunks of what a piece shows.
+    fn piece(&mut self, index: usize, piece: Piece) -> Vec<Value>;
+    /// The chunks that end an answer.
+    fn end(&mut self, index: usize, finish: &Finish) -> Vec<Value>;
     /// The chunk after all answers, with what they cost.
     fn usage(&mut self, finishes: &[Finish]) -> Option<Value>;
 }
@@ -193,13 +193,15 @@ pub(super) async fn stream_all(
     let mut finishes: Vec<Option<Finish>> = vec![None; count];
     let outputs = stream::iter(first).chain(outputs).map(Some).chain(stream::iter([None]));
     let lines = outputs.map(move |item| match item {
-        Some((index, Ok(Output::Started))) => Lines::Some(chunks.begin(index)),
+        Some((index, Ok(Output::Started))) => {
+            Lines::Some(chunks.begin(index).into_iter().collect())
+        }
         Some((index, Ok(Output::Echo(piece) | Output::Piece(piece)))) => {
             Lines::Some(chunks.piece(index, piece))
         }
         Some((index, Ok(Output::Finished(finish)))) => {
             finishes[index] = Some(finish);
-            Lines::Some(Some(chunks.end(index, &finish)))
+            Lines::Some(chunks.end(index, &finish))
         }
         Some((_, Err(error))) => Lines::Failed(ApiError::from(error).body()),
         None => {
@@ -211,7 +213,11 @@ pub(super) async fn stream_all(
     let events = stream::unfold(Some(Box::pin(lines)), |state| async move {
         let mut lines = state?;
         match lines.next().await? {
-            Lines::Some(value) => Some((value.as_ref().map(event), Some(lines))),
+            Lines::Some(values) => {
+                let events: Vec<u8> = values.iter().flat_map(event).collect();
+                let shown = (!events.is_empty()).then(|| Bytes::from(events));
+                Some((shown, Some(lines)))
+            }
             Lines::Failed(error) => Some((Some(event(&error)), None)),
             Lines::Done(usage) => {
                 let mut last = usage.as_ref().map(event).unwrap_or_default().to_vec();
@@ -225,7 +231,7 @@ pub(super) async fn stream_all(
 
 /// What one output of the worker becomes.
 enum Lines {
-    Some(Option<Value>),
+    Some(Vec<Value>),
     Failed(Value),
     Done(Option<Value>),
 }

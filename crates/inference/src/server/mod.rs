@@ -13,6 +13,7 @@ mod fields;
 mod generate;
 mod keys;
 mod tokens;
+mod tools;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;

@@ -30,6 +30,7 @@ use tokio::sync::{mpsc, watch};
 use crate::chat::{ChatMessage, ChatTemplate, TemplateError};
 use crate::child::{self, ChildError, StderrTail};
 use crate::llama::Token;
+use crate::tools::Choice;
 use protocol::{Command, Event, LoadFailure, MAX_LINE_BYTES};
 
 /// The job name of a worker.
@@ -311,6 +312,20 @@ impl Worker {
     /// The template refuses the chat, or is wrong itself.
     pub fn chat_prompt(&self, messages: &[ChatMessage]) -> Result<Prompt, WorkerError> {
         Ok(Prompt::Template(self.shared.template.render(messages)?))
+    }
+
+    /// The same for a model that may call tools, defined as OpenAI does.
+    ///
+    /// # Errors
+    /// The template refuses the chat, or is wrong itself.
+    pub fn chat_prompt_with_tools(
+        &self,
+        messages: &[ChatMessage],
+        tools: &[serde_json::Value],
+        choice: &Choice,
+    ) -> Result<Prompt, WorkerError> {
+        let template = &self.shared.template;
+        Ok(Prompt::Template(template.render_with_tools(messages, tools, choice)?))
     }
 
     /// The chat template.

@@ -6,4 +6,5 @@ mod constrained;
 mod lm_eval;
 mod server;
 mod support;
+mod tools;
 mod worker;

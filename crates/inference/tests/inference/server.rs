@@ -359,6 +359,7 @@ async fn wrong_requests_get_errors_in_openais_shape() {
         ("empty", json!([])),
         ("role", json!([{ "role": "wizard", "content": "x" }])),
         ("tool", json!([{ "role": "tool", "content": "x" }])),
+        ("calls", json!([{ "role": "assistant", "tool_calls": [{ "id": "x" }] }])),
         ("image", json!([{ "role": "user", "content": [{ "type": "image_url" }] }])),
         ("content", json!([{ "role": "user", "content": 5 }])),
     ] {
