@@ -67,7 +67,7 @@ nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and s
 	SLM_SIM_SEEDS=$(SEEDS) SLM_SIM_FIRST_SEED=$(FIRST_SEED) \
 	  cargo test --release -p slmops-sim --test simulation -- --nocapture random_seeds
 	SLM_NETWORK_ROUNDS=10 cargo nextest run --release --workspace --no-capture -E 'test(bad_networks)'
-	SLM_FUZZ_CASES=$(FUZZ_CASES) cargo nextest run --release -p slmops-delta --no-capture -E 'test(hostile)'
+	SLM_FUZZ_CASES=$(FUZZ_CASES) cargo test --release -p slmops-delta --test delta -- hostile
 	SLM_KILL_ROUNDS=500 cargo nextest run --release --workspace --no-capture -E 'test(a_kill_at_any_moment)'
 
 .PHONY: bench
