@@ -42,7 +42,7 @@ pub(crate) struct Sizes {
     pub(crate) batch_bytes: u64,
 }
 
-const SIZES: Sizes = Sizes { piece_bytes: MAX_FRAME_BYTES, batch_bytes: 4 << 20 };
+const SIZES: Sizes = Sizes { piece_bytes: MAX_FRAME_BYTES, batch_bytes: MAX_FRAME_BYTES };
 
 /// A file that is read and written at positions. Of what was written since it was last synced, any
 /// part may be there after a power cut.
