@@ -69,6 +69,7 @@ nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and s
 	SLM_NETWORK_ROUNDS=10 cargo nextest run --release --workspace --no-capture -E 'test(bad_networks)'
 	SLM_FUZZ_CASES=$(FUZZ_CASES) cargo test --release -p slmops-delta --test delta -- hostile
 	SLM_KILL_ROUNDS=500 cargo nextest run --release --workspace --no-capture -E 'test(a_kill_at_any_moment)'
+	SLM_DELTA_KILLS=500 cargo test --release -p slmops-agent --test agent -- --nocapture no_kill_costs a_kill_while
 
 .PHONY: bench
 bench: build ## Measures the reference model and its variants on this machine
