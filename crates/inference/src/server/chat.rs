@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::constrain::constraint;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::generate::timings;
 use super::generate::{
     Chunks, Job, PromptOf, choices, finish_all, reason, sampling, stream_all, streaming, usage,
 };
@@ -51,6 +52,8 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         echo: false,
         logprobs: wanted.then(|| top.unwrap_or(0)),
         constraint: constraint(&mut fields)?,
+        ignore_end: fields.flag("ignore_eos")?.unwrap_or(false),
+        fresh: !fields.flag("cache_prompt")?.unwrap_or(true),
     };
     fields.finish()?;
     let readers = hold_to_tools(app, tool_use.as_ref(), &mut template, count).await?;
@@ -64,7 +67,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         let model = spec.id.clone();
         let unsent = vec![Vec::new(); count];
         let chunks = ChatChunks { id, created, model, usage, count, readers, unsent };
-        return stream_all(generations, chunks).await;
+        return stream_all(app, generations, chunks).await;
     }
     let answers = finish_all(generations).await?;
     let finishes: Vec<Finish> = answers.iter().map(|(_, finish)| *finish).collect();
@@ -99,6 +102,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         "model": spec.id,
         "choices": choices,
         "usage": usage(&finishes, count),
+        "timings": finishes.first().map(timings),
         "system_fingerprint": null,
     }))
     .into_response())
@@ -362,7 +366,9 @@ impl Chunks for ChatChunks {
         let reason = Some(chat_reason(finish, calls));
         let entries = std::mem::take(&mut self.unsent[index]);
         let entries = logprobs(&entries, !entries.is_empty());
-        chunks.push(self.choice(index, json!({}), entries, reason));
+        let mut last = self.choice(index, json!({}), entries, reason);
+        last["timings"] = timings(finish);
+        chunks.push(last);
         chunks
     }
 

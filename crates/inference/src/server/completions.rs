@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use super::constrain::constraint;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::generate::timings;
 use super::generate::{
     Chunks, Job, MAX_CHOICES, PromptOf, choices, finish_all, reason, sampling, stream_all,
     streaming, usage,
@@ -49,6 +50,8 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         logprobs: top,
         echo: fields.flag("echo")?.unwrap_or(false),
         constraint: constraint(&mut fields)?,
+        ignore_end: fields.flag("ignore_eos")?.unwrap_or(false),
+        fresh: !fields.flag("cache_prompt")?.unwrap_or(true),
     };
     fields.finish()?;
     let prompts = given
@@ -71,7 +74,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         let usage = streaming.usage;
         let model = spec.id.clone();
         let chunks = PlainChunks { id, created, model, usage, count, offsets };
-        return stream_all(generations, chunks).await;
+        return stream_all(app, generations, chunks).await;
     }
     let answers = finish_all(generations).await?;
     let finishes: Vec<Finish> = answers.iter().map(|(_, finish)| *finish).collect();
@@ -94,6 +97,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         "model": spec.id,
         "choices": choices,
         "usage": usage(&finishes, count),
+        "timings": finishes.first().map(timings),
     }))
     .into_response())
 }
@@ -206,9 +210,11 @@ impl Chunks for PlainChunks {
     }
 
     fn end(&mut self, index: usize, finish: &Finish) -> Vec<Value> {
-        vec![self.chunk(json!([
+        let mut last = self.chunk(json!([
             { "text": "", "index": index, "logprobs": null, "finish_reason": reason(finish) }
-        ]))]
+        ]));
+        last["timings"] = timings(finish);
+        vec![last]
     }
 
     fn usage(&mut self, finishes: &[Finish]) -> Option<Value> {

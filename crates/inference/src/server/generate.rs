@@ -151,6 +151,24 @@ pub(super) fn usage(finishes: &[Finish], answers_per_prompt: usize) -> Value {
     })
 }
 
+/// How long an answer took, as llama.cpp's server says it; of several answers, the first.
+pub(super) fn timings(finish: &Finish) -> Value {
+    let computed = finish.prompt_tokens.saturating_sub(finish.cached_tokens);
+    // The first token comes with the prompt.
+    let decoded = finish.completion_tokens.saturating_sub(1);
+    let rate = |tokens: u32, ms: f64| if ms > 0.0 { f64::from(tokens) * 1e3 / ms } else { 0.0 };
+    json!({
+        "cache_n": finish.cached_tokens,
+        "prompt_n": computed,
+        "prompt_ms": finish.prompt_ms,
+        "prompt_per_second": rate(computed, finish.prompt_ms),
+        "predicted_n": finish.completion_tokens,
+        "predicted_ms": finish.decode_ms,
+        "predicted_per_second": rate(decoded, finish.decode_ms),
+        "queue_ms": finish.queue_ms,
+    })
+}
+
 pub(super) fn reason(finish: &Finish) -> &'static str {
     match finish.reason {
         FinishReason::Stop => "stop",
@@ -171,8 +189,10 @@ pub(super) trait Chunks: Send + 'static {
 }
 
 /// Streams several answers at once. The response begins when the first of them got a sequence, so
-/// that a refusal is still an HTTP error; a later failure is an event.
+/// that a refusal is still an HTTP error; a later failure is an event. While nothing comes, such as
+/// during a long prompt, comments keep the connection alive.
 pub(super) async fn stream_all(
+    app: &App,
     generations: Vec<MeteredGeneration>,
     mut chunks: impl Chunks,
 ) -> Result<Response, ApiError> {
@@ -210,9 +230,14 @@ pub(super) async fn stream_all(
         }
     });
     // An error is the last event; the other answers are cancelled with the stream.
-    let events = stream::unfold(Some(Box::pin(lines)), |state| async move {
+    let keep_alive = app.options.keep_alive;
+    let events = stream::unfold(Some(Box::pin(lines)), move |state| async move {
         let mut lines = state?;
-        match lines.next().await? {
+        let Ok(line) = tokio::time::timeout(keep_alive, lines.next()).await else {
+            let comment = Bytes::from_static(b": keep-alive\n\n");
+            return Some((Some(comment), Some(lines)));
+        };
+        match line? {
             Lines::Some(values) => {
                 let events: Vec<u8> = values.iter().flat_map(event).collect();
                 let shown = (!events.is_empty()).then(|| Bytes::from(events));

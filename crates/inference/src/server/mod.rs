@@ -45,13 +45,24 @@ pub const MAX_BODY_BYTES: usize = 16 << 20;
 /// How long requests under way may take after the server was asked to stop.
 pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 
+/// After how long without anything else a stream gets a comment, by default.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
 /// How the endpoint behaves.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct ServerOptions {
     /// Origins beside this machine's own whose pages may call the endpoint.
     pub allowed_origins: Vec<String>,
     /// Who may call; anybody who reaches it if absent.
     pub keys: Option<Arc<Keys>>,
+    /// After how long without anything else a stream gets a comment.
+    pub keep_alive: Duration,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self { allowed_origins: Vec::new(), keys: None, keep_alive: KEEP_ALIVE }
+    }
 }
 
 #[derive(Clone)]

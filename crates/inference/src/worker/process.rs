@@ -348,6 +348,10 @@ fn check_generate(request: &GenerateRequest, model: &Model) -> Result<Vec<Token>
         let message = format!("a stop string is longer than {MAX_STOP_BYTES} bytes");
         return Err(invalid("stop", message));
     }
+    if request.ignore_end && request.constraint.is_some() {
+        let message = "an answer that is held to a shape ends with it".to_owned();
+        return Err(invalid("ignore_eos", message));
+    }
     if request.logprobs.is_some_and(|top| top > MAX_TOP_LOGPROBS) {
         return Err(invalid("top_logprobs", format!("at most {MAX_TOP_LOGPROBS}")));
     }
@@ -356,12 +360,17 @@ fn check_generate(request: &GenerateRequest, model: &Model) -> Result<Vec<Token>
 
 /// An answer to a request that was checked.
 pub(super) fn generating(
-    request: GenerateRequest,
+    mut request: GenerateRequest,
     guide: Option<Guide>,
     tokens: &[Token],
     model: &Model,
 ) -> Generating {
     let echo = request.echo.then(|| echoed(&request.prompt, tokens, model));
+    if request.ignore_end {
+        let all = 0..model.vocabulary().cast_signed();
+        let ends = all.filter(|token| model.ends(*token));
+        request.sampling.logit_bias.extend(ends.map(|token| (token, f32::NEG_INFINITY)));
+    }
     Generating::new(request, guide, tokens.len(), echo)
 }
 

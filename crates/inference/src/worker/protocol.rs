@@ -153,6 +153,10 @@ pub struct GenerateRequest {
     pub echo: bool,
     /// What the answer is held to; it must have passed [`crate::constraint::Checked::check`].
     pub constraint: Option<Constraint>,
+    /// Whether tokens that would end the answer are never chosen.
+    pub ignore_end: bool,
+    /// Whether the prompt is computed anew even where an earlier request left it in the cache.
+    pub fresh: bool,
 }
 
 impl GenerateRequest {
@@ -166,6 +170,8 @@ impl GenerateRequest {
             logprobs: None,
             echo: false,
             constraint: None,
+            ignore_end: false,
+            fresh: false,
         }
     }
 }

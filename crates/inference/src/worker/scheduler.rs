@@ -45,6 +45,8 @@ pub(super) struct Generating {
     text: TextAssembler,
     /// The prompt, where the answer begins with it; taken when it was handed out.
     echo: Option<Piece>,
+    /// Whether nothing of its prompt comes from the cache.
+    fresh: bool,
     /// Whether the token that ends the answer is among its log-probabilities.
     shows_end: bool,
     prompt_tokens: usize,
@@ -68,6 +70,7 @@ impl Generating {
             guide,
             text: TextAssembler::new(request.stop),
             echo,
+            fresh: request.fresh,
             shows_end: request.echo,
             prompt_tokens,
             generated: 0,
@@ -240,7 +243,7 @@ impl Scheduler {
             let task = self.queue.pop_front().expect("it is not empty");
             // Outputs come only from tokens that are computed now.
             let needed = match &task.work {
-                Work::Generate(generating) if generating.scores(0) => 0,
+                Work::Generate(generating) if generating.fresh || generating.scores(0) => 0,
                 Work::Generate(_) => task.tokens.len() - 1,
                 Work::Score(scoring) => scoring.from - 1,
                 Work::Embed(_) => 0,

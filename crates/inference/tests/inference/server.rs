@@ -39,7 +39,7 @@ impl Endpoint {
         Self::with_options(ServerOptions::default()).await
     }
 
-    async fn with_options(options: ServerOptions) -> Self {
+    pub async fn with_options(options: ServerOptions) -> Self {
         set_up();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
@@ -61,7 +61,7 @@ impl Endpoint {
         endpoint
     }
 
-    async fn load(&self, model: ModelSpec) {
+    pub async fn load(&self, model: ModelSpec) {
         let staged = self.host.stage(model).await.expect("it loads");
         self.host.activate(staged);
     }
@@ -650,5 +650,94 @@ async fn answers_are_called_good_or_bad_once_each() {
     endpoint.host.activate(staged);
     let id = answer["id"].as_str().expect("an id");
     assert_eq!(feedback(id, json!(1)).await, (200, json!({ "counted": false })));
+    endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn ends_are_ignored_and_caches_left_out_on_demand() {
+    let endpoint = Endpoint::new(RuntimeConfig { threads: 1, ..runtime() }).await;
+    let ask = async |body: Value| {
+        let (status, body) = endpoint.post("/v1/completions", body).await;
+        assert_eq!(status, 200, "{body}");
+        body
+    };
+    // Token 3 is the tiny model's end.
+    let ending = with(completion(9), "logit_bias", json!({ "3": 100 }));
+    let answer = ask(ending.clone()).await;
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
+    let answer = ask(with(ending.clone(), "ignore_eos", json!(true))).await;
+    assert_eq!(answer["choices"][0]["finish_reason"], "length", "{answer}");
+    assert_eq!(answer["usage"]["completion_tokens"], 9);
+    let both = with(with(ending, "ignore_eos", json!(true)), "regex", json!("[a-z]{3}"));
+    let (status, body) = endpoint.post("/v1/completions", both).await;
+    assert_eq!((status, &body["error"]["param"]), (400, &json!("ignore_eos")));
+
+    let cached = |answer: &Value| {
+        let timings = &answer["timings"];
+        assert_eq!(timings["cache_n"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]);
+        assert_eq!(timings["prompt_n"].as_u64().unwrap() + timings["cache_n"].as_u64().unwrap(), 5);
+        assert!(timings["predicted_per_second"].as_f64().unwrap() > 0.0, "{timings}");
+        timings["cache_n"].as_u64().unwrap()
+    };
+    ask(completion(4)).await;
+    let again = ask(completion(4)).await;
+    assert_eq!(cached(&again), 4);
+    let anew = ask(with(completion(4), "cache_prompt", json!(false))).await;
+    assert_eq!(cached(&anew), 0);
+    assert_eq!(anew["choices"], again["choices"]);
+    let streamed = with(completion(4), "stream", json!(true));
+    let events = endpoint.events("/v1/completions", streamed).await;
+    assert_eq!(cached_of(&events), Some(4), "{events:?}");
+    endpoint.stop().await;
+}
+
+fn cached_of(events: &[Value]) -> Option<u64> {
+    events.iter().find_map(|event| event["timings"]["cache_n"].as_u64())
+}
+
+/// A long prompt and a long answer of the real model: comments come while nothing else does, and who
+/// leaves frees the sequence, streamed or not.
+#[tokio::test]
+async fn long_requests_are_kept_alive_and_freed() {
+    let Some(model_path) = crate::support::smollm2() else { return };
+    let keep_alive = Duration::from_millis(5);
+    let endpoint = Endpoint::with_options(ServerOptions { keep_alive, ..Default::default() }).await;
+    let runtime = RuntimeConfig { threads: 1, parallel: 1, ..RuntimeConfig::default() };
+    let worker = WorkerSpec { model_path, runtime };
+    endpoint.load(ModelSpec { id: "smol".to_owned(), aliases: vec![], worker }).await;
+    let url = format!("{}/v1/completions", endpoint.url);
+    let body = json!({
+        "prompt": "the queen said to the king that ".repeat(60),
+        "max_tokens": 2, "stream": true,
+    });
+    let response = endpoint.client.post(&url).body(body.to_string()).send().await.expect("begins");
+    let text = response.text().await.expect("text");
+    assert!(text.starts_with(": keep-alive\n\n"), "{text}");
+    assert!(text.ends_with("data: [DONE]\n\n"), "{text}");
+    for stream in [true, false] {
+        let body = json!({
+            "prompt": "Once", "max_tokens": 2000, "ignore_eos": true, "stream": stream,
+        });
+        let request = endpoint.client.post(&url).body(body.to_string()).send();
+        let (_, worker) = endpoint.host.current().expect("it serves");
+        let left = tokio::spawn(request);
+        let until = |busy: bool| {
+            let worker = worker.clone();
+            async move {
+                while (worker.requests() > 0) != busy {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+        };
+        let limit = Duration::from_secs(10);
+        tokio::time::timeout(limit, until(true)).await.expect("it begins");
+        if stream {
+            // The answer is here; who asked reads no more of it.
+            drop(left.await.expect("joined").expect("an answer"));
+        } else {
+            left.abort();
+        }
+        tokio::time::timeout(limit, until(false)).await.expect("it is free at once");
+    }
     endpoint.stop().await;
 }
