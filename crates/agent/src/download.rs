@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use reqwest::StatusCode;
-use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::header::{CONTENT_RANGE, RANGE, RETRY_AFTER};
 use slmops_agent_core::{Blob, FetchError, Obstacle, Package, VerifyError};
 use slmops_api::ModelName;
 use slmops_api::delta::{Delta, Fallback, Transfer};
@@ -41,6 +41,8 @@ const MAX_WRONG_FRAMES: u32 = 16;
 /// Milliseconds to reach a device of the same site, and to its answer.
 const PEER_CONNECT_MS: u64 = 2_000;
 const PEER_ANSWER_MS: u64 = 10_000;
+/// How long peers that serve others are waited for before the hub is asked.
+const BUSY_PEERS: Duration = Duration::from_secs(600);
 /// How often what was fetched is written down while more comes in.
 const NOTE_INTERVAL: Duration = Duration::from_secs(5);
 /// Milliseconds between two looks at how far a file in the making is.
@@ -56,6 +58,16 @@ pub struct Downloads {
     transfer: Mutex<Option<Transfer>>,
     /// For devices of the same site, which speak plain HTTP.
     peers: reqwest::Client,
+    /// The weights that peers had no time for, and since when.
+    busy_since: Mutex<Option<(Digest, Instant)>>,
+}
+
+/// What came of asking a device of the same site.
+enum Peer {
+    Gave,
+    /// It serves as many as it may.
+    Busy(Obstacle),
+    Failed,
 }
 
 /// What weights may be got from, besides the hub's whole file.
@@ -199,7 +211,15 @@ impl Downloads {
             .no_proxy()
             .build()
             .expect("a client of constant settings is made");
-        Self { state, hub, writers, received_bytes: AtomicU64::new(0), transfer, peers }
+        Self {
+            state,
+            hub,
+            writers,
+            received_bytes: AtomicU64::new(0),
+            transfer,
+            peers,
+            busy_since: Mutex::default(),
+        }
     }
 
     /// Bytes received since the process started.
@@ -278,11 +298,23 @@ impl Downloads {
             route = &[];
         }
         flow.part = Part::Peer;
+        let mut busy = None;
         for peer in sources.peers {
-            if self.take_from_peer(peer, weights, &mut flow, |bytes| progress(bytes, total)).await {
-                progress(total, total);
-                return Ok(());
+            match self
+                .take_from_peer(peer, weights, &mut flow, |bytes| progress(bytes, total))
+                .await
+            {
+                Peer::Gave => {
+                    progress(total, total);
+                    return Ok(());
+                }
+                Peer::Busy(obstacle) => busy = Some(obstacle),
+                Peer::Failed => {}
             }
+        }
+        // Those who are served now will serve others: over the site's line it would come again.
+        if let Some(obstacle) = busy.filter(|_| self.waits_for_peers(weights.digest)) {
+            return Err(FetchError::Obstacle(obstacle));
         }
         // What is made on the way counts as well: it takes its time.
         let made: u64 = route.iter().map(|delta| delta.to_bytes).sum();
@@ -385,21 +417,38 @@ impl Downloads {
         Ok(())
     }
 
-    /// Gets a file from a device of the same site; whether that worked. What came stays for others.
+    /// Whether peers that serve others are still waited for, counted from the first time.
+    fn waits_for_peers(&self, weights: Digest) -> bool {
+        let mut since = self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
+        let (of, at) = *since.get_or_insert_with(|| (weights, Instant::now()));
+        if of != weights {
+            *since = Some((weights, Instant::now()));
+            return true;
+        }
+        at.elapsed() < BUSY_PEERS
+    }
+
+    /// Gets a file from a device of the same site. What came of it stays for others.
     async fn take_from_peer(
         &self,
         peer: &str,
         weights: Blob,
         flow: &mut Flow<'_>,
         mut progress: impl FnMut(u64),
-    ) -> bool {
-        let Some(url) = peer_url(peer, weights.digest) else { return false };
+    ) -> Peer {
+        let Some(url) = peer_url(peer, weights.digest) else { return Peer::Failed };
         let guard = self.writer(weights.digest).lock_owned().await;
         match self.attempt(Origin::Peer(&url), weights, guard, flow, &mut progress).await {
-            Ok(()) => true,
+            Ok(()) => Peer::Gave,
+            // Only an answer says when to come again.
+            Err(Problem::Fetch(FetchError::Obstacle(obstacle)))
+                if obstacle.retry_after_ms.is_some() =>
+            {
+                Peer::Busy(obstacle)
+            }
             Err(_) => {
                 tracing::info!("{peer} does not give {}", weights.digest.short());
-                false
+                Peer::Failed
             }
         }
     }
@@ -715,6 +764,13 @@ async fn ask_peer(
     let request = client.get(url.clone()).header(RANGE, format!("bytes={have}-"));
     let answer = tokio::time::timeout(Duration::from_millis(PEER_ANSWER_MS), request.send());
     let response = answer.await.map_err(|_| HubError::Answer("did not come in time"))??;
+    let status = response.status();
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        let after = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
+        let retry_after_ms = after.and_then(|text| text.parse::<u64>().ok()).map(|s| s * 1000);
+        let detail = "it serves others".to_owned();
+        return Err(HubError::Status { status, detail, hint: None, retry_after_ms });
+    }
     Ok(response.error_for_status()?)
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
-use slmops_api::delta::{Delta, Fallback, Transfer};
+use slmops_api::delta::{Delta, Fallback, Sources, Transfer};
 use slmops_api::device::{DeviceReport, Phase};
 use slmops_artifact::Digest;
 use slmops_delta::Header;
@@ -79,6 +79,46 @@ async fn an_update_fetches_what_has_changed() {
     })
     .await;
     assert_eq!(device.ask().await, 200);
+    device.stop().await;
+}
+
+/// A device of the same site that has a file, and turns away whoever asks so many times first.
+async fn busy_peer(file: Vec<u8>, times: u32) -> String {
+    use axum::http::{StatusCode, header};
+    use axum::response::IntoResponse as _;
+    let left = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(times));
+    let answer = async move || {
+        let order = std::sync::atomic::Ordering::Relaxed;
+        let turn = left.fetch_update(order, order, |left| left.checked_sub(1));
+        match turn {
+            Ok(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")]).into_response()
+            }
+            Err(_) => file.clone().into_response(),
+        }
+    };
+    let router = axum::Router::new().route("/blobs/{digest}", axum::routing::get(answer));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    format!("http://{address}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_serves_others_is_waited_for() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let release = Release::good("1.0.0");
+    let (digest, size) = (Digest::of(&release.weights), release.weights.len() as u64);
+    let gone = "http://127.0.0.1:9".to_owned();
+    let peers = vec![busy_peer(release.weights.clone(), 3).await, gone];
+    hub.lock().sources.insert(digest, Sources { deltas: vec![], peers, wait_s: None });
+    let told = std::time::Instant::now();
+    let transfer = update(&hub, &release).await;
+    assert_eq!((transfer.peer_bytes, transfer.whole_bytes), (size, 0));
+    assert_eq!(hub.lock().blob_bytes.get(&digest), None, "not a byte over the site's line");
+    // Three times it was told to come again a second later.
+    assert!(told.elapsed() >= Duration::from_secs(3), "{:?}", told.elapsed());
     device.stop().await;
 }
 
