@@ -286,7 +286,8 @@ impl World {
     /// The invariants.
     fn check(&mut self, effect: &Effect) {
         let durable = self.durable();
-        let kept = [durable.current.as_ref(), durable.previous.as_ref()];
+        // What was given up stays the device's own until it is overwritten.
+        let kept = [durable.current.as_ref(), durable.previous.as_ref(), durable.without()];
         let new = |manifest| !kept.iter().flatten().any(|kept| kept.model.manifest == manifest);
         let held = self.told.as_ref().is_some_and(|told| told.rules.hold);
         match effect {
@@ -315,8 +316,7 @@ impl World {
                         && candidate.probed
                         && self.probed.contains(worker)
                 });
-                let confirmed = durable.current.as_ref() == Some(deployment)
-                    || durable.previous.as_ref() == Some(deployment);
+                let confirmed = kept.contains(&Some(deployment));
                 if !candidate && !confirmed {
                     self.problems.push("activates what the durable ledger does not allow".into());
                 }
@@ -839,6 +839,39 @@ fn after_each_failure_the_previous_model_serves() {
         assert_eq!(behaviour(live.package.manifest), Model::GoodA, "{model:?}");
         assert_eq!(world.problems, Vec::<String>::new());
     }
+}
+
+/// The power goes after a model was given up and before its file was touched: it serves again.
+#[test]
+fn what_was_given_up_serves_until_it_is_overwritten() {
+    let mut ops = vec![
+        Op::Publish(Model::GoodA, false),
+        Op::Replace(false),
+        Op::Repeat(0),
+        Op::OldAnswer,
+        Op::Finish(0),
+        Op::Unheard(19),
+        Op::Publish(Model::CrashLoops, false),
+        Op::Pass(1000),
+        Op::Hold(false),
+        Op::OldAnswer,
+        Op::Finish(0),
+        Op::Finish(0),
+        Op::Pass(1000),
+        Op::Finish(126),
+        Op::Unheard(0),
+    ];
+    ops.extend([Op::Finish(0); 6]);
+    ops.extend([Op::Pass(14048), Op::Publish(Model::GoodB, false)]);
+    ops.extend([Op::Finish(0); 3]);
+    ops.extend([Op::Room(1), Op::Replace(true), Op::Pass(44733), Op::Finish(0)]);
+    ops.extend([Op::Pass(26876), Op::Finish(0), Op::Unheard(5), Op::Finish(0), Op::Pass(0)]);
+    ops.extend([Op::Finish(0); 3]);
+    ops.extend([Op::Cut, Op::Publish(Model::GoodA, false), Op::Publish(Model::GoodA, false)]);
+    let (world, outcome) =
+        run(4821625908214854775, &ops).unwrap_or_else(|problem| panic!("{problem}"));
+    assert_eq!(outcome, Some(Outcome::Confirmed));
+    assert!(world.durable().given_up.is_none());
 }
 
 #[test]

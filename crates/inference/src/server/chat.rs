@@ -119,12 +119,13 @@ pub(super) async fn hold_to_tools(
     let (_, worker) = app.host.worker().await?;
     let syntax = worker.template().tool_syntax();
     let text = template.constraint.take();
+    if let Some(text) = text.as_ref().filter(|_| tool_use.choice != Choice::Auto) {
+        let message = "the answer is a call, whose arguments have a shape of their own".to_owned();
+        return Err(ApiError::parameter(&text.parameter, message));
+    }
     template.constraint = Some(tool_use.constraint(syntax, text.as_ref())?);
     // JSON that was asked for is no call, whatever it looks like.
-    let unannounced = match (&tool_use.choice, text) {
-        (Choice::Auto, Some(_)) => &[],
-        _ => &tool_use.tools[..],
-    };
+    let unannounced = if text.is_some() { &[] } else { &tool_use.tools[..] };
     Ok((0..count).map(|_| Reader::new(syntax, unannounced)).collect())
 }
 

@@ -151,5 +151,9 @@ async fn wrong_tools_are_refused_by_name() {
         json!({ "messages": [{ "role": "user", "content": "x" }], "tool_choice": "required" });
     let (status, body) = endpoint.post(PATH, lonely).await;
     assert_eq!((status, &body["error"]["param"]), (400, &json!("tool_choice")), "{body}");
+    // An answer that must be a call has no other shape.
+    let both = with(ask(json!("required")), "response_format", json!({ "type": "json_object" }));
+    let (status, body) = endpoint.post(PATH, both).await;
+    assert_eq!((status, &body["error"]["param"]), (400, &json!("response_format")), "{body}");
     endpoint.stop().await;
 }
