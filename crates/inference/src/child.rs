@@ -165,11 +165,11 @@ fn run_job(job: &Job) -> i32 {
 }
 
 /// A line for the parent. A parent that no longer listens is gone: so is the child's purpose.
-pub(crate) fn print_line(line: &Value) {
-    let mut text = line.to_string();
-    text.push('\n');
+pub(crate) fn print_line(line: &impl serde::Serialize) {
+    let mut text = serde_json::to_vec(line).expect("plain data is always JSON");
+    text.push(b'\n');
     let mut stdout = std::io::stdout().lock();
-    if stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_err() {
+    if stdout.write_all(&text).and_then(|()| stdout.flush()).is_err() {
         std::process::exit(1);
     }
 }

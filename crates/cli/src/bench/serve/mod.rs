@@ -16,7 +16,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
 use self::client::{Endpoint, Outcome};
-use self::raw::Work;
+use self::raw::{Prompts, Work};
 use crate::demo::process::DIE_WITH_PARENT;
 use crate::error::{Context as _, Failure, Result};
 use crate::progress::Progress;
@@ -186,14 +186,12 @@ pub async fn run(
     for round in 0..plan.rounds {
         let stage = progress.stage(format!("round {} of {}", round + 1, plan.rounds));
         stage.note("the engine's loop");
+        let prompts = prompts(round, prompt_tokens);
         let work = Work {
             model: model.to_owned(),
             runtime: runtime.clone(),
-            text: cut(round * 31, 40_000),
-            prompt_tokens,
-            short: (SHORT_TOKENS, FIRST_TOKENS),
+            prompts: prompts.clone(),
             decode_tokens: DECODE_TOKENS,
-            streams: STREAMS,
         };
         let input = serde_json::to_value(&work).internal(|| "describe the work".to_owned())?;
         let found =
@@ -206,10 +204,10 @@ pub async fn run(
         raw.first_token_ms.extend(found.first_token_ms);
         raw.resident_bytes = raw.resident_bytes.max(found.resident_bytes);
         stage.note("slm serve");
-        measure(&served.endpoint, round, prompt_tokens, &mut ours).await?;
+        measure(&served.endpoint, &prompts, &mut ours).await?;
         if let (Some(peer), Some(theirs)) = (&peer, &mut theirs) {
             stage.note("the peer");
-            measure(peer, round, prompt_tokens, theirs).await?;
+            measure(peer, &prompts, theirs).await?;
         }
         stage.done(format!(
             "decode {:.1} of {:.1} tokens/s",
@@ -230,30 +228,33 @@ pub async fn run(
     Ok(Measured { raw, served: ours, peer: theirs, crowd })
 }
 
-/// One round at an endpoint. No prompt begins as one before: an endpoint keeps what it computed.
-async fn measure(
-    endpoint: &Endpoint,
-    round: usize,
-    prompt_tokens: usize,
-    figures: &mut Figures,
-) -> Result<()> {
+/// The prompts of one round. Prose has four to five bytes a token.
+fn prompts(round: usize, prompt_tokens: usize) -> Prompts {
     let start = round * 20_000;
-    // Prose has four to five bytes a token; how many they were comes with the answer.
-    let first = endpoint.stream(&cut(start, prompt_tokens * 4), 1).await?;
+    let short = |from: usize| cut(start + from, SHORT_TOKENS * 4);
+    Prompts {
+        long: cut(start, prompt_tokens * 4),
+        short: (0..FIRST_TOKENS).map(|number| short(3_000 + number * 61)).collect(),
+        alone: short(7_000),
+        together: (0..STREAMS).map(|number| short(9_000 + number * 97)).collect(),
+    }
+}
+
+/// One round at an endpoint.
+async fn measure(endpoint: &Endpoint, prompts: &Prompts, figures: &mut Figures) -> Result<()> {
+    let first = endpoint.stream(&prompts.long, 1).await?;
     figures.prompt_per_s.push(first.prompt_tokens as f64 / first.first_s);
-    for number in 0..FIRST_TOKENS {
-        let outcome = endpoint.one_token(&cut(start + 3_000 + number * 61, SHORT_TOKENS * 4)).await;
+    for short in &prompts.short {
+        let outcome = endpoint.one_token(short).await;
         if outcome.status != 200 {
             return Err(Failure::user(format!("the endpoint answered {}", outcome.status)));
         }
         figures.first_token_ms.push(outcome.seconds * 1e3);
     }
-    let one = cut(start + 7_000, SHORT_TOKENS * 4);
-    let answer = endpoint.stream(&one, DECODE_TOKENS as u64).await?;
+    let answer = endpoint.stream(&prompts.alone, DECODE_TOKENS as u64).await?;
     figures.decode_per_s.push(answer.tokens.saturating_sub(1) as f64 / answer.rest_s);
-    let several: Vec<String> =
-        (0..STREAMS).map(|number| cut(start + 9_000 + number * 97, SHORT_TOKENS * 4)).collect();
-    figures.streams_per_s.push(endpoint.streams(&several, DECODE_TOKENS as u64).await?);
+    let together = endpoint.streams(&prompts.together, DECODE_TOKENS as u64).await?;
+    figures.streams_per_s.push(together);
     Ok(())
 }
 

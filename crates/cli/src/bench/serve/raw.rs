@@ -24,16 +24,23 @@ pub struct Work {
     pub model: PathBuf,
     /// As the endpoint is configured.
     pub runtime: RuntimeConfig,
-    /// Text that prompts are cut from.
-    pub text: String,
-    /// Tokens of the long prompt.
-    pub prompt_tokens: usize,
-    /// Tokens of the short prompts, and how many there are.
-    pub short: (usize, usize),
+    /// What the endpoint is asked in the same round.
+    pub prompts: Prompts,
     /// Tokens that each sequence generates.
     pub decode_tokens: usize,
-    /// Sequences side by side.
-    pub streams: usize,
+}
+
+/// The prompts of a round. None begins as another one: an endpoint keeps what it computed.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Prompts {
+    /// A long one, whose processing is timed.
+    pub long: String,
+    /// Short ones, whose first tokens are timed.
+    pub short: Vec<String>,
+    /// One that is continued alone.
+    pub alone: String,
+    /// Those that are continued side by side.
+    pub together: Vec<String>,
 }
 
 /// What was measured.
@@ -55,7 +62,7 @@ fn run(input: Value) -> anyhow::Result<Value> {
     let work: Work = serde_json::from_value(input)?;
     let options = LoadOptions { check_tensors: true, ..LoadOptions::default() };
     let model = Arc::new(Model::load(&work.model, &options)?);
-    let sequences = u32::try_from(work.streams)?;
+    let sequences = u32::try_from(work.prompts.together.len())?;
     let options = ContextOptions {
         context_tokens: work.runtime.context_tokens,
         sequences,
@@ -68,28 +75,24 @@ fn run(input: Value) -> anyhow::Result<Value> {
         abort: None,
     };
     let mut engine = Loop { context: Context::new(&model, &options)?, batch: Batch::new() };
-    let tokens = model.tokenise(&work.text, false, false)?;
-    let prompt = |skip: usize, length: usize| -> Vec<Token> {
-        tokens.iter().copied().cycle().skip(skip * 7).take(length).collect()
-    };
+    let tokens = |text: &String| model.tokenise(text, true, false);
+    let prompts = &work.prompts;
 
     // The first one touches every weight and buffer.
-    engine.prompt(0, &prompt(1, work.prompt_tokens))?;
-    let long = prompt(2, work.prompt_tokens);
+    let long = tokens(&prompts.long)?;
+    engine.prompt(0, &long)?;
     let started = Instant::now();
     engine.prompt(0, &long)?;
     let prompt_per_s = long.len() as f64 / started.elapsed().as_secs_f64();
     let mut first_token_ms = Vec::new();
-    for number in 0..work.short.1 {
-        let short = prompt(3 + number, work.short.0);
+    for short in &prompts.short {
         let started = Instant::now();
-        engine.prompt(0, &short)?;
+        engine.prompt(0, &tokens(short)?)?;
         first_token_ms.push(started.elapsed().as_secs_f64() * 1e3);
     }
-    let decode_per_s = engine.decode(&[prompt(5, work.short.0)], work.decode_tokens)?;
-    let prompts: Vec<_> =
-        (0..work.streams).map(|number| prompt(9 + number, work.short.0)).collect();
-    let streams_per_s = engine.decode(&prompts, work.decode_tokens)?;
+    let decode_per_s = engine.decode(&[tokens(&prompts.alone)?], work.decode_tokens)?;
+    let together: Vec<_> = prompts.together.iter().map(tokens).collect::<Result<_, _>>()?;
+    let streams_per_s = engine.decode(&together, work.decode_tokens)?;
     let figures = Figures {
         prompt_per_s,
         decode_per_s,
