@@ -19,7 +19,7 @@ use slmops_api::delta::{Delta, Fallback, Transfer};
 use slmops_api::device::{DISK_RESERVE_BYTES, WaitCause};
 use slmops_artifact::Digest;
 use slmops_artifact::digest::Hasher;
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedMutexGuard, mpsc};
 
 use crate::durable;
 use crate::hub::{DeviceHub, HubError};
@@ -378,16 +378,9 @@ impl Downloads {
         flow: &mut Flow<'_>,
         progress: &mut impl FnMut(u64),
     ) -> Result<(), Refusal> {
-        let guard = Arc::new(self.writer(delta.to).lock_owned().await);
-        let (state, blob) =
-            (self.state.clone(), Blob { digest: delta.to, size_bytes: delta.to_bytes });
-        if blocking(move || state.blob(blob.digest).exists() && check(&state, blob).is_ok()).await {
+        let Some((guard, header)) = self.begin_delta(name, delta, flow).await? else {
             return Ok(());
-        }
-        if !patch::is_header_length(delta.header_bytes) {
-            return Err(Refusal::Fallback(Fallback::Unreadable));
-        }
-        let header = self.delta_header(name, delta, flow).await?;
+        };
         let (state, wanted) = (self.state.clone(), delta.clone());
         let mut made = blocking(move || Replacement::open(&state, &wanted, &header)).await?;
         while let Some(run) = made.run() {
@@ -420,12 +413,8 @@ impl Downloads {
     /// Whether peers that serve others are still waited for, counted from the first time.
     fn waits_for_peers(&self, weights: Digest) -> bool {
         let mut since = self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
-        let (of, at) = *since.get_or_insert_with(|| (weights, Instant::now()));
-        if of != weights {
-            *since = Some((weights, Instant::now()));
-            return true;
-        }
-        at.elapsed() < BUSY_PEERS
+        since.take_if(|(of, _)| *of != weights);
+        since.get_or_insert_with(|| (weights, Instant::now())).1.elapsed() < BUSY_PEERS
     }
 
     /// Gets a file from a device of the same site. What came of it stays for others.
@@ -461,22 +450,15 @@ impl Downloads {
         flow: &mut Flow<'_>,
         mut progress: impl FnMut(u64),
     ) -> Result<(), Refusal> {
-        let guard = Arc::new(self.writer(delta.to).lock_owned().await);
-        let (state, blob) =
-            (self.state.clone(), Blob { digest: delta.to, size_bytes: delta.to_bytes });
-        if blocking(move || state.blob(blob.digest).exists() && check(&state, blob).is_ok()).await {
+        let Some((guard, header)) = self.begin_delta(name, delta, flow).await? else {
             return Ok(());
-        }
-        if !patch::is_header_length(delta.header_bytes) {
-            return Err(Refusal::Fallback(Fallback::Unreadable));
-        }
-        let header = self.delta_header(name, delta, flow).await?;
+        };
         let (state, expected) = (self.state.clone(), delta.clone());
         let recipe = blocking(move || Recipe::new(&expected, &header, &state.blob(expected.from)));
         let recipe = Arc::new(recipe.await.map_err(Refusal::Fallback)?);
-        let (state, with) = (self.state.clone(), Arc::clone(&recipe));
+        let (state, with, to) = (self.state.clone(), Arc::clone(&recipe), delta.to);
         let mut made = blocking(move || {
-            let path = state.partial(blob.digest);
+            let path = state.partial(to);
             let mut options = OpenOptions::new();
             let file = options.create(true).truncate(false).read(true).write(true).open(path)?;
             Patch::resume(with, file)
@@ -544,6 +526,25 @@ impl Downloads {
         Ok(())
     }
 
+    /// The right to write what a delta makes, and the delta's header; absent where that is here already.
+    async fn begin_delta(
+        &self,
+        name: &ModelName,
+        delta: &Delta,
+        flow: &mut Flow<'_>,
+    ) -> Result<Option<(Arc<OwnedMutexGuard<()>>, Vec<u8>)>, Refusal> {
+        let guard = Arc::new(self.writer(delta.to).lock_owned().await);
+        let (state, blob) =
+            (self.state.clone(), Blob { digest: delta.to, size_bytes: delta.to_bytes });
+        if blocking(move || state.blob(blob.digest).exists() && check(&state, blob).is_ok()).await {
+            return Ok(None);
+        }
+        if !patch::is_header_length(delta.header_bytes) {
+            return Err(Refusal::Fallback(Fallback::Unreadable));
+        }
+        Ok(Some((guard, self.delta_header(name, delta, flow).await?)))
+    }
+
     /// The first bytes of a delta.
     async fn delta_header(
         &self,
@@ -576,7 +577,7 @@ impl Downloads {
         blob: Digest,
         range: std::ops::Range<u64>,
         mut made: T,
-        guard: &Arc<tokio::sync::OwnedMutexGuard<()>>,
+        guard: &Arc<OwnedMutexGuard<()>>,
         flow: &mut Flow<'_>,
         progress: &mut impl FnMut(u64),
         work: fn(&mut T, mpsc::Receiver<Bytes>) -> io::Result<End>,
@@ -669,7 +670,7 @@ impl Downloads {
         &self,
         from: Origin<'_>,
         blob: Blob,
-        guard: tokio::sync::OwnedMutexGuard<()>,
+        guard: OwnedMutexGuard<()>,
         flow: &mut Flow<'_>,
         progress: &mut impl FnMut(u64),
     ) -> Result<(), Problem> {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
+use slmops_inference::worker::memory_of;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
@@ -101,11 +102,8 @@ impl Server {
 
     /// What it has used so far.
     pub fn usage(&self) -> Result<Usage> {
-        let read = |name: &str| {
-            let path = format!("/proc/{}/{name}", self.pid);
-            std::fs::read_to_string(&path).internal(|| format!("read {path}"))
-        };
-        let stat = read("stat")?;
+        let path = format!("/proc/{}/stat", self.pid);
+        let stat = std::fs::read_to_string(&path).internal(|| format!("read {path}"))?;
         // The second field is the program's name in parentheses; fields 14 and 15 are the times
         // (proc_pid_stat(5)).
         let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
@@ -113,15 +111,11 @@ impl Server {
             after_name.split_whitespace().nth(index - 3).and_then(|text| text.parse::<f64>().ok())
         };
         let ticks = field(14).zip(field(15)).map(|(user, system)| user + system);
-        let status = read("status")?;
-        let kib = |name: &str| {
-            let line = status.lines().find(|line| line.starts_with(name))?;
-            line.split_whitespace().nth(1)?.parse::<u64>().ok()
-        };
+        let memory = memory_of(self.pid);
         Ok(Usage {
             cpu_s: ticks.unwrap_or(0.0) / TICKS_PER_S,
-            memory_bytes: kib("VmRSS:").unwrap_or(0) << 10,
-            peak_bytes: kib("VmHWM:").unwrap_or(0) << 10,
+            memory_bytes: memory.resident_bytes,
+            peak_bytes: memory.peak_bytes,
         })
     }
 

@@ -75,20 +75,27 @@ pub struct Fleet {
 /// All that was measured, and where.
 #[derive(Serialize)]
 struct Measured {
+    #[serde(flatten)]
+    taken: Taken,
+    fleets: Vec<Fleetwise>,
+}
+
+/// With what a measurement was taken, when, and where.
+#[derive(Serialize)]
+pub(super) struct Taken {
     version: &'static str,
     #[serde(serialize_with = "as_text")]
     at: jiff::Timestamp,
     machine: Machine,
-    fleets: Vec<Fleetwise>,
 }
 
 #[derive(Serialize)]
-pub(super) struct Machine {
-    pub(super) cpu: String,
-    pub(super) cores: usize,
-    pub(super) memory_bytes: u64,
+struct Machine {
+    cpu: String,
+    cores: usize,
+    memory_bytes: u64,
     /// Processes that wanted to run when the measurement began, on average over a minute.
-    pub(super) load: f64,
+    load: f64,
 }
 
 #[derive(Serialize)]
@@ -98,10 +105,7 @@ struct Fleetwise {
     checks: Vec<Check>,
 }
 
-pub(super) fn as_text<S: serde::Serializer>(
-    at: &jiff::Timestamp,
-    to: S,
-) -> Result<S::Ok, S::Error> {
+fn as_text<S: serde::Serializer>(at: &jiff::Timestamp, to: S) -> Result<S::Ok, S::Error> {
     to.collect_str(at)
 }
 
@@ -117,12 +121,7 @@ impl Bench {
 
 impl Fleet {
     async fn run(self, session: &Session) -> Result<()> {
-        let mut measured = Measured {
-            version: env!("CARGO_PKG_VERSION"),
-            at: jiff::Timestamp::now(),
-            machine: Machine::here(),
-            fleets: Vec::new(),
-        };
+        let mut measured = Measured { taken: Taken::here(), fleets: Vec::new() };
         for devices in &self.devices {
             let what = || "make a folder for the hub".to_owned();
             let folder = match &self.folder {
@@ -160,8 +159,27 @@ impl Fleet {
     }
 }
 
-impl Machine {
+impl Taken {
+    /// Now, on this machine.
     pub(super) fn here() -> Self {
+        let (version, at) = (env!("CARGO_PKG_VERSION"), jiff::Timestamp::now());
+        Self { version, at, machine: Machine::here() }
+    }
+
+    /// Its lines in a text for people.
+    pub(super) fn lines(&self) -> [(&'static str, String); 4] {
+        let Machine { cpu, cores, memory_bytes, load } = &self.machine;
+        [
+            ("machine", format!("{cpu}, {cores} cores, {}", units::bytes(*memory_bytes))),
+            ("load at the start", format!("{load:.1}")),
+            ("version", self.version.to_owned()),
+            ("measured", super::time(self.at)),
+        ]
+    }
+}
+
+impl Machine {
+    fn here() -> Self {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cpu = read("/proc/cpuinfo");
         let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -179,13 +197,7 @@ impl Machine {
 }
 
 fn text(measured: &Measured) -> String {
-    let Machine { cpu, cores, memory_bytes, load } = &measured.machine;
-    let mut text = fields(&[
-        ("machine", format!("{cpu}, {cores} cores, {}", units::bytes(*memory_bytes))),
-        ("load at the start", format!("{load:.1}")),
-        ("version", measured.version.to_owned()),
-        ("measured", super::time(measured.at)),
-    ]);
+    let mut text = fields(&measured.taken.lines());
     for Fleetwise { figures, checks } in &measured.fleets {
         let per_device = |bytes: u64| units::bytes(bytes / u64::from(figures.devices));
         text.push_str(&format!("\n\n{} devices\n\n", figures.devices));

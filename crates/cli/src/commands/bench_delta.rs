@@ -9,7 +9,7 @@ use slmops_artifact::files;
 use slmops_artifact::gguf::{self, TensorType};
 
 use super::Session;
-use super::bench::Machine;
+use super::bench::Taken;
 use crate::bench::delta::rivals::{Cost, Measured, Tool};
 use crate::bench::delta::versions::{self, Change};
 use crate::error::{Context, Failure, Result};
@@ -80,10 +80,8 @@ fn parse_kind(given: &str) -> Result<Kind, String> {
 /// All that was measured, and where.
 #[derive(Serialize)]
 struct Report {
-    version: &'static str,
-    #[serde(serialize_with = "super::bench::as_text")]
-    at: jiff::Timestamp,
-    machine: Machine,
+    #[serde(flatten)]
+    taken: Taken,
     model: String,
     pairs: Vec<Pair>,
 }
@@ -141,9 +139,7 @@ impl DeltaBench {
             false => self.tools.clone(),
         };
         let mut report = Report {
-            version: env!("CARGO_PKG_VERSION"),
-            at: jiff::Timestamp::now(),
-            machine: Machine::here(),
+            taken: Taken::here(),
             model: self.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             pairs: Vec::new(),
         };
@@ -248,14 +244,8 @@ fn percent(bytes: u64, of: u64) -> String {
 }
 
 fn text(report: &Report) -> String {
-    let Machine { cpu, cores, memory_bytes, load } = &report.machine;
-    let mut text = fields(&[
-        ("machine", format!("{cpu}, {cores} cores, {}", units::bytes(*memory_bytes))),
-        ("load at the start", format!("{load:.1}")),
-        ("version", report.version.to_owned()),
-        ("measured", super::time(report.at)),
-        ("model", report.model.clone()),
-    ]);
+    let model = ("model", report.model.clone());
+    let mut text = fields(&[&report.taken.lines()[..], &[model]].concat());
     let rows = report.pairs.iter().flat_map(|pair| {
         pair.tools.iter().map(move |found| {
             let speed = |cost: Option<Cost>| match cost {

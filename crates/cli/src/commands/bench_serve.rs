@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::Session;
-use super::bench::Machine;
+use super::bench::Taken;
 use crate::bench::serve::{self, Figures, Measured, Plan, quantile};
 use crate::error::Result;
 use crate::output::{fields, table};
@@ -33,10 +33,8 @@ pub struct ServeBench {
 /// All that was measured, and where.
 #[derive(Serialize)]
 struct Report {
-    version: &'static str,
-    #[serde(serialize_with = "super::bench::as_text")]
-    at: jiff::Timestamp,
-    machine: Machine,
+    #[serde(flatten)]
+    taken: Taken,
     model: String,
     #[serde(flatten)]
     measured: Measured,
@@ -44,7 +42,7 @@ struct Report {
 
 impl ServeBench {
     pub(super) async fn run(self, session: &Session) -> Result<()> {
-        let (machine, at) = (Machine::here(), jiff::Timestamp::now());
+        let taken = Taken::here();
         let plan = Plan {
             rounds: self.rounds as usize,
             threads: self.threads,
@@ -53,7 +51,7 @@ impl ServeBench {
         let peer = self.peer.as_deref();
         let measured = serve::run(&self.model, plan, peer, &session.progress).await?;
         let model = self.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let report = Report { version: env!("CARGO_PKG_VERSION"), at, machine, model, measured };
+        let report = Report { taken, model, measured };
         session.out.show(&report, || text(&report))
     }
 }
@@ -65,15 +63,9 @@ fn median(values: &[f64]) -> f64 {
 }
 
 fn text(report: &Report) -> String {
-    let Machine { cpu, cores, memory_bytes, load } = &report.machine;
     let Measured { raw, served, peer, crowd } = &report.measured;
-    let mut text = fields(&[
-        ("machine", format!("{cpu}, {cores} cores, {}", units::bytes(*memory_bytes))),
-        ("load at the start", format!("{load:.1}")),
-        ("version", report.version.to_owned()),
-        ("measured", super::time(report.at)),
-        ("model", report.model.clone()),
-    ]);
+    let model = ("model", report.model.clone());
+    let mut text = fields(&[&report.taken.lines()[..], &[model]].concat());
     text.push_str("\n\n");
     let rate = |what: &str, of: fn(&Figures) -> &Vec<f64>, wanted: f64| {
         let (loops, ours) = (median(of(raw)), median(of(served)));

@@ -104,12 +104,12 @@ impl Job {
             let checked = app.checked.check(constraint).await;
             checked.map_err(|error| ApiError::constraint(&constraint.parameter, &error))?;
         }
+        let operation = match self.chat {
+            true => Operation::Chat,
+            false => Operation::TextCompletion,
+        };
         let mut generations = Vec::with_capacity(self.prompts.len());
         for (index, prompt) in self.prompts.iter().enumerate() {
-            let operation = match self.chat {
-                true => Operation::Chat,
-                false => Operation::TextCompletion,
-            };
             let begun = app.host.generate(operation, |worker| {
                 let mut request = self.template.clone();
                 request.prompt = prompt(worker)?;

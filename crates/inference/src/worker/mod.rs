@@ -127,7 +127,7 @@ pub struct Ending {
     pub stderr: String,
 }
 
-/// Resident memory of a worker's process, in bytes.
+/// Resident memory of a process, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Now.
@@ -474,8 +474,8 @@ fn unexpected(event: &Event) -> WorkerError {
     WorkerError::Request(RequestError::Engine { message: message.chars().take(200).collect() })
 }
 
-/// `VmRSS` and `VmHWM` of a process, as proc(5) shows them.
-pub(crate) fn memory_of(pid: u32) -> Memory {
+/// `VmRSS` and `VmHWM` of a process, as proc(5) shows them; 0 once it is gone.
+pub fn memory_of(pid: u32) -> Memory {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let field = |name: &str| -> u64 {
         let line = status.lines().find_map(|line| line.strip_prefix(name));

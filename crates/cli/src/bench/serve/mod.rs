@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::Serialize;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_inference::child;
+use slmops_inference::worker::memory_of;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
@@ -95,14 +96,6 @@ pub struct Measured {
     pub crowd: Crowd,
 }
 
-/// Resident memory of a process, in bytes; 0 once it is gone.
-pub fn resident_bytes(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
-}
-
 /// `slm serve` in a process of its own.
 struct Served {
     child: Child,
@@ -154,7 +147,8 @@ impl Served {
             .flat_map(|list| list.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
             .filter_map(|pid| pid.parse().ok())
             .collect();
-        resident_bytes(pid) + children.into_iter().map(resident_bytes).sum::<u64>()
+        let own = std::iter::once(pid).chain(children);
+        own.map(|pid| memory_of(pid).resident_bytes).sum()
     }
 }
 

@@ -11,6 +11,7 @@ use serde_json::Value;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_inference::child::Job;
 use slmops_inference::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token};
+use slmops_inference::worker::memory_of;
 
 /// The job's name.
 pub const JOB: &str = "bench-raw-loop";
@@ -98,7 +99,7 @@ fn run(input: Value) -> anyhow::Result<Value> {
         decode_per_s,
         streams_per_s,
         first_token_ms,
-        resident_bytes: super::resident_bytes(std::process::id()),
+        resident_bytes: memory_of(std::process::id()).resident_bytes,
     };
     Ok(serde_json::to_value(figures)?)
 }
