@@ -14,21 +14,24 @@ use super::generate::timings;
 use super::generate::{
     Chunks, Job, PromptOf, choices, finish_all, reason, sampling, stream_all, streaming, usage,
 };
-use super::tools::{ToolUse, new_call_id, past_calls, read_whole, tool_use, written};
+use super::tools::{Form, ToolUse, new_call_id, past_calls, read_whole, tool_use, written};
 use super::{App, check_model, new_id, now_s, object, read_fields};
 use crate::chat::ChatMessage;
 use crate::tools::{Choice, Found, Reader};
 use crate::worker::{Finish, FinishReason, GenerateRequest, Piece, Prompt, TokenLogprob, Worker};
+
+/// Where it is.
+pub(super) const PATH: &str = "/v1/chat/completions";
 
 pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
     answer(&app, body).await.map_err(|error| error.of_prompt("messages"))
 }
 
 async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
-    let mut fields = read_fields(body).await?;
+    let mut fields = read_fields(PATH, body).await?;
     let spec = check_model(app, &mut fields).await?;
     let messages = messages(&mut fields)?;
-    let tool_use = tool_use(&mut fields)?;
+    let tool_use = tool_use(&mut fields, Form::Nested)?;
     let count = choices(&mut fields)?;
     let streaming = streaming(&mut fields)?;
     let max_tokens = match fields.count("max_completion_tokens")? {
@@ -60,7 +63,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let prompts = chat_prompts(messages, tool_use, count);
     let job = Job { prompts, template, chat: true };
     let generations = job.begin(app).await?;
-    let (id, created) = (new_id("chatcmpl"), now_s());
+    let (id, created) = (new_id("chatcmpl-"), now_s());
     app.host.metrics().remember_answer(&id);
     if streaming.wanted {
         let usage = streaming.usage;
@@ -191,31 +194,8 @@ fn message(index: usize, value: Value) -> Result<ChatMessage, ApiError> {
         }
     };
     let content = match fields.take("content") {
-        Some(Value::String(text)) => text,
-        Some(Value::Array(parts)) => {
-            let mut content = String::new();
-            for part in parts {
-                match (part["type"].as_str(), part["text"].as_str()) {
-                    (Some("text"), Some(text)) => content.push_str(text),
-                    (Some("text"), None) | (None, _) => {
-                        let message = "expected parts with a type and a text".to_owned();
-                        return Err(ApiError::parameter(&name("content"), message));
-                    }
-                    (Some(kind), _) => {
-                        let kind: String = kind.chars().take(40).collect();
-                        let message =
-                            format!("parts of type `{kind}` are not supported, only text");
-                        return Err(ApiError::unsupported(&name("content"), message));
-                    }
-                }
-            }
-            content
-        }
         None if role == "assistant" => String::new(),
-        _ => {
-            let message = "expected a string or an array of parts".to_owned();
-            return Err(ApiError::parameter(&name("content"), message));
-        }
+        content => text_of(&name("content"), content, &["text"])?,
     };
     let tool_calls = match role {
         "assistant" => past_calls(&name("tool_calls"), &mut fields)?,
@@ -251,10 +231,47 @@ fn message(index: usize, value: Value) -> Result<ChatMessage, ApiError> {
     Ok(ChatMessage { role: role.to_owned(), content, tool_calls, tool_call_id })
 }
 
+/// The text of a message: a string, or parts of these kinds.
+pub(super) fn text_of(
+    path: &str,
+    content: Option<Value>,
+    kinds: &[&str],
+) -> Result<String, ApiError> {
+    let parts = match content {
+        Some(Value::String(text)) => return Ok(text),
+        Some(Value::Array(parts)) => parts,
+        _ => {
+            let message = "expected a string or an array of parts".to_owned();
+            return Err(ApiError::parameter(path, message));
+        }
+    };
+    let mut content = String::new();
+    for part in parts {
+        match (part["type"].as_str(), part["text"].as_str()) {
+            (Some(kind), Some(text)) if kinds.contains(&kind) => content.push_str(text),
+            (Some(kind), _) if !kinds.contains(&kind) => {
+                let kind: String = kind.chars().take(40).collect();
+                let message = format!("parts of type `{kind}` are not supported, only text");
+                return Err(ApiError::unsupported(path, message));
+            }
+            _ => {
+                let message = "expected parts with a type and a text".to_owned();
+                return Err(ApiError::parameter(path, message));
+            }
+        }
+    }
+    Ok(content)
+}
+
 fn logprobs(entries: &[TokenLogprob], wanted: bool) -> Value {
     if !wanted {
         return Value::Null;
     }
+    json!({ "content": token_logprobs(entries), "refusal": null })
+}
+
+/// Tokens with their log-probabilities and those of their alternatives.
+pub(super) fn token_logprobs(entries: &[TokenLogprob]) -> Vec<Value> {
     let plain = |entry: &TokenLogprob| {
         object([
             ("token", json!(String::from_utf8_lossy(&entry.bytes))),
@@ -262,15 +279,14 @@ fn logprobs(entries: &[TokenLogprob], wanted: bool) -> Value {
             ("bytes", json!(entry.bytes)),
         ])
     };
-    let content: Vec<Value> = entries
+    entries
         .iter()
         .map(|entry| {
             let mut shown = plain(entry);
             shown["top_logprobs"] = entry.top.iter().map(plain).collect();
             shown
         })
-        .collect();
-    json!({ "content": content, "refusal": null })
+        .collect()
 }
 
 struct ChatChunks {
@@ -339,9 +355,9 @@ impl ChatChunks {
 }
 
 impl Chunks for ChatChunks {
-    fn begin(&mut self, index: usize) -> Option<Value> {
+    fn begin(&mut self, index: usize) -> Vec<Value> {
         let delta = json!({ "role": "assistant", "content": null, "refusal": null });
-        Some(self.choice(index, delta, Value::Null, None))
+        vec![self.choice(index, delta, Value::Null, None)]
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Value> {

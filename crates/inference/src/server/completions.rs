@@ -24,12 +24,15 @@ use crate::worker::{Finish, GenerateRequest, Piece, Prompt, TokenLogprob, Worker
 /// OpenAI's default of `max_tokens` at this endpoint.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
+/// Where it is.
+pub(super) const PATH: &str = "/v1/completions";
+
 pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
     answer(&app, body).await.map_err(|error| error.of_prompt("prompt"))
 }
 
 async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
-    let mut fields = read_fields(body).await?;
+    let mut fields = read_fields(PATH, body).await?;
     let spec = check_model(app, &mut fields).await?;
     let given = prompts(&mut fields, "prompt")?;
     let count = choices(&mut fields)?;
@@ -66,7 +69,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         .collect();
     let job = Job { prompts, template, chat: false };
     let generations = job.begin(app).await?;
-    let (id, created) = (new_id("cmpl"), now_s());
+    let (id, created) = (new_id("cmpl-"), now_s());
     app.host.metrics().remember_answer(&id);
     let wanted = top.is_some();
     if streaming.wanted {
@@ -192,8 +195,8 @@ impl PlainChunks {
 }
 
 impl Chunks for PlainChunks {
-    fn begin(&mut self, _: usize) -> Option<Value> {
-        None
+    fn begin(&mut self, _: usize) -> Vec<Value> {
+        Vec::new()
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Value> {

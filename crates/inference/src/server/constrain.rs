@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::Fields;
+use super::tools::Form;
 use crate::constraint::Constraint;
 
 /// The longest name of a schema.
@@ -12,9 +13,32 @@ const MAX_NAME_CHARS: usize = 64;
 /// Takes `response_format`, `regex` and `grammar`, of which there may be one.
 pub(super) fn constraint(fields: &mut Fields) -> Result<Option<Constraint>, ApiError> {
     let format = match fields.take("response_format") {
-        Some(value) => response_format(value)?,
+        Some(value) => format("response_format", value, Form::Nested)?,
         None => None,
     };
+    one_of(format, fields)
+}
+
+/// Takes `text`, `regex` and `grammar`, of which one may ask for a shape.
+pub(super) fn text_constraint(fields: &mut Fields) -> Result<Option<Constraint>, ApiError> {
+    let format = match fields.take("text") {
+        Some(Value::Object(text)) => {
+            let mut text = Fields::new(text);
+            let format = match text.take("format") {
+                Some(value) => format("text.format", value, Form::Flat)?,
+                None => None,
+            };
+            text.finish()?;
+            format
+        }
+        Some(_) => return Err(ApiError::parameter("text", "expected an object".to_owned())),
+        None => None,
+    };
+    one_of(format, fields)
+}
+
+/// Takes `regex` and `grammar`; there may be only one shape.
+fn one_of(format: Option<Constraint>, fields: &mut Fields) -> Result<Option<Constraint>, ApiError> {
     let regex = fields.text("regex")?.map(|regex| {
         Constraint::regex("regex", &regex).map_err(|error| ApiError::constraint("regex", &error))
     });
@@ -26,24 +50,24 @@ pub(super) fn constraint(fields: &mut Fields) -> Result<Option<Constraint>, ApiE
     let first = all.next().transpose()?;
     match all.next().transpose()? {
         Some(second) => {
-            let message = "only one of response_format, regex and grammar".to_owned();
+            let message = "only one of a format, regex and grammar".to_owned();
             Err(ApiError::parameter(&second.parameter, message))
         }
         None => Ok(first),
     }
 }
 
-/// OpenAI's `response_format`: absent for text.
-fn response_format(value: Value) -> Result<Option<Constraint>, ApiError> {
-    const NAME: &str = "response_format";
-    let wrong = |message: &str| ApiError::parameter(NAME, message.to_owned());
+/// A format as `response_format` and the `format` of a response's `text` say it: absent for text.
+fn format(name: &str, value: Value, form: Form) -> Result<Option<Constraint>, ApiError> {
+    let wrong = |message: &str| ApiError::parameter(name, message.to_owned());
     let Value::Object(value) = value else { return Err(wrong("expected an object")) };
     let mut fields = Fields::new(value);
     let constraint = match fields.text("type")?.as_deref() {
         Some("text") => None,
-        Some("json_object") => Some(Constraint::json_object(NAME)),
+        Some("json_object") => Some(Constraint::json_object(name)),
+        Some("json_schema") if form == Form::Flat => return json_schema(name, fields).map(Some),
         Some("json_schema") => match fields.take("json_schema") {
-            Some(Value::Object(schema)) => Some(json_schema(NAME, Fields::new(schema))?),
+            Some(Value::Object(schema)) => Some(json_schema(name, Fields::new(schema))?),
             _ => return Err(wrong("expected an object `json_schema`")),
         },
         _ => return Err(wrong("expected the type text, json_object or json_schema")),
@@ -53,7 +77,7 @@ fn response_format(value: Value) -> Result<Option<Constraint>, ApiError> {
 }
 
 /// A schema with its name; `strict` says whether all of it must be understood.
-pub(super) fn json_schema(parameter: &str, mut fields: Fields) -> Result<Constraint, ApiError> {
+fn json_schema(parameter: &str, mut fields: Fields) -> Result<Constraint, ApiError> {
     let wrong = |message: &str| ApiError::parameter(parameter, message.to_owned());
     match fields.text("name")? {
         Some(name) if (1..=MAX_NAME_CHARS).contains(&name.chars().count()) => {}

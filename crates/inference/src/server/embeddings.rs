@@ -18,12 +18,15 @@ const MAX_TEXTS: usize = 256;
 /// Texts of one request in the worker at the same time: one request must not fill the queue.
 const TEXTS_AT_ONCE: usize = 4;
 
+/// Where it is.
+pub(super) const PATH: &str = "/v1/embeddings";
+
 pub(super) async fn embed(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
     answer(&app, body).await.map_err(|error| error.of_prompt("input"))
 }
 
 async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
-    let mut fields = read_fields(body).await?;
+    let mut fields = read_fields(PATH, body).await?;
     let spec = check_model(app, &mut fields).await?;
     let texts = prompts(&mut fields, "input")?;
     if texts.len() > MAX_TEXTS {

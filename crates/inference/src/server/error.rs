@@ -23,11 +23,21 @@ pub(super) struct ApiError {
     parameter: Option<String>,
     message: String,
     retry_after: Option<Duration>,
+    /// Whether it is about the prompt, whose parameter has another name at each path.
+    about_prompt: bool,
 }
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: String) -> Self {
-        Self { status, kind, code, parameter: None, message, retry_after: None }
+        Self {
+            status,
+            kind,
+            code,
+            parameter: None,
+            message,
+            retry_after: None,
+            about_prompt: false,
+        }
     }
 
     pub(super) fn invalid(message: String) -> Self {
@@ -118,12 +128,22 @@ impl ApiError {
         Self { retry_after: Some(RETRY_AFTER), ..Self::new(status, kind, code, message) }
     }
 
-    /// Names the parameter that holds the prompt where the prompt is too long.
+    /// Names the parameter that holds the prompt where the prompt is at fault.
     pub(super) fn of_prompt(mut self, parameter: &str) -> Self {
-        if self.code == "context_length_exceeded" {
+        if self.about_prompt {
             self.parameter = Some(parameter.to_owned());
         }
         self
+    }
+
+    /// As a response that failed says it: its codes are few.
+    pub(super) fn of_response(&self) -> Value {
+        let code = match self.kind {
+            "server_error" => "server_error",
+            "rate_limit_error" => "rate_limit_exceeded",
+            _ => "invalid_prompt",
+        };
+        json!({ "code": code, "message": self.message })
     }
 
     pub(super) fn body(&self) -> Value {
@@ -174,17 +194,16 @@ impl From<WorkerError> for ApiError {
                 Self::parameter(&parameter, message)
             }
             WorkerError::Request(RequestError::ContextLength { .. }) => {
-                Self { code: "context_length_exceeded", ..Self::invalid(message) }
+                let code = "context_length_exceeded";
+                Self { code, about_prompt: true, ..Self::invalid(message) }
             }
             WorkerError::Request(RequestError::QueueFull { .. }) => {
                 let status = StatusCode::TOO_MANY_REQUESTS;
                 Self::busy(status, "rate_limit_error", "queue_full", message)
             }
-            WorkerError::Template(TemplateError::Refused { .. }) => Self {
-                parameter: Some("messages".to_owned()),
-                code: "invalid_value",
-                ..Self::invalid(message)
-            },
+            WorkerError::Template(TemplateError::Refused { .. }) => {
+                Self { code: "invalid_value", about_prompt: true, ..Self::invalid(message) }
+            }
             WorkerError::Died { .. } | WorkerError::Draining => {
                 let status = StatusCode::SERVICE_UNAVAILABLE;
                 Self::busy(status, "server_error", "worker_died", message)

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::document::parameters;
 use super::error::ApiError;
 
 /// OpenAI's parameters that have no effect on an answer: they are accepted as they are.
@@ -11,15 +12,23 @@ const INFORMATION: &[&str] =
 /// nothing.
 const UNSUPPORTED: &[(&str, &[&str])] = &[
     ("audio", &[]),
+    ("background", &["false"]),
     ("best_of", &["1"]),
+    ("context_management", &["[]"]),
+    ("conversation", &[]),
     ("dimensions", &[]),
     ("echo", &["false"]),
     ("function_call", &[r#""none""#, r#""auto""#]),
     ("functions", &["[]"]),
+    ("include", &["[]"]),
+    ("max_tool_calls", &[]),
     ("modalities", &[r#"["text"]"#]),
     ("moderation", &[]),
     ("parallel_tool_calls", &["true", "false"]),
     ("prediction", &[]),
+    ("previous_response_id", &[]),
+    ("prompt_cache_options", &["{}"]),
+    ("reasoning", &["{}"]),
     ("reasoning_effort", &[]),
     ("response_format", &[r#"{"type":"text"}"#]),
     ("service_tier", &[r#""auto""#, r#""default""#]),
@@ -27,21 +36,39 @@ const UNSUPPORTED: &[(&str, &[&str])] = &[
     ("suffix", &[r#""""#]),
     ("tool_choice", &[r#""none""#, r#""auto""#]),
     ("tools", &["[]"]),
+    ("truncation", &[r#""disabled""#]),
     ("verbosity", &[]),
     ("web_search_options", &[]),
 ];
 
 /// The parameters that were not taken yet.
-pub(super) struct Fields(Map<String, Value>);
+pub(super) struct Fields {
+    open: Map<String, Value>,
+    /// What the path does not have, and nobody can take.
+    foreign: Map<String, Value>,
+}
 
 impl Fields {
+    /// Parameters within another.
     pub(super) fn new(fields: Map<String, Value>) -> Self {
-        Self(fields)
+        Self { open: fields, foreign: Map::new() }
+    }
+
+    /// Parameters of a path, of which those can be taken that the document names.
+    pub(super) fn of_path(path: &str, fields: Map<String, Value>) -> Self {
+        let known = |name: &str| parameters(path).is_some_and(|names| names.contains(name));
+        let (open, foreign) = fields.into_iter().partition(|(name, _)| known(name));
+        Self { open, foreign }
+    }
+
+    /// A parameter that is not taken yet; null counts as absent.
+    pub(super) fn look(&self, name: &str) -> Option<&Value> {
+        self.open.get(name).filter(|value| !value.is_null())
     }
 
     /// Takes a parameter as it is; null counts as absent.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.remove(name).filter(|value| !value.is_null())
+        self.open.remove(name).filter(|value| !value.is_null())
     }
 
     fn typed<T>(
@@ -82,6 +109,20 @@ impl Fields {
         })
     }
 
+    /// A parameter that two families of clients name differently, read by `read`.
+    pub(super) fn either<T>(
+        &mut self,
+        names: [&str; 2],
+        read: impl Fn(&mut Self, &str) -> Result<Option<T>, ApiError>,
+    ) -> Result<Option<T>, ApiError> {
+        match (read(self, names[0])?, read(self, names[1])?) {
+            (Some(_), Some(_)) => {
+                Err(ApiError::parameter(names[1], format!("only without `{}`", names[0])))
+            }
+            (first, second) => Ok(first.or(second)),
+        }
+    }
+
     /// A string or several.
     pub(super) fn texts(&mut self, name: &str) -> Result<Vec<String>, ApiError> {
         let texts = self.typed(name, "a string or an array of strings", |value| match value {
@@ -96,7 +137,7 @@ impl Fields {
 
     /// Refuses what was not taken.
     pub(super) fn finish(self) -> Result<(), ApiError> {
-        for (name, value) in self.0 {
+        for (name, value) in self.open.into_iter().chain(self.foreign) {
             if value.is_null() || INFORMATION.contains(&name.as_str()) {
                 continue;
             }

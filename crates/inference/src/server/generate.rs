@@ -1,4 +1,4 @@
-//! What chat and plain completions have in common.
+//! What all endpoints that generate have in common.
 
 use axum::body::Bytes;
 use axum::response::Response;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::fields::Fields;
-use super::{App, event, event_stream};
+use super::{App, event_stream};
 use crate::host::MeteredGeneration;
 use crate::metrics::Operation;
 use crate::worker::{
@@ -17,14 +17,13 @@ use crate::worker::{
 
 /// The most answers of one request.
 pub(super) const MAX_CHOICES: usize = 16;
+/// What a stream gets while nothing else comes.
+const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
 
 /// Takes the parameters of sampling.
 pub(super) fn sampling(fields: &mut Fields) -> Result<Sampling, ApiError> {
     let default = Sampling::default();
-    let repeat_penalty = match fields.number("repeat_penalty")? {
-        Some(penalty) => Some(penalty),
-        None => fields.number("repetition_penalty")?,
-    };
+    let repeat_penalty = fields.either(["repeat_penalty", "repetition_penalty"], Fields::number)?;
     let mut logit_bias = Vec::new();
     if let Some(value) = fields.take("logit_bias") {
         let wrong = || {
@@ -178,23 +177,31 @@ pub(super) fn reason(finish: &Finish) -> &'static str {
 
 /// What a stream's chunks are made by.
 pub(super) trait Chunks: Send + 'static {
+    /// Whether each chunk is an event of the name that its `type` says, and the last chunk is the
+    /// end; otherwise they have no names, and `[DONE]` is the end.
+    const NAMED: bool = false;
+
     /// The chunks before any text of answer `index`.
-    fn begin(&mut self, index: usize) -> Option<Value>;
+    fn begin(&mut self, index: usize) -> Vec<Value>;
     /// The chunks of what a piece shows.
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Value>;
     /// The chunks that end an answer.
     fn end(&mut self, index: usize, finish: &Finish) -> Vec<Value>;
     /// The chunk after all answers, with what they cost.
     fn usage(&mut self, finishes: &[Finish]) -> Option<Value>;
+    /// The chunk that says why there is no more.
+    fn failed(&mut self, error: &ApiError) -> Value {
+        error.body()
+    }
 }
 
 /// Streams several answers at once. The response begins when the first of them got a sequence, so
 /// that a refusal is still an HTTP error; a later failure is an event. While nothing comes, such as
-/// during a long prompt, comments keep the connection alive.
-pub(super) async fn stream_all(
+/// in the queue or during a long prompt, comments keep the connection alive.
+pub(super) async fn stream_all<C: Chunks>(
     app: &App,
     generations: Vec<MeteredGeneration>,
-    mut chunks: impl Chunks,
+    mut chunks: C,
 ) -> Result<Response, ApiError> {
     let count = generations.len();
     let outputs = generations.into_iter().enumerate().map(|(index, generation)| {
@@ -205,17 +212,19 @@ pub(super) async fn stream_all(
             Some(((index, output), (!over).then_some(generation)))
         }))
     });
+    let keep_alive = app.options.keep_alive;
     let mut outputs = stream::select_all(outputs);
-    let first = outputs.next().await;
-    if let Some((_, Err(error))) = first {
-        return Err(error.into());
-    }
+    let first = match tokio::time::timeout(keep_alive, outputs.next()).await {
+        Ok(Some((_, Err(error)))) => return Err(error.into()),
+        Ok(first) => first,
+        // It waits in the queue: the client hears of it by a comment.
+        Err(_) => None,
+    };
+    let queued = first.is_none().then(|| Bytes::from_static(KEEP_ALIVE));
     let mut finishes: Vec<Option<Finish>> = vec![None; count];
     let outputs = stream::iter(first).chain(outputs).map(Some).chain(stream::iter([None]));
     let lines = outputs.map(move |item| match item {
-        Some((index, Ok(Output::Started))) => {
-            Lines::Some(chunks.begin(index).into_iter().collect())
-        }
+        Some((index, Ok(Output::Started))) => Lines::Some(chunks.begin(index)),
         Some((index, Ok(Output::Echo(piece) | Output::Piece(piece)))) => {
             Lines::Some(chunks.piece(index, piece))
         }
@@ -223,19 +232,18 @@ pub(super) async fn stream_all(
             finishes[index] = Some(finish);
             Lines::Some(chunks.end(index, &finish))
         }
-        Some((_, Err(error))) => Lines::Failed(ApiError::from(error).body()),
+        Some((_, Err(error))) => Lines::Failed(chunks.failed(&ApiError::from(error))),
         None => {
             let finishes: Vec<Finish> = finishes.iter().flatten().copied().collect();
             Lines::Done(chunks.usage(&finishes))
         }
     });
     // An error is the last event; the other answers are cancelled with the stream.
-    let keep_alive = app.options.keep_alive;
+    let event = if C::NAMED { named_event } else { event };
     let events = stream::unfold(Some(Box::pin(lines)), move |state| async move {
         let mut lines = state?;
         let Ok(line) = tokio::time::timeout(keep_alive, lines.next()).await else {
-            let comment = Bytes::from_static(b": keep-alive\n\n");
-            return Some((Some(comment), Some(lines)));
+            return Some((Some(Bytes::from_static(KEEP_ALIVE)), Some(lines)));
         };
         match line? {
             Lines::Some(values) => {
@@ -246,12 +254,26 @@ pub(super) async fn stream_all(
             Lines::Failed(error) => Some((Some(event(&error)), None)),
             Lines::Done(usage) => {
                 let mut last = usage.as_ref().map(event).unwrap_or_default().to_vec();
-                last.extend_from_slice(b"data: [DONE]\n\n");
+                if !C::NAMED {
+                    last.extend_from_slice(b"data: [DONE]\n\n");
+                }
                 Some((Some(Bytes::from(last)), None))
             }
         }
     });
+    let events = stream::iter([queued]).chain(events);
     Ok(event_stream(events.filter_map(async |event| event)))
+}
+
+/// One server-sent event.
+fn event(value: &Value) -> Bytes {
+    Bytes::from(format!("data: {value}\n\n"))
+}
+
+/// The same under the name that is its `type`.
+fn named_event(value: &Value) -> Bytes {
+    let name = value["type"].as_str().unwrap_or("message");
+    Bytes::from(format!("event: {name}\ndata: {value}\n\n"))
 }
 
 /// What one output of the worker becomes.

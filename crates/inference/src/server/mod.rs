@@ -6,17 +6,19 @@
 mod chat;
 mod completions;
 mod constrain;
+mod document;
 mod embeddings;
 mod error;
 mod feedback;
 mod fields;
 mod generate;
 mod keys;
+mod page;
+mod responses;
 mod tokens;
 mod tools;
 
-use std::fmt::Write as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +28,7 @@ use axum::extract::{MatchedPath, Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::serve::{Listener, ListenerExt as _};
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
@@ -72,25 +74,12 @@ struct App {
     checked: Arc<Checked>,
 }
 
-/// The routes: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`,
-/// `/v1/feedback`, `/tokenize`, `/detokenize`, `/tokenizer_info`, `/apply-template`, `/props`, `/health`
-/// and `/metrics`.
+/// The paths, as `docs/endpoint-openapi.json` describes them.
 pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
     let app = App { host, options: Arc::new(options), checked: Arc::default() };
-    Router::new()
-        .route("/v1/models", get(models))
-        .route("/v1/models/{model}", get(model))
-        .route("/v1/chat/completions", post(chat::complete))
-        .route("/v1/completions", post(completions::complete))
-        .route("/v1/embeddings", post(embeddings::embed))
-        .route("/v1/feedback", post(feedback::take))
-        .route("/tokenize", post(tokens::tokenise))
-        .route("/detokenize", post(tokens::detokenise))
-        .route("/tokenizer_info", get(tokens::information))
-        .route("/apply-template", post(tokens::apply_template))
-        .route("/props", get(properties))
-        .route("/health", get(health))
-        .route("/metrics", get(metrics))
+    routes()
+        .into_iter()
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .fallback(async |request: Request| {
             ApiError::not_found(request.method(), request.uri().path()).into_response()
         })
@@ -99,6 +88,27 @@ pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
         })
         .layer(from_fn_with_state(app.clone(), around))
         .with_state(app)
+}
+
+fn routes() -> Vec<(&'static str, MethodRouter<App>)> {
+    vec![
+        ("/v1/models", get(models)),
+        ("/v1/models/{model}", get(model)),
+        (chat::PATH, post(chat::complete)),
+        (completions::PATH, post(completions::complete)),
+        (responses::PATH, post(responses::respond)),
+        (embeddings::PATH, post(embeddings::embed)),
+        (feedback::PATH, post(feedback::take)),
+        (tokens::TOKENISE, post(tokens::tokenise)),
+        (tokens::DETOKENISE, post(tokens::detokenise)),
+        ("/tokenizer_info", get(tokens::information)),
+        (tokens::APPLY_TEMPLATE, post(tokens::apply_template)),
+        ("/props", get(properties)),
+        ("/health", get(health)),
+        ("/metrics", get(metrics)),
+        ("/openapi.json", get(document::show)),
+        ("/", get(page::show)),
+    ]
 }
 
 /// Why [`serve`] ended early.
@@ -195,7 +205,9 @@ pub fn at_once(listener: TcpListener) -> impl Listener<Addr = SocketAddr> {
 /// What surrounds every request: who may call, the count, CORS.
 async fn around(State(app): State<App>, request: Request, next: Next) -> Response {
     let origin = request.headers().get(header::ORIGIN).cloned();
-    let allowed = origin.as_ref().is_none_or(|origin| may_call(origin, &app.options));
+    let host = request.headers().get(header::HOST).cloned();
+    let allowed =
+        origin.as_ref().is_none_or(|origin| may_call(origin, host.as_ref(), &app.options));
     let endpoint = request
         .extensions()
         .get::<MatchedPath>()
@@ -224,9 +236,11 @@ async fn around(State(app): State<App>, request: Request, next: Next) -> Respons
     response
 }
 
-/// Answers whoever has a key, where keys are needed; whether it is well may be asked by anybody.
+/// Answers whoever has a key, where keys are needed; whether it is well may be asked by anybody, and
+/// the page holds nothing.
 async fn admitted(app: &App, endpoint: &str, request: Request, next: Next) -> Response {
-    let keys = app.options.keys.as_ref().filter(|_| endpoint != "/health");
+    let open = ["/", "/health"].contains(&endpoint);
+    let keys = app.options.keys.as_ref().filter(|_| !open);
     let Some(keys) = keys else { return next.run(request).await };
     match keys.admit(request.headers(), request.method() == Method::POST) {
         Ok(permit) => permit.hold(next.run(request).await),
@@ -234,8 +248,9 @@ async fn admitted(app: &App, endpoint: &str, request: Request, next: Next) -> Re
     }
 }
 
-/// Whether a page of this origin may call: pages of this machine, and those that are allowed.
-fn may_call(origin: &HeaderValue, options: &ServerOptions) -> bool {
+/// Whether a page of this origin may call: pages of this machine, those that are allowed, and the
+/// endpoint's own, asked for by an IP address: a name could have come to mean this machine only now.
+fn may_call(origin: &HeaderValue, asked: Option<&HeaderValue>, options: &ServerOptions) -> bool {
     let Ok(origin) = origin.to_str() else { return false };
     if options.allowed_origins.iter().any(|allowed| allowed == origin) {
         return true;
@@ -245,11 +260,12 @@ fn may_call(origin: &HeaderValue, options: &ServerOptions) -> bool {
         Some(rest) => rest.split_once(']').map_or("", |(host, _)| host),
         None => authority.rsplit_once(':').map_or(authority, |(host, _)| host),
     };
-    matches!(host, "localhost" | "127.0.0.1" | "::1")
+    let own = asked.is_some_and(|asked| asked == authority);
+    matches!(host, "localhost" | "127.0.0.1" | "::1") || own && host.parse::<IpAddr>().is_ok()
 }
 
-/// Reads a JSON object from a request.
-async fn read_fields(body: Body) -> Result<Fields, ApiError> {
+/// Reads the JSON object that is the body of a request to `path`.
+async fn read_fields(path: &str, body: Body) -> Result<Fields, ApiError> {
     let bytes = match axum::body::to_bytes(body, MAX_BODY_BYTES).await {
         Ok(bytes) => bytes,
         Err(error) => {
@@ -263,7 +279,7 @@ async fn read_fields(body: Body) -> Result<Fields, ApiError> {
         }
     };
     match serde_json::from_slice::<Value>(&bytes) {
-        Ok(Value::Object(fields)) => Ok(Fields::new(fields)),
+        Ok(Value::Object(fields)) => Ok(Fields::of_path(path, fields)),
         Ok(_) => Err(ApiError::invalid("the request's body must be a JSON object".to_owned())),
         Err(error) => {
             Err(ApiError::invalid(format!("the request's body is not valid JSON: {error}")))
@@ -322,7 +338,7 @@ async fn properties(State(app): State<App>) -> Result<Response, ApiError> {
     let (spec, worker) = app.host.worker().await?;
     let info = worker.model_info();
     Ok(axum::Json(json!({
-        "model": model_object(&spec, &worker),
+        "model": spec.id,
         "effective": worker.effective(),
         "defaults": Sampling::default(),
         "chat_template": info.chat_template,
@@ -376,14 +392,7 @@ fn now_s() -> i64 {
 
 /// A new id, such as `chatcmpl-0123456789abcdef`.
 fn new_id(prefix: &str) -> String {
-    let mut id = format!("{prefix}-");
-    let _ = write!(id, "{:016x}", rand::random::<u64>());
-    id
-}
-
-/// One server-sent event.
-fn event(value: &Value) -> Bytes {
-    Bytes::from(format!("data: {value}\n\n"))
+    format!("{prefix}{:016x}", rand::random::<u64>())
 }
 
 /// A response that streams server-sent events.

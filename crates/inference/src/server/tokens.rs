@@ -12,24 +12,26 @@ use serde_json::json;
 use super::chat::messages;
 use super::completions::prompts;
 use super::error::ApiError;
+use super::fields::Fields;
 use super::{App, check_model, read_fields};
 use crate::worker::{Prompt, WorkerError};
+
+/// Where a text becomes tokens.
+pub(super) const TOKENISE: &str = "/tokenize";
+/// Where tokens become a text.
+pub(super) const DETOKENISE: &str = "/detokenize";
+/// Where a chat becomes a prompt.
+pub(super) const APPLY_TEMPLATE: &str = "/apply-template";
 
 /// Takes `content` or `prompt`, `add_special` or `add_special_tokens` (false if absent) and
 /// `parse_special` (true if absent).
 pub(super) async fn tokenise(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
-    let mut fields = read_fields(body).await?;
+    let mut fields = read_fields(TOKENISE, body).await?;
     check_model(&app, &mut fields).await?;
-    let content = match fields.text("content")? {
-        Some(content) => Some(content),
-        None => fields.text("prompt")?,
-    };
+    let content = fields.either(["content", "prompt"], Fields::text)?;
     let content =
         content.ok_or_else(|| ApiError::parameter("content", "it is missing".to_owned()))?;
-    let add_special = match fields.flag("add_special")? {
-        Some(wanted) => Some(wanted),
-        None => fields.flag("add_special_tokens")?,
-    };
+    let add_special = fields.either(["add_special", "add_special_tokens"], Fields::flag)?;
     let add_special = add_special.unwrap_or(false);
     let parse_special = fields.flag("parse_special")?.unwrap_or(true);
     fields.finish()?;
@@ -45,7 +47,7 @@ pub(super) async fn tokenise(State(app): State<App>, body: Body) -> Result<Respo
 
 /// Takes `tokens`.
 pub(super) async fn detokenise(State(app): State<App>, body: Body) -> Result<Response, ApiError> {
-    let mut fields = read_fields(body).await?;
+    let mut fields = read_fields(DETOKENISE, body).await?;
     check_model(&app, &mut fields).await?;
     let given = prompts(&mut fields, "tokens")?;
     fields.finish()?;
@@ -85,11 +87,14 @@ pub(super) async fn apply_template(
     State(app): State<App>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut fields = read_fields(body).await?;
+    let mut fields = read_fields(APPLY_TEMPLATE, body).await?;
     check_model(&app, &mut fields).await?;
     let messages = messages(&mut fields)?;
     fields.finish()?;
     let (_, worker) = app.host.worker().await?;
-    let prompt = worker.template().render(&messages).map_err(WorkerError::from)?;
+    let prompt = worker
+        .template()
+        .render(&messages)
+        .map_err(|error| ApiError::from(WorkerError::from(error)).of_prompt("messages"))?;
     Ok(axum::Json(json!({ "prompt": prompt })).into_response())
 }

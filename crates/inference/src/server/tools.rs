@@ -19,8 +19,17 @@ pub(super) struct ToolUse {
     pub(super) parallel: bool,
 }
 
+/// How a function is written in a request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// `{"type": "function", "function": {"name": …}}`, as in chats.
+    Nested,
+    /// `{"type": "function", "name": …}`, as in responses.
+    Flat,
+}
+
 /// Takes `tools`, `tool_choice` and `parallel_tool_calls`; absent where none may be called.
-pub(super) fn tool_use(fields: &mut Fields) -> Result<Option<ToolUse>, ApiError> {
+pub(super) fn tool_use(fields: &mut Fields, form: Form) -> Result<Option<ToolUse>, ApiError> {
     let parallel = fields.flag("parallel_tool_calls")?.unwrap_or(true);
     let choice = fields.take("tool_choice");
     let tools = match fields.take("tools") {
@@ -30,7 +39,7 @@ pub(super) fn tool_use(fields: &mut Fields) -> Result<Option<ToolUse>, ApiError>
         }
         Some(Value::Array(tools)) => {
             let tools = tools.into_iter().enumerate();
-            tools.map(|(index, value)| tool(index, value)).collect::<Result<Vec<_>, _>>()?
+            tools.map(|(index, value)| tool(index, value, form)).collect::<Result<Vec<_>, _>>()?
         }
         Some(_) => return Err(ApiError::parameter("tools", "expected an array".to_owned())),
     };
@@ -40,7 +49,7 @@ pub(super) fn tool_use(fields: &mut Fields) -> Result<Option<ToolUse>, ApiError>
             return Err(ApiError::parameter("tools", message));
         }
     }
-    let choice = choice_of(choice, &tools)?;
+    let choice = choice_of(choice, &tools, form)?;
     if tools.is_empty() && choice.as_ref().is_some_and(|choice| *choice != Choice::Auto) {
         return Err(ApiError::parameter("tool_choice", "only with `tools`".to_owned()));
     }
@@ -48,7 +57,7 @@ pub(super) fn tool_use(fields: &mut Fields) -> Result<Option<ToolUse>, ApiError>
 }
 
 /// Absent for `none`.
-fn choice_of(value: Option<Value>, tools: &[Tool]) -> Result<Option<Choice>, ApiError> {
+fn choice_of(value: Option<Value>, tools: &[Tool], form: Form) -> Result<Option<Choice>, ApiError> {
     let wrong = |message: String| ApiError::parameter("tool_choice", message);
     match value {
         None => Ok(Some(Choice::Auto)),
@@ -59,7 +68,10 @@ fn choice_of(value: Option<Value>, tools: &[Tool]) -> Result<Option<Choice>, Api
             _ => Err(wrong("expected none, auto, required or a function".to_owned())),
         },
         Some(value) => {
-            let name = &value["function"]["name"];
+            let name = match form {
+                Form::Nested => &value["function"]["name"],
+                Form::Flat => &value["name"],
+            };
             match (value["type"].as_str(), name.as_str()) {
                 (Some("function"), Some(name)) if tools.iter().any(|tool| tool.name == name) => {
                     Ok(Some(Choice::Named(name.to_owned())))
@@ -67,16 +79,20 @@ fn choice_of(value: Option<Value>, tools: &[Tool]) -> Result<Option<Choice>, Api
                 (Some("function"), Some(_)) => {
                     Err(wrong("it names none of the `tools`".to_owned()))
                 }
-                _ => Err(ApiError::unsupported(
-                    "tool_choice",
-                    "expected none, auto, required or a function by its name".to_owned(),
-                )),
+                (Some(kind), _) if kind != "function" => {
+                    let message = "only tools of type `function` are supported".to_owned();
+                    Err(ApiError::unsupported("tool_choice", message))
+                }
+                _ => {
+                    let message = "expected none, auto, required or a function by its name";
+                    Err(wrong(message.to_owned()))
+                }
             }
         }
     }
 }
 
-fn tool(index: usize, value: Value) -> Result<Tool, ApiError> {
+fn tool(index: usize, value: Value, form: Form) -> Result<Tool, ApiError> {
     let path = format!("tools[{index}]");
     let wrong = |message: &str| ApiError::parameter(&path, message.to_owned());
     let Value::Object(value) = value else { return Err(wrong("expected an object")) };
@@ -89,12 +105,17 @@ fn tool(index: usize, value: Value) -> Result<Tool, ApiError> {
         }
         None => return Err(wrong("its type is missing")),
     }
-    let function = outer.take("function");
-    outer.finish()?;
-    let Some(Value::Object(function)) = function else {
-        return Err(wrong("expected an object `function`"));
+    let mut fields = match form {
+        Form::Flat => outer,
+        Form::Nested => {
+            let function = outer.take("function");
+            outer.finish()?;
+            let Some(Value::Object(function)) = function else {
+                return Err(wrong("expected an object `function`"));
+            };
+            Fields::new(function)
+        }
     };
-    let mut fields = Fields::new(function);
     let name = fields.text("name")?.unwrap_or_default();
     let letter = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '-');
     if !(1..=MAX_NAME_CHARS).contains(&name.len()) || !name.chars().all(letter) {
@@ -190,6 +211,9 @@ pub(super) fn past_calls(path: &str, fields: &mut Fields) -> Result<Vec<ToolCall
     let call = |call: &Value| {
         let text = |value: &Value| value.as_str().map(str::to_owned);
         let function = &call["function"];
+        if !matches!(call["type"].as_str(), Some("function")) && !call["type"].is_null() {
+            return None;
+        }
         Some(ToolCall {
             id: text(&call["id"])?,
             name: text(&function["name"])?,

@@ -4,6 +4,7 @@
 mod child;
 mod constrained;
 mod lm_eval;
+mod responses;
 mod server;
 mod support;
 mod tools;

@@ -15,7 +15,7 @@ use crate::support::{GREEDY, PROMPT, PROMPT_TOKENS, glass, runtime, set_up};
 pub struct Endpoint {
     pub host: Arc<ModelHost>,
     pub url: String,
-    client: reqwest::Client,
+    pub client: reqwest::Client,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
 }
@@ -87,8 +87,16 @@ impl Endpoint {
     pub async fn events(&self, path: &str, body: Value) -> Vec<Value> {
         let url = format!("{}{path}", self.url);
         let response = self.client.post(url).body(body.to_string()).send().await.expect("begins");
-        assert_eq!(response.headers()["content-type"], "text/event-stream");
-        events_of(&response.text().await.expect("text"))
+        let (kind, text) = (response.headers().clone(), response.text().await.expect("text"));
+        assert_eq!(kind["content-type"], "text/event-stream", "{text}");
+        events_of(&text)
+    }
+
+    /// Sends a signal to the worker's process.
+    pub fn signal_worker(&self, signal: rustix::process::Signal) {
+        let (_, worker) = self.host.current().expect("it serves");
+        let pid = rustix::process::Pid::from_raw(worker.pid().cast_signed()).expect("a process");
+        rustix::process::kill_process(pid, signal).expect("it is told");
     }
 
     pub async fn stop(mut self) {
@@ -97,12 +105,19 @@ impl Endpoint {
     }
 }
 
-fn events_of(text: &str) -> Vec<Value> {
+pub fn events_of(text: &str) -> Vec<Value> {
     text.split("\n\n")
         .filter(|event| !event.is_empty())
         .map(|event| {
-            let data = event.strip_prefix("data: ").expect("a data line");
-            serde_json::from_str(data).unwrap_or_else(|_| Value::String(data.to_owned()))
+            let (name, data) = match event.strip_prefix("event: ") {
+                Some(named) => named.split_once('\n').expect("a name and data"),
+                None => ("", event),
+            };
+            let data = data.strip_prefix("data: ").expect("a data line");
+            let data: Value =
+                serde_json::from_str(data).unwrap_or_else(|_| Value::String(data.to_owned()));
+            assert!(name.is_empty() || data["type"] == name, "{name} is not {data}");
+            data
         })
         .collect()
 }
@@ -289,6 +304,7 @@ async fn clients_learn_how_prompts_are_made() {
     let (_, text) = endpoint.get("/props").await;
     let props: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(props["effective"]["context_tokens"], 128, "{props}");
+    assert_eq!(text.matches("\"effective\"").count(), 1, "{text}");
     assert_eq!(props["defaults"]["temperature"], 1.0);
     endpoint.stop().await;
 }
@@ -373,6 +389,46 @@ async fn wrong_requests_get_errors_in_openais_shape() {
     endpoint.stop().await;
 }
 
+/// What the document names is looked at: a value that suits nothing is refused as such, and not as
+/// unknown.
+#[tokio::test]
+async fn what_the_document_names_is_taken() {
+    let endpoint = Endpoint::new(RuntimeConfig { threads: 1, ..runtime() }).await;
+    let (_, document) = endpoint.get("/openapi.json").await;
+    let document: Value = serde_json::from_str(&document).unwrap();
+    let mut checked = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let schema = &methods["post"]["requestBody"]["content"]["application/json"]["schema"];
+        let Some(pointer) = schema["$ref"].as_str() else { continue };
+        let schema = document.pointer(pointer.trim_start_matches('#')).expect("a schema");
+        for name in schema["properties"].as_object().unwrap().keys() {
+            let mut body = match path.as_str() {
+                "/v1/chat/completions" | "/apply-template" => {
+                    json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 1 })
+                }
+                "/v1/completions" => json!({ "prompt": "x", "max_tokens": 1 }),
+                "/v1/responses" => json!({ "input": "x", "max_output_tokens": 1 }),
+                "/v1/embeddings" => json!({ "input": "x" }),
+                "/v1/feedback" => json!({ "response_id": "x", "value": 1 }),
+                "/tokenize" => json!({ "content": "x" }),
+                "/detokenize" => json!({ "tokens": [1] }),
+                other => panic!("{other} is new here"),
+            };
+            if path == "/apply-template" {
+                body.as_object_mut().unwrap().remove("max_tokens");
+            }
+            body[name] = json!([[{}]]);
+            let (status, answer) = endpoint.post(path, body).await;
+            let code = &answer["error"]["code"];
+            let taken = status == 200 || (status == 400 && *code == "invalid_value");
+            assert!(taken, "{path} {name}: {answer}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 100, "{checked}");
+    endpoint.stop().await;
+}
+
 #[tokio::test]
 async fn only_pages_of_this_machine_may_call() {
     let endpoint = Endpoint::new(runtime()).await;
@@ -389,6 +445,13 @@ async fn only_pages_of_this_machine_may_call() {
     check("https://evil.example", 403).await;
     check("http://localhost.evil.example", 403).await;
     check("null", 403).await;
+    // The endpoint's own page, asked for by an address and not by a name.
+    for (host, wanted) in [("192.0.2.7:8480", 200), ("rebound.example:8480", 403)] {
+        let request = endpoint.client.get(format!("{}/v1/models", endpoint.url));
+        let request = request.header("host", host).header("origin", format!("http://{host}"));
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status().as_u16(), wanted, "{host}");
+    }
     endpoint.stop().await;
 }
 
@@ -513,11 +576,8 @@ async fn a_killed_worker_is_back_and_its_requests_get_an_error() {
         let request = endpoint.client.post(url).body(body.to_string());
         streams.push(request.send().await.expect("begins"));
     }
-    let (_, worker) = endpoint.host.current().expect("it serves");
-    let pid = rustix::process::Pid::from_raw(worker.pid().cast_signed()).expect("a process");
-    drop(worker);
     let killed = Instant::now();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("killed");
+    endpoint.signal_worker(rustix::process::Signal::KILL);
     for stream in streams {
         let events = events_of(&stream.text().await.expect("it ends"));
         let last = events.last().expect("an event");
