@@ -53,6 +53,8 @@ nextest:
 	@scripts/interop-model-signing.sh --install-only
 	@# The endpoint is scored by the usual evaluation harness.
 	@scripts/interop-lm-eval.sh --install-only
+	@# It is asked by the usual client, and by its own OpenAPI document.
+	@scripts/interop-endpoint.sh --install-only
 	@# The blob store is tested against a server of the S3 protocol.
 	@scripts/s3-server.sh
 	SLMOPS_SMOLLM2="$$(scripts/fetch-model.sh)" cargo nextest run --release --workspace
@@ -62,12 +64,13 @@ FIRST_SEED ?= $(shell date +%s)
 FUZZ_CASES ?= 1000000
 
 .PHONY: nightly
-nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and shrinks what fails; FUZZ_CASES hostile deltas; real ones over bad networks
+nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and shrinks what fails; FUZZ_CASES hostile deltas; hostile requests; real deltas over bad networks
 	@echo "random fleets: SEEDS=$(SEEDS) FIRST_SEED=$(FIRST_SEED)" >&2
 	SLM_SIM_SEEDS=$(SEEDS) SLM_SIM_FIRST_SEED=$(FIRST_SEED) \
 	  cargo test --release -p slmops-sim --test simulation -- --nocapture random_seeds
 	SLM_NETWORK_ROUNDS=10 cargo nextest run --release --workspace --no-capture -E 'test(bad_networks)'
 	SLM_FUZZ_CASES=$(FUZZ_CASES) cargo test --release -p slmops-delta --test delta -- hostile
+	SLM_FUZZ_CASES=20000 SLM_SERVE_REQUESTS=10000 cargo nextest run --release --workspace --no-capture -E 'test(/^hostile::(damaged_requests|many_requests)/)'
 	SLM_KILL_ROUNDS=500 cargo nextest run --release --workspace --no-capture -E 'test(a_kill_at_any_moment)'
 	SLM_DELTA_KILLS=500 cargo test --release -p slmops-agent --test agent -- --nocapture no_kill_costs a_kill_while
 

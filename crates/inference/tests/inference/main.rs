@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod child;
+mod clients;
 mod constrained;
 mod lm_eval;
 mod responses;
