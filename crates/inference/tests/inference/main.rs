@@ -4,7 +4,9 @@
 mod child;
 mod clients;
 mod constrained;
+mod hostile;
 mod lm_eval;
+mod page;
 mod responses;
 mod server;
 mod support;
