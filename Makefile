@@ -70,7 +70,8 @@ nightly: ## Simulates SEEDS=2000 random fleets from FIRST_SEED=time, saves and s
 	  cargo test --release -p slmops-sim --test simulation -- --nocapture random_seeds
 	SLM_NETWORK_ROUNDS=10 cargo nextest run --release --workspace --no-capture -E 'test(bad_networks)'
 	SLM_FUZZ_CASES=$(FUZZ_CASES) cargo test --release -p slmops-delta --test delta -- hostile
-	SLM_FUZZ_CASES=20000 SLM_SERVE_REQUESTS=10000 cargo nextest run --release --workspace --no-capture -E 'test(/^hostile::(damaged_requests|many_requests)/)'
+	cargo build --release --workspace --bins && scripts/interop-llama-tests.sh
+	SLM_FUZZ_CASES=20000 SLM_SERVE_REQUESTS=10000 cargo nextest run --release --workspace --no-capture -E 'test(/^hostile::(damaged_requests|many_requests|equals_wait)/)'
 	SLM_KILL_ROUNDS=500 cargo nextest run --release --workspace --no-capture -E 'test(a_kill_at_any_moment)'
 	SLM_DELTA_KILLS=500 cargo test --release -p slmops-agent --test agent -- --nocapture no_kill_costs a_kill_while
 

@@ -185,11 +185,11 @@ impl Scheduler {
             self.fail(task.id, RequestError::QueueFull { limit });
             return;
         }
-        let room = self.context_tokens.saturating_sub(task.tokens.len());
         let (fits, max_tokens, prompt_tokens) = match &task.work {
             Work::Generate(generating) => {
-                let wanted = generating.request_max_tokens.unwrap_or(1);
-                (wanted as usize <= room, generating.request_max_tokens, task.tokens.len())
+                let wanted = generating.request_max_tokens.unwrap_or(1) as usize;
+                let fits = task.tokens.len() + wanted <= self.context_tokens;
+                (fits, generating.request_max_tokens, task.tokens.len())
             }
             Work::Score(scoring) => {
                 let scored = task.tokens.len() - scoring.from;
