@@ -108,7 +108,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
 /// Takes a text, some texts, some tokens, or some sequences of tokens.
 pub(super) fn prompts(fields: &mut Fields, name: &str) -> Result<Vec<Prompt>, ApiError> {
     let wrong = || {
-        let kinds = "a string, an array of strings, or an array of tokens or of arrays of tokens";
+        let kinds = "a string, an array of tokens, or an array of strings and of arrays of tokens";
         ApiError::parameter(name, format!("expected {kinds}"))
     };
     let tokens = |value: &Value| -> Option<Vec<Token>> {
@@ -121,14 +121,12 @@ pub(super) fn prompts(fields: &mut Fields, name: &str) -> Result<Vec<Prompt>, Ap
         Value::String(text) => vec![Prompt::Text(text.clone())],
         Value::Array(items) => match items.first() {
             Some(Value::Number(_)) => vec![Prompt::Tokens(tokens(&value).ok_or_else(wrong)?)],
-            Some(Value::String(_)) => items
+            Some(Value::String(_) | Value::Array(_)) => items
                 .iter()
-                .map(|item| item.as_str().map(|text| Prompt::Text(text.to_owned())))
-                .collect::<Option<_>>()
-                .ok_or_else(wrong)?,
-            Some(Value::Array(_)) => items
-                .iter()
-                .map(|item| tokens(item).map(Prompt::Tokens))
+                .map(|item| match item {
+                    Value::String(text) => Some(Prompt::Text(text.clone())),
+                    item => tokens(item).map(Prompt::Tokens),
+                })
                 .collect::<Option<_>>()
                 .ok_or_else(wrong)?,
             _ => return Err(wrong()),

@@ -50,6 +50,9 @@ pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 /// After how long without anything else a stream gets a comment, by default.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
+/// Paths that clients of llama.cpp's server ask for without `/v1`, too.
+const WITHOUT_VERSION: [&str; 4] = ["/chat/completions", "/embeddings", "/models", "/responses"];
+
 /// How the endpoint behaves.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
@@ -77,9 +80,15 @@ struct App {
 /// The paths, as `docs/endpoint-openapi.json` describes them.
 pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
     let app = App { host, options: Arc::new(options), checked: Arc::default() };
-    routes()
-        .into_iter()
-        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
+    let mut router = Router::new();
+    for (path, methods) in routes() {
+        let short = path.strip_prefix("/v1").filter(|short| WITHOUT_VERSION.contains(short));
+        if let Some(short) = short {
+            router = router.route(short, methods.clone());
+        }
+        router = router.route(path, methods);
+    }
+    router
         .fallback(async |request: Request| {
             ApiError::not_found(request.method(), request.uri().path()).into_response()
         })

@@ -318,6 +318,12 @@ async fn embeddings_and_tokens() {
     let values = answer["data"][1]["embedding"].as_array().expect("numbers");
     let length: f64 = values.iter().map(|v| v.as_f64().unwrap().powi(2)).sum();
     assert!((length - 1.0).abs() < 1e-3, "{length}");
+    // A text and its tokens are the same, and the path is found without its version.
+    let mixed = json!({ "input": ["The Queen", PROMPT_TOKENS] });
+    let (_, mixed) = endpoint.post("/embeddings", mixed).await;
+    let again = mixed["data"][1]["embedding"].as_array().expect("numbers");
+    let near = |(a, b): (&Value, &Value)| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() < 1e-3;
+    assert!(again.iter().zip(values).all(near), "{mixed}");
     let (_, packed) =
         endpoint.post("/v1/embeddings", with(body, "encoding_format", json!("base64"))).await;
     let text = packed["data"][1]["embedding"].as_str().expect("text");
