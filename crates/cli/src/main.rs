@@ -45,7 +45,12 @@ fn main() -> ExitCode {
     start_log(&args);
     // Another provider may be compiled in by a dependency: choose, so that none is guessed.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let mut runtime = match args.command {
+        // The cores are the engine's: one thread passes its tokens on, and none wakes another.
+        args::Command::Serve(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             let failure = Failure::internal("start the asynchronous runtime").source(error);

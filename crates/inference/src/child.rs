@@ -164,12 +164,23 @@ fn run_job(job: &Job) -> i32 {
     }
 }
 
-/// A line for the parent. A parent that no longer listens is gone: so is the child's purpose.
+/// A line for the parent.
 pub(crate) fn print_line(line: &impl serde::Serialize) {
-    let mut text = serde_json::to_vec(line).expect("plain data is always JSON");
-    text.push(b'\n');
+    let mut lines = Vec::new();
+    push_line(&mut lines, line);
+    write_lines(&lines);
+}
+
+/// Puts a line at the end of others.
+pub(crate) fn push_line(lines: &mut Vec<u8>, line: &impl serde::Serialize) {
+    serde_json::to_writer(&mut *lines, line).expect("plain data is always JSON");
+    lines.push(b'\n');
+}
+
+/// Lines for the parent. A parent that no longer listens is gone: so is the child's purpose.
+pub(crate) fn write_lines(lines: &[u8]) {
     let mut stdout = std::io::stdout().lock();
-    if stdout.write_all(&text).and_then(|()| stdout.flush()).is_err() {
+    if stdout.write_all(lines).and_then(|()| stdout.flush()).is_err() {
         std::process::exit(1);
     }
 }

@@ -14,6 +14,7 @@ use slmops_api::evidence::EvidenceCounts;
 use slmops_api::runtime::EffectiveConfig;
 use tokio::sync::{broadcast, watch};
 
+use crate::memory;
 use crate::metrics::{GenerationMeter, Metrics, Operation};
 use crate::worker::{
     Ending, Finish, GenerateRequest, Generation, Memory, Output, Piece, Worker, WorkerError,
@@ -217,6 +218,7 @@ impl ModelHost {
             (state.current.replace(current), state.activation)
         };
         self.metrics.forget_answers();
+        memory::give_back();
         self.change();
         let _ = self.events.send(HostEvent::Activated { model });
         tokio::spawn(supervise(Arc::downgrade(self), spec, activation, ended));

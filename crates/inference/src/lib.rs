@@ -1,6 +1,7 @@
 //! Running a model: the llama.cpp wrapper, the worker process, the host and the HTTP surface.
 //! It never decides which model to run, and never lets an engine crash reach its caller.
-//! Start reading at [`worker`], then [`host`] and [`server`]; [`llama`] is the only unsafe code.
+//! Start reading at [`worker`], then [`host`] and [`server`]; [`llama`] and `memory` are
+//! the only unsafe code.
 #![deny(unsafe_code)]
 
 pub mod chat;
@@ -9,6 +10,8 @@ pub mod constraint;
 pub mod host;
 #[allow(unsafe_code)]
 pub mod llama;
+#[allow(unsafe_code)]
+mod memory;
 mod metrics;
 pub mod probe;
 pub mod server;

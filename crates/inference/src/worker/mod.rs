@@ -3,6 +3,7 @@
 //! Whatever happens to the engine happens to that process; here its death is an event
 //! ([`Worker::ended`]) and a clear error of each request that was under way.
 
+mod outbox;
 mod preparing;
 mod process;
 pub mod protocol;

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 
+use super::outbox::Outbox;
 use super::preparing::Preparing;
 use super::protocol::{
     Command, Event, GenerateRequest, LoadFailure, MAX_LINE_BYTES, MAX_LOGIT_BIASES,
@@ -17,6 +18,7 @@ use super::scheduler::{Embedding64, Generating, Scheduler, Scoring, Task, Work};
 use crate::child::print_line;
 use crate::constraint::Guide;
 use crate::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token, engine_version};
+use crate::memory;
 
 /// Outputs in one batch beside one for each sequence: what scores and embeddings proceed by.
 /// Each costs two rows of the vocabulary in memory: eight are 3 MB for a vocabulary of 49 152
@@ -124,8 +126,10 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
         adds_beginning: model.adds_beginning(),
         load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
     };
+    memory::give_back();
     emit(&Event::Loaded { effective, info: Box::new(info) });
-    let scheduler = Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, emit);
+    let scheduler =
+        Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, Outbox::default());
     Ok((scheduler, model))
 }
 

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::outbox::Outbox;
 use super::protocol::{
     Embedding, Event, Finish, FinishReason, GenerateRequest, Piece, RequestError, Score,
 };
@@ -148,7 +149,7 @@ pub(super) struct Scheduler {
     slots: Vec<Slot>,
     queue: VecDeque<Task>,
     batch: Batch,
-    emit: fn(&Event),
+    outbox: Outbox,
 }
 
 impl Scheduler {
@@ -156,7 +157,7 @@ impl Scheduler {
         context: Context,
         context_tokens: u32,
         queue_limit: u32,
-        emit: fn(&Event),
+        outbox: Outbox,
     ) -> Self {
         let slots = (0..context.sequences()).map(|_| Slot::default()).collect();
         Self {
@@ -168,7 +169,7 @@ impl Scheduler {
             queue: VecDeque::new(),
             batch: Batch::new(),
             context,
-            emit,
+            outbox,
         }
     }
 
@@ -179,6 +180,11 @@ impl Scheduler {
 
     /// Takes a request, or refuses it.
     pub(super) fn submit(&mut self, task: Task) {
+        self.take(task);
+        self.outbox.send();
+    }
+
+    fn take(&mut self, task: Task) {
         let free = self.slots.iter().filter(|slot| slot.running.is_none()).count();
         if self.queue.len() >= self.queue_limit + free {
             let limit = u32::try_from(self.queue_limit).unwrap_or(u32::MAX);
@@ -222,6 +228,7 @@ impl Scheduler {
             }
         }
         self.admit();
+        self.outbox.send();
     }
 
     /// Gives free sequences to waiting requests: to each the one that already holds the most of
@@ -258,7 +265,7 @@ impl Scheduler {
                 }
                 slot.held.truncate(cached);
             }
-            (self.emit)(&Event::Started { id: task.id });
+            self.outbox.push(&Event::Started { id: task.id });
             slot.running = Some(Running { task, started: Instant::now(), cached_tokens: cached });
         }
     }
@@ -286,6 +293,7 @@ impl Scheduler {
         }
         self.step_embeddings();
         self.admit();
+        self.outbox.send();
     }
 
     /// Fills the batch: one token of each answer under way, then prompts in equal parts.
@@ -391,8 +399,8 @@ impl Scheduler {
         }
     }
 
-    fn fail(&self, id: u64, error: RequestError) {
-        (self.emit)(&Event::Failed { id, error });
+    fn fail(&mut self, id: u64, error: RequestError) {
+        self.outbox.push(&Event::Failed { id, error });
     }
 
     /// Reads one output of the batch.
@@ -420,7 +428,7 @@ impl Scheduler {
                     if generating.logprobs.is_none() {
                         piece.logprobs.clear();
                     }
-                    (self.emit)(&Event::Echo { id, piece });
+                    self.outbox.push(&Event::Echo { id, piece });
                 }
                 let tokens = &mut running.task.tokens;
                 let stage = Stage {
@@ -431,7 +439,7 @@ impl Scheduler {
                     cached_tokens: running.cached_tokens,
                 };
                 next_token(generating, tokens, logits, &stage, |piece| {
-                    (self.emit)(&Event::Piece { id, piece });
+                    self.outbox.push(&Event::Piece { id, piece });
                 })
             }
             Work::Score(scoring) => {
@@ -455,11 +463,11 @@ impl Scheduler {
             Outcome::GoesOn => {}
             Outcome::Finished(finish) => {
                 slot.running = None;
-                (self.emit)(&Event::Finished { id, finish });
+                self.outbox.push(&Event::Finished { id, finish });
             }
             Outcome::Done(event) => {
                 slot.running = None;
-                (self.emit)(&event);
+                self.outbox.push(&event);
             }
             Outcome::Failed(error) => {
                 slot.running = None;
@@ -522,7 +530,7 @@ impl Scheduler {
         let id = running.task.id;
         let prompt_tokens = u32::try_from(end).unwrap_or(u32::MAX);
         slot.running = None;
-        (self.emit)(&Event::Embedding { id, embedding: Embedding { values, prompt_tokens } });
+        self.outbox.push(&Event::Embedding { id, embedding: Embedding { values, prompt_tokens } });
     }
 }
 
