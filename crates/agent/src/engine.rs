@@ -245,10 +245,10 @@ impl Engine {
                 format!("{}:{}", model.model, model.version),
                 format!("{}:{}-{}", model.model, model.version, model.variant),
             ],
-            worker: WorkerSpec {
-                model_path: self.state.blob(wanted.package.weights.digest),
-                runtime: wanted.runtime.clone(),
-            },
+            worker: WorkerSpec::new(
+                self.state.blob(wanted.package.weights.digest),
+                wanted.runtime.clone(),
+            ),
         }
     }
 
@@ -320,6 +320,8 @@ async fn watch(
             HostEvent::Restarted { .. } => Event::WorkerRestarted { worker },
             HostEvent::Activated { .. }
             | HostEvent::Drained { .. }
+            | HostEvent::Asleep { .. }
+            | HostEvent::Awake { .. }
             | HostEvent::RestartFailed { .. } => continue,
         };
         if events.send(event).await.is_err() {
@@ -354,9 +356,10 @@ fn stage_error(error: &WorkerError) -> StageError {
             _ => StageError::Died(Death::Fault),
         },
         WorkerError::Died { how } => StageError::Died(death(how)),
-        WorkerError::Load { .. } | WorkerError::Request(_) | WorkerError::Template(_) => {
-            StageError::Load
-        }
+        WorkerError::Load { .. }
+        | WorkerError::Adapter { .. }
+        | WorkerError::Request(_)
+        | WorkerError::Template(_) => StageError::Load,
     }
 }
 

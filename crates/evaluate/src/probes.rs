@@ -230,7 +230,7 @@ pub fn carry_over(before: &[(String, ProbeSet)], quantisation: &str) -> Option<P
 async fn spawn(model: &Path, runtime: &RuntimeConfig) -> Result<Worker, WorkerError> {
     let wanted = RuntimeConfig { context_tokens: CONTEXT_TOKENS, parallel: 1, ..runtime.clone() };
     let runtime = runtime::fitting(model, &wanted);
-    Worker::spawn(WorkerSpec { model_path: model.to_owned(), runtime }).await
+    Worker::spawn(WorkerSpec::new(model.to_owned(), runtime)).await
 }
 
 async fn ask_worker(worker: &Worker) -> Result<Golden, WorkerError> {

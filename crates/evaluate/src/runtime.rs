@@ -64,7 +64,7 @@ pub async fn measure(
     runtime: &RuntimeConfig,
     mut on_step: impl FnMut(f64),
 ) -> Result<Runtime, WorkerError> {
-    let spec = WorkerSpec { model_path: model.to_owned(), runtime: runtime.clone() };
+    let spec = WorkerSpec::new(model.to_owned(), runtime.clone());
     let worker = Worker::spawn(spec).await?;
     let mut done = 0;
     let mut step = || {

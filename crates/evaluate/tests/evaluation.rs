@@ -208,7 +208,7 @@ async fn a_damaged_successor_fails_the_golden_probes_of_the_line() {
             threads: 1,
             ..Default::default()
         };
-        let worker_spec = WorkerSpec { model_path: path.clone(), runtime };
+        let worker_spec = WorkerSpec::new(path.clone(), runtime);
         let worker = Worker::spawn(worker_spec.clone()).await.unwrap();
         let results = probe::run(&worker, &set).await;
         let passed = results.iter().filter(|result| result.passed).count();

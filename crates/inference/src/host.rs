@@ -3,8 +3,10 @@
 //! [`ModelHost::stage`] loads a model beside the one that serves; [`ModelHost::activate`] gives it
 //! the new requests while the old one finishes its own and leaves. A worker that dies is started
 //! again at once, later with growing pauses; its requests get an error, those that come meanwhile
-//! wait a little.
+//! wait a little. One that has had nothing to do for long may be let go: the next request starts
+//! another.
 
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -23,6 +25,8 @@ use crate::worker::{
 
 /// The longest that a request waits for a worker that is being restarted.
 const WORKER_WAIT: Duration = Duration::from_secs(5);
+/// The longest that a request waits for a model that slept.
+const WAKE_WAIT: Duration = Duration::from_secs(120);
 /// The most requests that wait for a worker that is being restarted.
 const MAX_WAITING: usize = 256;
 /// Pauses before a worker is started again: the first is none, the last repeats.
@@ -33,7 +37,7 @@ const STABLE: Duration = Duration::from_secs(60);
 const EVENT_CAPACITY: usize = 64;
 
 /// A model to serve.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     /// The name by which clients ask for it.
     pub id: String,
@@ -91,6 +95,16 @@ pub enum HostEvent {
         /// Its model's name.
         model: String,
     },
+    /// It had nothing to do for long, and its memory is free.
+    Asleep {
+        /// Its model's name.
+        model: String,
+    },
+    /// A request came, and it serves again.
+    Awake {
+        /// Its model's name.
+        model: String,
+    },
     /// Starting it again failed; it is tried again later.
     RestartFailed {
         /// Its model's name.
@@ -109,6 +123,8 @@ pub enum HostState {
     Ready,
     /// The worker died and is being started again.
     Restarting,
+    /// The model's memory is free; a request loads it again.
+    Asleep,
 }
 
 /// The host at one moment.
@@ -154,6 +170,8 @@ pub struct ModelHost {
     events: broadcast::Sender<HostEvent>,
     metrics: Metrics,
     waiting: AtomicUsize,
+    /// After how long without a request the worker is let go.
+    idle_after: Option<Duration>,
 }
 
 #[derive(Default)]
@@ -168,6 +186,16 @@ struct Current {
     spec: Arc<ModelSpec>,
     /// The last worker, which may have ended.
     worker: Worker,
+    /// Whether it was let go and its successor does not answer yet.
+    asleep: bool,
+    /// Whether somebody waits for that one.
+    wanted: bool,
+}
+
+impl Current {
+    fn new(spec: &Arc<ModelSpec>, worker: Worker) -> Self {
+        Self { spec: Arc::clone(spec), worker, asleep: false, wanted: false }
+    }
 }
 
 impl Default for ModelHost {
@@ -178,6 +206,7 @@ impl Default for ModelHost {
             events: broadcast::channel(EVENT_CAPACITY).0,
             metrics: Metrics::default(),
             waiting: AtomicUsize::new(0),
+            idle_after: None,
         }
     }
 }
@@ -186,6 +215,11 @@ impl ModelHost {
     /// A host without a model.
     pub fn new() -> Arc<Self> {
         Arc::new(Self::default())
+    }
+
+    /// A host without a model that frees the memory of one that had no request for so long.
+    pub fn that_sleeps(idle_after: Duration) -> Arc<Self> {
+        Arc::new(Self { idle_after: Some(idle_after), ..Self::default() })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -209,19 +243,19 @@ impl ModelHost {
     /// leaves; the handle that is returned waits for that, and may be dropped.
     pub fn activate(self: &Arc<Self>, staged: Staged) -> tokio::task::JoinHandle<()> {
         let Staged { spec, worker } = staged;
-        let ended = worker.ended();
+        let watch = self.watch(&worker);
         let model = spec.id.clone();
         let (old, activation) = {
             let mut state = self.lock();
             state.activation += 1;
-            let current = Current { spec: Arc::clone(&spec), worker };
+            let current = Current::new(&spec, worker);
             (state.current.replace(current), state.activation)
         };
         self.metrics.forget_answers();
         memory::give_back();
         self.change();
         let _ = self.events.send(HostEvent::Activated { model });
-        tokio::spawn(supervise(Arc::downgrade(self), spec, activation, ended));
+        tokio::spawn(supervise(Arc::downgrade(self), spec, activation, watch));
         self.retire(old)
     }
 
@@ -239,7 +273,7 @@ impl ModelHost {
     fn retire(&self, old: Option<Current>) -> tokio::task::JoinHandle<()> {
         let events = self.events.clone();
         tokio::spawn(async move {
-            if let Some(Current { spec, worker }) = old {
+            if let Some(Current { spec, worker, .. }) = old {
                 worker.drain().await;
                 let _ = events.send(HostEvent::Drained { model: spec.id.clone() });
             }
@@ -274,8 +308,14 @@ impl ModelHost {
     pub async fn worker(&self) -> Result<(Arc<ModelSpec>, Worker), HostError> {
         let mut changed = self.changed.subscribe();
         let find = || -> Result<Option<(Arc<ModelSpec>, Worker)>, HostError> {
-            let state = self.lock();
-            let current = state.current.as_ref().ok_or(HostError::NoModel)?;
+            let mut state = self.lock();
+            let current = state.current.as_mut().ok_or(HostError::NoModel)?;
+            if current.asleep {
+                if !std::mem::replace(&mut current.wanted, true) {
+                    self.change();
+                }
+                return Ok(None);
+            }
             let serves = current.worker.ending().is_none();
             Ok(serves.then(|| (Arc::clone(&current.spec), current.worker.clone())))
         };
@@ -296,7 +336,9 @@ impl ModelHost {
                 }
             }
         };
-        let found = tokio::time::timeout(WORKER_WAIT, wait).await;
+        let sleeps = self.lock().current.as_ref().is_some_and(|current| current.asleep);
+        let limit = if sleeps { WAKE_WAIT } else { WORKER_WAIT };
+        let found = tokio::time::timeout(limit, wait).await;
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         found.unwrap_or(Err(HostError::Restarting))
     }
@@ -356,11 +398,13 @@ impl ModelHost {
     pub fn status(&self) -> HostStatus {
         let state = self.lock();
         let current = state.current.as_ref();
-        let alive = current.filter(|current| current.worker.ending().is_none());
+        let awake = |current: &&Current| !current.asleep && current.worker.ending().is_none();
+        let alive = current.filter(awake);
         HostStatus {
             state: match (current, alive) {
                 (None, _) => HostState::Empty,
                 (Some(_), Some(_)) => HostState::Ready,
+                (Some(current), None) if current.asleep => HostState::Asleep,
                 (Some(_), None) => HostState::Restarting,
             },
             model: current.map(|current| current.spec.id.clone()),
@@ -406,64 +450,138 @@ impl ModelHost {
     }
 }
 
-/// Starts the worker of one activation again whenever it ends, until another model takes over.
-async fn supervise(
-    host: Weak<ModelHost>,
-    spec: Arc<ModelSpec>,
-    activation: u64,
-    ended: impl Future<Output = Ending> + Send + 'static,
-) {
+/// What is heard of a worker that serves.
+struct Watch {
+    ended: Pin<Box<dyn Future<Output = Ending> + Send>>,
+    idle: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl ModelHost {
+    fn watch(&self, worker: &Worker) -> Watch {
+        Watch { ended: Box::pin(worker.ended()), idle: self.idle(worker) }
+    }
+
+    fn idle(&self, worker: &Worker) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        match self.idle_after {
+            Some(limit) => Box::pin(worker.idle(limit)),
+            None => Box::pin(std::future::pending()),
+        }
+    }
+
+    /// Lets an idle worker go; absent where a request came at the last moment.
+    fn fall_asleep(&self) -> Option<Worker> {
+        let mut state = self.lock();
+        let current = state.current.as_mut()?;
+        current.asleep = current.worker.refuse_if_idle();
+        current.asleep.then(|| current.worker.clone())
+    }
+
+    /// The worker of `spec` as it was: with the adapters that were loaded meanwhile.
+    fn successor(&self, spec: &ModelSpec) -> WorkerSpec {
+        let adapters = self.current().map(|(_, worker)| worker.adapters()).unwrap_or_default();
+        WorkerSpec { adapters, ..spec.worker.clone() }
+    }
+}
+
+/// Starts the worker of one activation again whenever it ends, and lets it sleep while it is idle,
+/// until another model takes over.
+async fn supervise(host: Weak<ModelHost>, spec: Arc<ModelSpec>, activation: u64, mut watch: Watch) {
     let model = spec.id.clone();
     let serves = |host: &ModelHost| {
         let state = host.lock();
         state.activation == activation && !state.closed
     };
-    let mut ended: std::pin::Pin<Box<dyn Future<Output = Ending> + Send>> = Box::pin(ended);
     let mut attempts = 0;
     loop {
         let started = Instant::now();
-        let ending = ended.await;
+        let ending = tokio::select! {
+            ending = &mut watch.ended => Some(ending),
+            () = &mut watch.idle => None,
+        };
         let Some(alive) = host.upgrade().filter(|host| serves(host)) else { return };
-        let uptime = started.elapsed();
-        if uptime >= STABLE {
-            attempts = 0;
+        let slept = ending.is_none();
+        match ending {
+            Some(ending) => {
+                let uptime = started.elapsed();
+                if uptime >= STABLE {
+                    attempts = 0;
+                }
+                alive.metrics.count_crash();
+                alive.change();
+                let how = &ending.how;
+                tracing::warn!(model, how, "the worker ended unasked:\n{}", ending.stderr);
+                let crashed = HostEvent::Crashed { model: model.clone(), ending, uptime };
+                let _ = alive.events.send(crashed);
+                drop(alive);
+            }
+            None => {
+                let Some(worker) = alive.fall_asleep() else {
+                    if let Some((_, worker)) = alive.current() {
+                        watch.idle = alive.idle(&worker);
+                    }
+                    continue;
+                };
+                worker.drain().await;
+                alive.metrics.count_sleep();
+                let _ = alive.events.send(HostEvent::Asleep { model: model.clone() });
+                let mut changed = alive.changed.subscribe();
+                drop(alive);
+                loop {
+                    let Some(alive) = host.upgrade().filter(|host| serves(host)) else { return };
+                    if alive.lock().current.as_ref().is_some_and(|current| current.wanted) {
+                        break;
+                    }
+                    drop(alive);
+                    if changed.changed().await.is_err() {
+                        return;
+                    }
+                }
+                attempts = 0;
+            }
         }
-        alive.metrics.count_crash();
-        alive.change();
-        tracing::warn!(model, how = ending.how, "the worker ended unasked:\n{}", ending.stderr);
-        let crashed = HostEvent::Crashed { model: model.clone(), ending, uptime };
-        let _ = alive.events.send(crashed);
-        drop(alive);
-        ended = loop {
+        let waking = Instant::now();
+        watch = loop {
             let pause = RESTART_PAUSES_MS[attempts.min(RESTART_PAUSES_MS.len() - 1)];
             attempts += 1;
             tokio::time::sleep(Duration::from_millis(pause)).await;
-            if !host.upgrade().is_some_and(|host| serves(&host)) {
-                return;
-            }
-            let outcome = Worker::spawn(spec.worker.clone()).await;
+            let Some(alive) = host.upgrade().filter(|host| serves(host)) else { return };
+            let successor = alive.successor(&spec);
+            drop(alive);
+            let outcome = Worker::spawn(successor).await;
             let Some(alive) = host.upgrade().filter(|host| serves(host)) else { return };
             let worker = match outcome {
                 Ok(worker) => worker,
                 Err(error) => {
                     tracing::warn!(model, "the worker does not start again: {error}");
                     let error = error.to_string();
+                    // Nobody shall wait long for a model that does not come.
+                    if let Some(current) = &mut alive.lock().current {
+                        current.asleep = false;
+                    }
+                    alive.change();
                     let failed = HostEvent::RestartFailed { model: model.clone(), error };
                     let _ = alive.events.send(failed);
                     continue;
                 }
             };
-            let ended = worker.ended();
+            let next = alive.watch(&worker);
             {
                 let mut state = alive.lock();
                 if state.activation != activation || state.closed {
                     return;
                 }
-                state.current = Some(Current { spec: Arc::clone(&spec), worker });
+                state.current = Some(Current::new(&spec, worker));
             }
             alive.change();
-            let _ = alive.events.send(HostEvent::Restarted { model: model.clone() });
-            break Box::pin(ended);
+            let event = match slept {
+                true => {
+                    alive.metrics.count_wake(waking.elapsed());
+                    HostEvent::Awake { model: model.clone() }
+                }
+                false => HostEvent::Restarted { model: model.clone() },
+            };
+            let _ = alive.events.send(event);
+            break next;
         };
     }
 }

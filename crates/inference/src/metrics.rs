@@ -129,6 +129,9 @@ struct Counters {
     cached_tokens: u64,
     generated_tokens: u64,
     worker_crashes: u64,
+    sleeps: u64,
+    wakes: u64,
+    wake_s: f64,
     /// What only gates ask for; the rest of it is above.
     quality: EvidenceCounts,
     waiting: u64,
@@ -155,6 +158,9 @@ impl Default for Metrics {
             cached_tokens: 0,
             generated_tokens: 0,
             worker_crashes: 0,
+            sleeps: 0,
+            wakes: 0,
+            wake_s: 0.0,
             quality: EvidenceCounts::default(),
             waiting: 0,
             running: 0,
@@ -231,6 +237,19 @@ impl Metrics {
 
     pub(crate) fn count_crash(&self) {
         self.with(|counters| counters.worker_crashes += 1);
+    }
+
+    /// A model's memory was freed, since nobody asked it.
+    pub(crate) fn count_sleep(&self) {
+        self.with(|counters| counters.sleeps += 1);
+    }
+
+    /// A request loaded it again.
+    pub(crate) fn count_wake(&self, took: Duration) {
+        self.with(|counters| {
+            counters.wakes += 1;
+            counters.wake_s += took.as_secs_f64();
+        });
     }
 
     pub(crate) fn worker_crashes(&self) -> u64 {
@@ -338,9 +357,13 @@ impl Metrics {
                 ("cached_prompt_tokens", "Of these, tokens found in the cache.", counters.cached_tokens),
                 ("generated_tokens", "Tokens generated.", counters.generated_tokens),
                 ("worker_crashes", "Worker processes that ended unasked.", counters.worker_crashes),
+                ("sleeps", "Times that an idle model's memory was freed.", counters.sleeps),
+                ("wakes", "Times that a request loaded it again.", counters.wakes),
             ] {
                 write_metric(&mut text, &format!("{name}_total"), "counter", help, value as f64);
             }
+            let help = "Seconds in which the model was loaded again for a request.";
+            write_metric(&mut text, "wake_seconds_total", "counter", help, counters.wake_s);
             for (name, help, value) in [
                 ("requests_waiting", "Requests that wait for a sequence.", counters.waiting),
                 ("requests_running", "Requests that have a sequence.", counters.running),

@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::Serialize;
-use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
+use slmops_api::runtime::{EffectiveConfig, KvType, RuntimeConfig};
 use slmops_inference::host::ModelSpec;
 use slmops_inference::server::{self, Keys, ServerOptions};
-use slmops_inference::worker::{Worker, WorkerSpec};
+use slmops_inference::worker::{AdapterFile, Worker, WorkerSpec};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Session;
@@ -46,6 +47,26 @@ pub struct Serve {
     /// Compute threads; 0 means one for each core
     #[arg(long, default_value_t = 0, value_name = "COUNT")]
     pub threads: u32,
+    /// Tokens submitted to the engine at once, at most
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    pub batch: u32,
+    /// Number format of the key-value cache; q8_0 needs flash attention
+    #[arg(long, value_enum, default_value_t, value_name = "TYPE")]
+    pub kv_type: KvFormat,
+    /// Whether fused attention is used
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub flash_attention: bool,
+    /// Requests that may wait; more are answered 429
+    #[arg(long, default_value_t = 64, value_name = "COUNT")]
+    pub queue: u32,
+    /// A LoRA adapter (GGUF) that is applied in answers to requests that choose none, at this scale
+    /// [default: 1]; may be given several times
+    #[arg(long, value_name = "FILE[=SCALE]", value_parser = adapter)]
+    pub lora: Vec<(PathBuf, f32)>,
+    /// Free the model's memory after so long without a request, such as `10m`; the next request loads
+    /// it again
+    #[arg(long, value_name = "DURATION", value_parser = units::parse_seconds)]
+    pub idle_after: Option<u64>,
     /// The name under which it answers [default: the file's name]
     #[arg(long)]
     pub name: Option<String>,
@@ -58,14 +79,23 @@ impl Serve {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
         let keys = self.keys.as_deref().map(Keys::open).transpose();
         let keys = keys.user(|| "read the keys".to_owned())?.map(Arc::new);
-        let options = ServerOptions { keys, ..ServerOptions::default() };
+        // What runs here is its user's own choice, and nobody else's was verified.
+        let options = ServerOptions {
+            keys,
+            changes_adapters: true,
+            idle_after: self.idle_after.map(Duration::from_secs),
+            ..ServerOptions::default()
+        };
         let original = source::original(session, &self.model).await?;
         let trained = original.file.shape.trained_context;
         let runtime = RuntimeConfig {
             context_tokens: self.context.unwrap_or(DEFAULT_CONTEXT_TOKENS.min(trained)),
             parallel: self.parallel,
             threads: self.threads,
-            ..RuntimeConfig::default()
+            batch_tokens: self.batch,
+            kv_type: self.kv_type.into(),
+            flash_attention: self.flash_attention,
+            queue_limit: self.queue,
         };
         let id = match &self.name {
             Some(name) => name.clone(),
@@ -78,7 +108,7 @@ impl Serve {
         })?;
         let address = listener.local_addr().internal(|| "read the address".to_owned())?;
         let model_path = original.file.path.clone();
-        let worker = WorkerSpec { model_path, runtime };
+        let worker = WorkerSpec { model_path, runtime, adapters: named(self.lora)? };
         let model = ModelSpec { id: id.clone(), aliases: Vec::new(), worker };
         let stage = session.progress.stage(format!("load {}", self.model.display()));
         let (out, progress) = (session.out, session.progress.clone());
@@ -93,6 +123,53 @@ impl Serve {
         };
         let served = server::serve(listener, model, options, on_ready, stopped());
         served.await.user(|| format!("serve `{}`", self.model.display()))
+    }
+}
+
+/// `FILE=SCALE`, or a file alone.
+fn adapter(given: &str) -> std::result::Result<(PathBuf, f32), String> {
+    let scaled = given.rsplit_once('=').filter(|_| !std::path::Path::new(given).exists());
+    let Some((path, scale)) = scaled else { return Ok((given.into(), 1.0)) };
+    match scale.parse() {
+        Ok(scale) if f32::is_finite(scale) => Ok((path.into(), scale)),
+        _ => Err(format!("`{scale}` is no number")),
+    }
+}
+
+/// Adapters under the names of their files.
+fn named(given: Vec<(PathBuf, f32)>) -> Result<Vec<AdapterFile>> {
+    let mut adapters: Vec<AdapterFile> = Vec::new();
+    for (id, (path, scale)) in (0..).zip(given) {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if adapters.iter().any(|adapter| adapter.name == name) {
+            return Err(Failure::user(format!("two adapters are named `{name}`"))
+                .hint("rename one of the files: requests choose an adapter by its file's name"));
+        }
+        adapters.push(AdapterFile { id, name, path, scale });
+    }
+    Ok(adapters)
+}
+
+/// [`KvType`] on the command line.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub enum KvFormat {
+    /// 32-bit floats
+    F32,
+    /// 16-bit floats
+    #[default]
+    F16,
+    /// 8.5 bits per value
+    #[value(name = "q8_0")]
+    Q8,
+}
+
+impl From<KvFormat> for KvType {
+    fn from(format: KvFormat) -> Self {
+        match format {
+            KvFormat::F32 => Self::F32,
+            KvFormat::F16 => Self::F16,
+            KvFormat::Q8 => Self::Q8_0,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use llama_cpp_sys_2 as sys;
 use slmops_api::runtime::KvType;
 
 use super::pace::{self, Pace};
-use super::{EngineError, Model, Token, log};
+use super::{Adapter, EngineError, Model, Token, log};
 
 /// The engine allots context in steps of this many tokens for each sequence.
 pub const CONTEXT_STEP_TOKENS: u32 = 256;
@@ -115,6 +115,8 @@ pub struct Context {
     pace: Option<Pace>,
     options: ContextOptions,
     reported: Reported,
+    /// Those that are applied: the engine keeps their addresses.
+    adapters: Vec<Arc<Adapter>>,
     _abort: Option<Arc<AtomicBool>>,
 }
 
@@ -202,6 +204,7 @@ impl Context {
             pace: (options.threads == 0).then(|| Pace::new(threads.cast_unsigned())),
             options: options.clone(),
             reported: Reported::read(&lines),
+            adapters: Vec::new(),
             _abort: options.abort.clone(),
         })
     }
@@ -269,6 +272,25 @@ impl Context {
             "q8_0" => Some(KvType::Q8_0),
             _ => None,
         }
+    }
+
+    /// Applies adapters of the context's model, each with its factor, in what is computed from now on.
+    /// A change makes the engine plan its computation anew.
+    pub fn set_adapters(&mut self, adapters: &[(Arc<Adapter>, f32)]) {
+        assert!(adapters.iter().all(|(it, _)| it.is_of(&self.model)), "adapters of another model");
+        let mut raw: Vec<_> = adapters.iter().map(|(adapter, _)| adapter.raw()).collect();
+        let mut scales: Vec<f32> = adapters.iter().map(|(_, scale)| *scale).collect();
+        // SAFETY: both arrays have the length that is given, the adapters belong to the model of this
+        // live context, and they are kept until others take their place.
+        unsafe {
+            sys::llama_set_adapters_lora(
+                self.raw.as_ptr(),
+                raw.as_mut_ptr(),
+                raw.len(),
+                scales.as_mut_ptr(),
+            );
+        }
+        self.adapters = adapters.iter().map(|(adapter, _)| Arc::clone(adapter)).collect();
     }
 
     /// Computes a batch; the logits of tokens pushed with `output` can be read until the next one.

@@ -3,12 +3,14 @@
 //! An assertion that fails inside llama.cpp aborts the process, so programs use this module only
 //! in child processes (see [`crate::child`]). Everything here blocks.
 
+mod adapter;
 mod context;
 mod log;
 mod model;
 mod pace;
 mod quantise;
 
+pub use adapter::Adapter;
 pub use context::{Batch, Context, ContextOptions};
 pub use log::log_to_stderr;
 pub use model::{LoadOptions, Model};
@@ -32,6 +34,14 @@ pub enum EngineError {
         /// The file.
         path: PathBuf,
         /// The engine's words.
+        cause: String,
+    },
+    /// An adapter could not be loaded.
+    #[error("load adapter {}: {cause}", path.display())]
+    Adapter {
+        /// The file.
+        path: PathBuf,
+        /// Why, in the engine's words or ours.
         cause: String,
     },
     /// A context could not be made.

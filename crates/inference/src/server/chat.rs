@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
+use super::adapters::asked;
 use super::constrain::constraint;
 use super::error::ApiError;
 use super::fields::Fields;
@@ -15,7 +16,7 @@ use super::generate::{
     Chunks, Job, PromptOf, choices, finish_all, reason, sampling, stream_all, streaming, usage,
 };
 use super::tools::{Form, ToolUse, new_call_id, past_calls, read_whole, tool_use, written};
-use super::{App, check_model, new_id, now_s, object, read_fields};
+use super::{App, new_id, now_s, object, read_fields};
 use crate::chat::ChatMessage;
 use crate::tools::{Choice, Found, Reader};
 use crate::worker::{Finish, FinishReason, GenerateRequest, Piece, Prompt, TokenLogprob, Worker};
@@ -29,7 +30,7 @@ pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Respo
 
 async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(PATH, body).await?;
-    let spec = check_model(app, &mut fields).await?;
+    let asked = asked(app, &mut fields).await?;
     let messages = messages(&mut fields)?;
     let tool_use = tool_use(&mut fields, Form::Nested)?;
     let count = choices(&mut fields)?;
@@ -57,6 +58,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         constraint: constraint(&mut fields)?,
         ignore_end: fields.flag("ignore_eos")?.unwrap_or(false),
         fresh: !fields.flag("cache_prompt")?.unwrap_or(true),
+        adapters: asked.adapters,
     };
     fields.finish()?;
     let readers = hold_to_tools(app, tool_use.as_ref(), &mut template, count).await?;
@@ -67,7 +69,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     app.host.metrics().remember_answer(&id);
     if streaming.wanted {
         let usage = streaming.usage;
-        let model = spec.id.clone();
+        let model = asked.name;
         let unsent = vec![Vec::new(); count];
         let chunks = ChatChunks { id, created, model, usage, count, readers, unsent };
         return stream_all(app, generations, chunks).await;
@@ -102,7 +104,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         "id": id,
         "object": "chat.completion",
         "created": created,
-        "model": spec.id,
+        "model": asked.name,
         "choices": choices,
         "usage": usage(&finishes, count),
         "timings": finishes.first().map(timings),

@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Map, Value, json};
 
+use super::adapters::asked;
 use super::constrain::constraint;
 use super::error::ApiError;
 use super::fields::Fields;
@@ -16,7 +17,7 @@ use super::generate::{
     Chunks, Job, MAX_CHOICES, PromptOf, choices, finish_all, reason, sampling, stream_all,
     streaming, usage,
 };
-use super::{App, check_model, new_id, now_s, read_fields};
+use super::{App, new_id, now_s, read_fields};
 use crate::llama::Token;
 use crate::worker::protocol::MAX_TOP_LOGPROBS;
 use crate::worker::{Finish, GenerateRequest, Piece, Prompt, TokenLogprob, Worker};
@@ -33,7 +34,7 @@ pub(super) async fn complete(State(app): State<App>, body: Body) -> Result<Respo
 
 async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(PATH, body).await?;
-    let spec = check_model(app, &mut fields).await?;
+    let asked = asked(app, &mut fields).await?;
     let given = prompts(&mut fields, "prompt")?;
     let count = choices(&mut fields)?;
     if given.len() * count > MAX_CHOICES {
@@ -55,6 +56,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         constraint: constraint(&mut fields)?,
         ignore_end: fields.flag("ignore_eos")?.unwrap_or(false),
         fresh: !fields.flag("cache_prompt")?.unwrap_or(true),
+        adapters: asked.adapters,
     };
     fields.finish()?;
     let prompts = given
@@ -75,7 +77,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     if streaming.wanted {
         let offsets = vec![0; generations.len()];
         let usage = streaming.usage;
-        let model = spec.id.clone();
+        let model = asked.name;
         let chunks = PlainChunks { id, created, model, usage, count, offsets };
         return stream_all(app, generations, chunks).await;
     }
@@ -97,7 +99,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         "id": id,
         "object": "text_completion",
         "created": created,
-        "model": spec.id,
+        "model": asked.name,
         "choices": choices,
         "usage": usage(&finishes, count),
         "timings": finishes.first().map(timings),

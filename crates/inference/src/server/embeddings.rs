@@ -7,9 +7,10 @@ use base64::Engine as _;
 use futures_util::stream::{self, StreamExt as _};
 use serde_json::{Value, json};
 
+use super::adapters::asked;
 use super::completions::prompts;
 use super::error::ApiError;
-use super::{App, check_model, read_fields};
+use super::{App, read_fields};
 use crate::host::HostError;
 use crate::metrics::is_our_fault;
 
@@ -27,7 +28,7 @@ pub(super) async fn embed(State(app): State<App>, body: Body) -> Result<Response
 
 async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(PATH, body).await?;
-    let spec = check_model(app, &mut fields).await?;
+    let asked = asked(app, &mut fields).await?;
     let texts = prompts(&mut fields, "input")?;
     if texts.len() > MAX_TEXTS {
         let message = format!("more than {MAX_TEXTS} texts in one request");
@@ -42,12 +43,12 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         }
     };
     fields.finish()?;
-    let host = &app.host;
+    let (host, adapters) = (&app.host, &asked.adapters);
     let embedded: Vec<_> = stream::iter(texts)
         .map(|text| async move {
             host.with_worker(|_, worker| {
                 let text = text.clone();
-                async move { worker.embed(text).await }
+                async move { worker.embed(text, adapters).await }
             })
             .await
         })
@@ -76,7 +77,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     Ok(axum::Json(json!({
         "object": "list",
         "data": data,
-        "model": spec.id,
+        "model": asked.name,
         "usage": { "prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens },
     }))
     .into_response())

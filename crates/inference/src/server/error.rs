@@ -92,6 +92,12 @@ impl ApiError {
         Self::new(status, "invalid_request_error", "method_not_allowed", message)
     }
 
+    /// Adapters are as they were configured.
+    pub(super) fn fixed_adapters() -> Self {
+        let message = "the adapters of this endpoint cannot be changed over HTTP".to_owned();
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", "adapters_fixed", message)
+    }
+
     pub(super) fn foreign_origin() -> Self {
         let message = "pages of other machines may not call this endpoint".to_owned();
         Self::new(StatusCode::FORBIDDEN, "invalid_request_error", "foreign_origin", message)

@@ -3,6 +3,7 @@
 //! A parameter that OpenAI knows and this server does not follow is refused by name, never
 //! ignored. Pages of other machines are kept out by their `Origin`.
 
+mod adapters;
 mod chat;
 mod completions;
 mod constrain;
@@ -28,7 +29,7 @@ use axum::extract::{MatchedPath, Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodRouter, delete, get, post};
 use axum::serve::{Listener, ListenerExt as _};
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
@@ -36,7 +37,7 @@ use tokio::net::TcpListener;
 use crate::constraint::Checked;
 use crate::host::{HostState, ModelHost, ModelSpec};
 use crate::metrics::write_metric;
-use crate::worker::{Sampling, Worker, WorkerError};
+use crate::worker::{AdapterFile, Sampling, Worker, WorkerError};
 use error::ApiError;
 use fields::Fields;
 
@@ -62,11 +63,22 @@ pub struct ServerOptions {
     pub keys: Option<Arc<Keys>>,
     /// After how long without anything else a stream gets a comment.
     pub keep_alive: Duration,
+    /// Whether clients may load, unload and scale adapters for everybody. Where a model's bytes were
+    /// verified, nobody should change what it answers afterwards.
+    pub changes_adapters: bool,
+    /// After how long without a request the memory of the model that [`serve`] serves is freed.
+    pub idle_after: Option<Duration>,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { allowed_origins: Vec::new(), keys: None, keep_alive: KEEP_ALIVE }
+        Self {
+            allowed_origins: Vec::new(),
+            keys: None,
+            keep_alive: KEEP_ALIVE,
+            changes_adapters: false,
+            idle_after: None,
+        }
     }
 }
 
@@ -108,6 +120,8 @@ fn routes() -> Vec<(&'static str, MethodRouter<App>)> {
         (responses::PATH, post(responses::respond)),
         (embeddings::PATH, post(embeddings::embed)),
         (feedback::PATH, post(feedback::take)),
+        (adapters::PATH, get(adapters::list).post(adapters::change)),
+        ("/lora-adapters/{id}", delete(adapters::unload)),
         (tokens::TOKENISE, post(tokens::tokenise)),
         (tokens::DETOKENISE, post(tokens::detokenise)),
         ("/tokenizer_info", get(tokens::information)),
@@ -143,7 +157,10 @@ pub async fn serve(
     on_ready: impl FnOnce(&Worker),
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
-    let host = ModelHost::new();
+    let host = match options.idle_after {
+        Some(limit) => ModelHost::that_sleeps(limit),
+        None => ModelHost::new(),
+    };
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let http = serve_host(listener, Arc::clone(&host), options, async move {
         let mut stopped = stopped;
@@ -233,7 +250,7 @@ async fn around(State(app): State<App>, request: Request, next: Next) -> Respons
         let headers = response.headers_mut();
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         headers.insert(header::VARY, HeaderValue::from_static("origin"));
-        let methods = HeaderValue::from_static("GET, POST, OPTIONS");
+        let methods = HeaderValue::from_static("GET, POST, DELETE, OPTIONS");
         headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
         headers.insert(
             header::ACCESS_CONTROL_ALLOW_HEADERS,
@@ -275,6 +292,14 @@ fn may_call(origin: &HeaderValue, asked: Option<&HeaderValue>, options: &ServerO
 
 /// Reads the JSON object that is the body of a request to `path`.
 async fn read_fields(path: &str, body: Body) -> Result<Fields, ApiError> {
+    match read_json(body).await? {
+        Value::Object(fields) => Ok(Fields::of_path(path, fields)),
+        _ => Err(ApiError::invalid("the request's body must be a JSON object".to_owned())),
+    }
+}
+
+/// Reads JSON from a request.
+async fn read_json(body: Body) -> Result<Value, ApiError> {
     let bytes = match axum::body::to_bytes(body, MAX_BODY_BYTES).await {
         Ok(bytes) => bytes,
         Err(error) => {
@@ -287,23 +312,14 @@ async fn read_fields(path: &str, body: Body) -> Result<Fields, ApiError> {
             });
         }
     };
-    match serde_json::from_slice::<Value>(&bytes) {
-        Ok(Value::Object(fields)) => Ok(Fields::of_path(path, fields)),
-        Ok(_) => Err(ApiError::invalid("the request's body must be a JSON object".to_owned())),
-        Err(error) => {
-            Err(ApiError::invalid(format!("the request's body is not valid JSON: {error}")))
-        }
-    }
+    serde_json::from_slice(&bytes).map_err(|error| {
+        ApiError::invalid(format!("the request's body is not valid JSON: {error}"))
+    })
 }
 
 /// Checks the `model` of a request against the one that is served.
 async fn check_model(app: &App, fields: &mut Fields) -> Result<Arc<ModelSpec>, ApiError> {
-    let asked = fields.text("model")?;
-    let (spec, _) = app.host.worker().await?;
-    match asked {
-        Some(asked) if !spec.answers_to(&asked) => Err(ApiError::unknown_model(&asked, &spec.id)),
-        _ => Ok(spec),
-    }
+    Ok(adapters::asked(app, fields).await?.spec)
 }
 
 fn model_object(spec: &ModelSpec, worker: &Worker) -> Value {
@@ -326,9 +342,24 @@ fn model_object(spec: &ModelSpec, worker: &Worker) -> Value {
     })
 }
 
+/// An adapter as a model of its own, as vLLM lists it.
+fn adapter_object(spec: &ModelSpec, adapter: &AdapterFile) -> Value {
+    json!({
+        "id": format!("{}:{}", spec.id, adapter.name),
+        "object": "model",
+        "created": 0,
+        "owned_by": "slmops",
+        "parent": spec.id,
+        "meta": { "adapter": adapter.id, "path": adapter.path, "scale": adapter.scale },
+    })
+}
+
 async fn models(State(app): State<App>) -> Response {
-    let data: Vec<Value> =
-        app.host.current().iter().map(|(spec, worker)| model_object(spec, worker)).collect();
+    let mut data = Vec::new();
+    if let Some((spec, worker)) = app.host.current() {
+        data.push(model_object(&spec, &worker));
+        data.extend(worker.adapters().iter().map(|adapter| adapter_object(&spec, adapter)));
+    }
     axum::Json(json!({ "object": "list", "data": data })).into_response()
 }
 
@@ -337,14 +368,17 @@ async fn model(State(app): State<App>, Path(asked): Path<String>) -> Response {
         Some((spec, worker)) if spec.answers_to(&asked) => {
             axum::Json(model_object(&spec, &worker)).into_response()
         }
-        Some((spec, _)) => ApiError::unknown_model(&asked, &spec.id).into_response(),
+        Some((spec, worker)) => match adapters::adapter_named(&spec, &worker, &asked) {
+            Some(adapter) => axum::Json(adapter_object(&spec, &adapter)).into_response(),
+            None => ApiError::unknown_model(&asked, &spec.id).into_response(),
+        },
         None => ApiError::from(crate::host::HostError::NoModel).into_response(),
     }
 }
 
 /// The configuration in effect, as the engine says it, and what the model brought with it.
 async fn properties(State(app): State<App>) -> Result<Response, ApiError> {
-    let (spec, worker) = app.host.worker().await?;
+    let (spec, worker) = app.host.current().ok_or(crate::host::HostError::NoModel)?;
     let info = worker.model_info();
     Ok(axum::Json(json!({
         "model": spec.id,
@@ -364,6 +398,9 @@ async fn health(State(app): State<App>) -> Response {
         HostState::Ready => {
             axum::Json(json!({ "status": "ok", "model": status.model })).into_response()
         }
+        HostState::Asleep => {
+            axum::Json(json!({ "status": "sleeping", "model": status.model })).into_response()
+        }
         HostState::Empty => ApiError::from(crate::host::HostError::NoModel).into_response(),
         HostState::Restarting => ApiError::from(crate::host::HostError::Restarting).into_response(),
     }
@@ -372,8 +409,12 @@ async fn health(State(app): State<App>) -> Response {
 async fn metrics(State(app): State<App>) -> Response {
     let mut text = app.host.metrics().prometheus();
     let status = app.host.status();
-    let ready = f64::from(u8::from(status.state == HostState::Ready));
-    write_metric(&mut text, "model_ready", "gauge", "1 while a model answers.", ready);
+    let number = |is_so: bool| f64::from(u8::from(is_so));
+    let asleep = status.state == HostState::Asleep;
+    let ready = asleep || status.state == HostState::Ready;
+    write_metric(&mut text, "model_ready", "gauge", "1 while a model answers.", number(ready));
+    let help = "1 while the model's memory is free until a request comes.";
+    write_metric(&mut text, "model_asleep", "gauge", help, number(asleep));
     if let Some(effective) = &status.effective {
         for (name, help, value) in [
             ("slots", "Sequences decoded at the same time.", effective.parallel),

@@ -6,13 +6,14 @@ use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Map, Value, json};
 
+use super::adapters::asked;
 use super::chat::{chat_prompts, hold_to_tools, text_of, token_logprobs};
 use super::constrain::text_constraint;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::generate::{Chunks, Job, finish_all, sampling, stream_all, streaming, timings};
 use super::tools::{Form, new_call_id, tool_use};
-use super::{App, check_model, new_id, now_s, read_fields};
+use super::{App, new_id, now_s, read_fields};
 use crate::chat::ChatMessage;
 use crate::tools::{Found, Reader, ToolCall};
 use crate::worker::{Finish, FinishReason, GenerateRequest, Piece, Prompt, TokenLogprob};
@@ -43,7 +44,7 @@ pub(super) async fn respond(State(app): State<App>, body: Body) -> Result<Respon
 
 async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let mut fields = read_fields(PATH, body).await?;
-    let spec = check_model(app, &mut fields).await?;
+    let asked = asked(app, &mut fields).await?;
     let repeated = repeated(&fields);
     let messages = messages(&mut fields)?;
     let tool_use = tool_use(&mut fields, Form::Flat)?;
@@ -66,6 +67,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
         constraint: text_constraint(&mut fields)?,
         ignore_end: fields.flag("ignore_eos")?.unwrap_or(false),
         fresh: !fields.flag("cache_prompt")?.unwrap_or(true),
+        adapters: asked.adapters,
     };
     let metadata = fields.take("metadata");
     if metadata.is_some_and(|metadata| !metadata.is_object()) {
@@ -77,7 +79,7 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let generations = Job { prompts, template, chat: true }.begin(app).await?;
     let id = new_id("resp_");
     app.host.metrics().remember_answer(&id);
-    let mut events = Events::new(about(id, &spec.id, repeated), reader);
+    let mut events = Events::new(about(id, &asked.name, repeated), reader);
     if streaming.wanted {
         return stream_all(app, generations, events).await;
     }

@@ -3,6 +3,7 @@
 //! Whatever happens to the engine happens to that process; here its death is an event
 //! ([`Worker::ended`]) and a clear error of each request that was under way.
 
+mod adapters;
 mod outbox;
 mod preparing;
 mod process;
@@ -13,8 +14,9 @@ mod text;
 
 pub(crate) use process::run;
 pub use protocol::{
-    Embedding, Finish, FinishReason, GenerateRequest, ModelInfo, Piece, Prompt, RequestError,
-    Sampling, Score, ScoreRequest, TokenLogprob, WorkerSpec,
+    AdapterChoice, AdapterFile, AdapterUse, Embedding, Finish, FinishReason, GenerateRequest,
+    ModelInfo, Piece, Prompt, RequestError, Sampling, Score, ScoreRequest, TokenLogprob,
+    WorkerSpec,
 };
 
 use std::collections::HashMap;
@@ -32,6 +34,7 @@ use crate::chat::{ChatMessage, ChatTemplate, TemplateError};
 use crate::child::{self, ChildError, StderrTail};
 use crate::llama::Token;
 use crate::tools::Choice;
+use adapters::Adapters;
 use protocol::{Command, Event, LoadFailure, MAX_LINE_BYTES};
 
 /// The job name of a worker.
@@ -70,6 +73,17 @@ pub enum WorkerError {
         asked: u32,
         /// What the model can.
         trained: u32,
+    },
+    /// An adapter could not be loaded with the model.
+    #[error(
+        "{message}\nhint: check that it is a LoRA adapter in GGUF, made for {}",
+        path.display()
+    )]
+    Adapter {
+        /// The model file.
+        path: PathBuf,
+        /// Which adapter, and the engine's words.
+        message: String,
     },
     /// The engine would not run with exactly the settings that were asked.
     #[error(
@@ -148,6 +162,7 @@ struct Shared {
     effective: EffectiveConfig,
     info: ModelInfo,
     template: ChatTemplate,
+    adapters: Mutex<Adapters>,
     pid: u32,
     next_id: AtomicU64,
     requests: Arc<Requests>,
@@ -260,8 +275,10 @@ impl Worker {
         let keeper = Keeper { child, tail, follower, requests: Arc::clone(&requests), ended };
         tokio::spawn(keeper.run(stdin, stdout, received));
         let template = ChatTemplate::of(&info);
+        let adapters = Mutex::new(Adapters::new(spec.adapters.clone()));
         let shared = Shared {
             spec,
+            adapters,
             effective,
             info,
             template,
@@ -342,6 +359,8 @@ impl Worker {
     pub fn generate(&self, request: GenerateRequest) -> Result<Generation, WorkerError> {
         // JSON has no number that is none: it would not arrive.
         request.sampling.check()?;
+        let adapters = AdapterChoice::These(self.applied(&request.adapters)?);
+        let request = GenerateRequest { adapters, ..request };
         self.submit(|id| Command::Generate { id, request }).map(|answer| Generation { answer })
     }
 
@@ -360,8 +379,13 @@ impl Worker {
     ///
     /// # Errors
     /// The text does not fit, or the worker fails.
-    pub async fn embed(&self, prompt: Prompt) -> Result<Embedding, WorkerError> {
-        match self.submit(|id| Command::Embed { id, prompt })?.result().await? {
+    pub async fn embed(
+        &self,
+        prompt: Prompt,
+        adapters: &AdapterChoice,
+    ) -> Result<Embedding, WorkerError> {
+        let adapters = self.applied(adapters)?;
+        match self.submit(|id| Command::Embed { id, prompt, adapters })?.result().await? {
             Event::Embedding { embedding, .. } => Ok(embedding),
             other => Err(unexpected(&other)),
         }
@@ -402,14 +426,16 @@ impl Worker {
         let (sender, events) = mpsc::unbounded_channel();
         {
             let mut state = shared.requests.lock();
-            if let Some(ending) = &state.ended {
-                return Err(WorkerError::Died { how: ending.how.clone() });
-            }
+            // One that was let go has ended as it should: another one takes the request.
             if state.draining {
                 return Err(WorkerError::Draining);
             }
+            if let Some(ending) = &state.ended {
+                return Err(WorkerError::Died { how: ending.how.clone() });
+            }
             state.pending.insert(id, sender);
         }
+        shared.requests.changed.send_modify(|count| *count += 1);
         // If the process ends before it reads this, the request's error comes from its ending.
         let _ = shared.orders.send(Order::Send(Box::new(command(id))));
         Ok(Answer { id, events, worker: self.clone() })
@@ -426,6 +452,31 @@ impl Worker {
         }
         let _ = self.shared.orders.send(Order::Leave);
         self.ended().await;
+    }
+
+    /// Waits until there was no request for so long. Holds no claim on the worker.
+    pub fn idle(&self, limit: Duration) -> impl Future<Output = ()> + Send + 'static {
+        let requests = Arc::clone(&self.shared.requests);
+        async move {
+            let mut changed = requests.changed.subscribe();
+            loop {
+                let idle = requests.lock().pending.is_empty();
+                let limit = if idle { limit } else { Duration::MAX };
+                match tokio::time::timeout(limit, changed.changed()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => std::future::pending().await,
+                    Err(_) => return,
+                }
+            }
+        }
+    }
+
+    /// Takes no more requests if there are none now; whether that is so.
+    pub(crate) fn refuse_if_idle(&self) -> bool {
+        let mut state = self.shared.requests.lock();
+        let idle = state.pending.is_empty() && state.ended.is_none() && !state.draining;
+        state.draining |= idle;
+        idle
     }
 
     /// Kills the process.
@@ -467,6 +518,7 @@ fn load_error(failure: LoadFailure, path: PathBuf) -> WorkerError {
         LoadFailure::TrainedContext { asked, trained } => {
             WorkerError::TrainedContext { path, asked, trained }
         }
+        LoadFailure::Adapter { message } => WorkerError::Adapter { path, message },
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use super::process::{Order, emit, generating};
+use super::process::{Order, applied, emit, generating};
 use super::protocol::{Event, GenerateRequest, RequestError};
 use super::scheduler::{Task, Work};
 use crate::constraint::{COMPILE_STACK_BYTES, Compiler, Guide};
@@ -78,9 +78,10 @@ fn prepare(
         }
         match guide {
             Ok(guide) => {
+                let adapters = applied(&request);
                 let generating = generating(request, Some(guide), &tokens, model);
                 let work = Work::Generate(Box::new(generating));
-                let _ = engine.send(Order::Submit(Task { id, tokens, work, arrived }));
+                let _ = engine.send(Order::Submit(Task { id, tokens, work, adapters, arrived }));
             }
             Err(error) => emit(&Event::Failed { id, error }),
         }

@@ -1,6 +1,7 @@
 //! The worker process itself: loads the model, reads commands, runs the scheduler.
 
 use std::io::{BufRead as _, Read as _};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Instant;
@@ -10,14 +11,16 @@ use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
 use super::outbox::Outbox;
 use super::preparing::Preparing;
 use super::protocol::{
-    Command, Event, GenerateRequest, LoadFailure, MAX_LINE_BYTES, MAX_LOGIT_BIASES,
-    MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS, ModelInfo, Piece, Prompt,
-    RequestError, Score, ScoreRequest, TokenLogprob, WorkerSpec,
+    AdapterChoice, AdapterUse, Command, Event, GenerateRequest, LoadFailure, MAX_LINE_BYTES,
+    MAX_LOGIT_BIASES, MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS, ModelInfo,
+    Piece, Prompt, RequestError, Score, ScoreRequest, TokenLogprob, WorkerSpec,
 };
 use super::scheduler::{Embedding64, Generating, Scheduler, Scoring, Task, Work};
 use crate::child::print_line;
 use crate::constraint::Guide;
-use crate::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token, engine_version};
+use crate::llama::{
+    Batch, Context, ContextOptions, EngineError, LoadOptions, Model, Token, engine_version,
+};
 use crate::memory;
 
 /// Outputs in one batch beside one for each sequence: what scores and embeddings proceed by.
@@ -126,10 +129,15 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
         adds_beginning: model.adds_beginning(),
         load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
     };
+    let mut scheduler =
+        Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, Outbox::default());
+    for adapter in &spec.adapters {
+        scheduler
+            .load_adapter(adapter.id, &adapter.path)
+            .map_err(|error| LoadFailure::Adapter { message: error.to_string() })?;
+    }
     memory::give_back();
     emit(&Event::Loaded { effective, info: Box::new(info) });
-    let scheduler =
-        Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, Outbox::default());
     Ok((scheduler, model))
 }
 
@@ -198,6 +206,8 @@ fn warm_up(context: &mut Context) -> Result<(), String> {
 pub(super) enum Order {
     Submit(Task),
     Cancel(u64),
+    LoadAdapter { id: u64, adapter: u32, path: PathBuf },
+    UnloadAdapter { id: u64, adapter: u32 },
 }
 
 fn run_engine(mut scheduler: Scheduler, orders: &Receiver<Order>) {
@@ -219,36 +229,55 @@ fn run_engine(mut scheduler: Scheduler, orders: &Receiver<Order>) {
     }
 }
 
+fn done(id: u64, outcome: Result<(), RequestError>) {
+    match outcome {
+        Ok(()) => emit(&Event::Done { id }),
+        Err(error) => emit(&Event::Failed { id, error }),
+    }
+}
+
 fn follow(scheduler: &mut Scheduler, order: Order) {
     match order {
         Order::Submit(task) => scheduler.submit(task),
         Order::Cancel(id) => scheduler.cancel(id),
+        Order::LoadAdapter { id, adapter, path } => {
+            let loaded = scheduler.load_adapter(adapter, &path);
+            let failed = |error: EngineError| invalid("path", error.to_string());
+            done(id, loaded.map_err(failed));
+        }
+        Order::UnloadAdapter { id, adapter } => {
+            scheduler.unload_adapter(adapter);
+            done(id, Ok(()));
+        }
     }
 }
 
 /// Prepares a command on the reader's thread, beside the engine's.
 fn obey(command: Command, model: &Model, engine: &Sender<Order>, preparing: &Preparing) {
     let arrived = Instant::now();
-    let submit = |id: u64, prepared: Result<(Vec<Token>, Work), RequestError>| match prepared {
-        Ok((tokens, work)) => {
-            let _ = engine.send(Order::Submit(Task { id, tokens, work, arrived }));
-        }
-        Err(error) => emit(&Event::Failed { id, error }),
-    };
+    let submit =
+        |id: u64, adapters, prepared: Result<(Vec<Token>, Work), RequestError>| match prepared {
+            Ok((tokens, work)) => {
+                let _ = engine.send(Order::Submit(Task { id, tokens, work, adapters, arrived }));
+            }
+            Err(error) => emit(&Event::Failed { id, error }),
+        };
     match command {
         Command::Generate { id, request } => match check_generate(&request, model) {
             Ok(tokens) if request.constraint.is_some() => {
                 preparing.begin(id, request, tokens, arrived);
             }
             Ok(tokens) => {
+                let adapters = applied(&request);
                 let generating = generating(request, None, &tokens, model);
-                submit(id, Ok((tokens, Work::Generate(Box::new(generating)))));
+                submit(id, adapters, Ok((tokens, Work::Generate(Box::new(generating)))));
             }
-            Err(error) => submit(id, Err(error)),
+            Err(error) => emit(&Event::Failed { id, error }),
         },
-        Command::Score { id, request } => submit(id, prepare_score(&request, model)),
-        Command::Embed { id, prompt } => submit(
+        Command::Score { id, request } => submit(id, Vec::new(), prepare_score(&request, model)),
+        Command::Embed { id, prompt, adapters } => submit(
             id,
+            adapters,
             prompt_tokens(&prompt, model)
                 .map(|tokens| (tokens, Work::Embed(Embedding64::default()))),
         ),
@@ -262,6 +291,12 @@ fn obey(command: Command, model: &Model, engine: &Sender<Order>, preparing: &Pre
             Ok(()) => emit(&Event::Bytes { id, bytes: model.detokenise(&tokens, true) }),
             Err(error) => emit(&Event::Failed { id, error }),
         },
+        Command::LoadAdapter { id, adapter, path } => {
+            let _ = engine.send(Order::LoadAdapter { id, adapter, path });
+        }
+        Command::UnloadAdapter { id, adapter } => {
+            let _ = engine.send(Order::UnloadAdapter { id, adapter });
+        }
         Command::Cancel { id } => {
             preparing.cancel(id);
             let _ = engine.send(Order::Cancel(id));
@@ -303,7 +338,7 @@ fn check_length(text: &str) -> Result<(), RequestError> {
     Ok(())
 }
 
-fn engine_error(error: crate::llama::EngineError) -> RequestError {
+fn engine_error(error: EngineError) -> RequestError {
     RequestError::Engine { message: error.to_string() }
 }
 
@@ -360,6 +395,14 @@ fn check_generate(request: &GenerateRequest, model: &Model) -> Result<Vec<Token>
         return Err(invalid("top_logprobs", format!("at most {MAX_TOP_LOGPROBS}")));
     }
     prompt_tokens(&request.prompt, model)
+}
+
+/// The adapters of a request: whoever sends it says which.
+pub(super) fn applied(request: &GenerateRequest) -> Vec<AdapterUse> {
+    match &request.adapters {
+        AdapterChoice::These(uses) => uses.clone(),
+        AdapterChoice::Common | AdapterChoice::Named(_) => Vec::new(),
+    }
 }
 
 /// An answer to a request that was checked.

@@ -23,12 +23,57 @@ pub const MAX_TOP_LOGPROBS: u32 = 20;
 pub const MAX_LOGIT_BIASES: usize = 1024;
 
 /// What a worker is to run, and how.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkerSpec {
     /// The GGUF file.
     pub model_path: PathBuf,
     /// The runtime configuration, honoured exactly or refused.
     pub runtime: RuntimeConfig,
+    /// Adapters that are loaded with it.
+    #[serde(default)]
+    pub adapters: Vec<AdapterFile>,
+}
+
+impl WorkerSpec {
+    /// A model without adapters.
+    pub fn new(model_path: PathBuf, runtime: RuntimeConfig) -> Self {
+        Self { model_path, runtime, adapters: Vec::new() }
+    }
+}
+
+/// A LoRA adapter beside a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdapterFile {
+    /// By which requests choose it; never given to another one while the model is loaded.
+    pub id: u32,
+    /// The name by which requests choose it.
+    pub name: String,
+    /// The GGUF file.
+    pub path: PathBuf,
+    /// The factor of its change in answers to requests that choose no adapters.
+    pub scale: f32,
+}
+
+/// An adapter that is applied, and how strongly.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdapterUse {
+    /// Which.
+    pub id: u32,
+    /// The factor of its change: 0 for none, 1 as it was trained.
+    pub scale: f32,
+}
+
+/// Which adapters are applied in an answer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdapterChoice {
+    /// All of them, each at its own scale.
+    #[default]
+    Common,
+    /// These alone.
+    These(Vec<AdapterUse>),
+    /// The one of this name alone, as it was trained.
+    Named(String),
 }
 
 /// What is known of a loaded model.
@@ -157,6 +202,8 @@ pub struct GenerateRequest {
     pub ignore_end: bool,
     /// Whether the prompt is computed anew even where an earlier request left it in the cache.
     pub fresh: bool,
+    /// Which adapters are applied.
+    pub adapters: AdapterChoice,
 }
 
 impl GenerateRequest {
@@ -172,6 +219,7 @@ impl GenerateRequest {
             constraint: None,
             ignore_end: false,
             fresh: false,
+            adapters: AdapterChoice::Common,
         }
     }
 }
@@ -321,6 +369,7 @@ pub(crate) enum LoadFailure {
     Model { message: String },
     Settings { settings: Vec<(String, String, String)> },
     TrainedContext { asked: u32, trained: u32 },
+    Adapter { message: String },
 }
 
 /// What the worker is told.
@@ -329,7 +378,9 @@ pub(crate) enum LoadFailure {
 pub(crate) enum Command {
     Generate { id: u64, request: GenerateRequest },
     Score { id: u64, request: ScoreRequest },
-    Embed { id: u64, prompt: Prompt },
+    Embed { id: u64, prompt: Prompt, adapters: Vec<AdapterUse> },
+    LoadAdapter { id: u64, adapter: u32, path: PathBuf },
+    UnloadAdapter { id: u64, adapter: u32 },
     Tokenise { id: u64, text: String, add_special: bool, parse_special: bool },
     Detokenise { id: u64, tokens: Vec<Token> },
     Cancel { id: u64 },
@@ -388,6 +439,10 @@ pub(crate) enum Event {
         id: u64,
         bytes: Vec<u8>,
     },
+    /// A command that has no other result.
+    Done {
+        id: u64,
+    },
     Failed {
         id: u64,
         error: RequestError,
@@ -407,6 +462,7 @@ impl Event {
             | Self::Embedding { id, .. }
             | Self::Tokens { id, .. }
             | Self::Bytes { id, .. }
+            | Self::Done { id }
             | Self::Failed { id, .. } => Some(*id),
         }
     }

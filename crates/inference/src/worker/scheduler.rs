@@ -1,21 +1,25 @@
 //! Continuous batching: every step decodes one token of each answer under way, and beside them a
 //! bounded piece of the prompts that wait, so that a long prompt never stalls the others.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::outbox::Outbox;
 use super::protocol::{
-    Embedding, Event, Finish, FinishReason, GenerateRequest, Piece, RequestError, Score,
+    AdapterUse, Embedding, Event, Finish, FinishReason, GenerateRequest, Piece, RequestError, Score,
 };
 use super::sampler::{Sampler, entropy, log_sum_exp, logprob, most_probable};
 use super::text::TextAssembler;
 use crate::constraint::Guide;
-use crate::llama::{Batch, Context, Model, Token};
+use crate::llama::{Adapter, Batch, Context, EngineError, Model, Token};
 
 /// Prompt tokens in one step beside answers under way.
 const PROMPT_TOKENS_BESIDE_ANSWERS: usize = 64;
+/// Steps in which one set of adapters is applied before another one that is waited for gets its turn: the
+/// engine applies one set at a time, and plans its computation anew for another.
+const TURN_STEPS: u32 = 8;
 
 /// A request whose prompt is tokens, ready for a sequence.
 pub(super) struct Task {
@@ -23,7 +27,28 @@ pub(super) struct Task {
     /// The prompt; for a score also what is scored.
     pub(super) tokens: Vec<Token>,
     pub(super) work: Work,
+    /// The adapters that are applied.
+    pub(super) adapters: Vec<AdapterUse>,
     pub(super) arrived: Instant,
+}
+
+/// Loaded adapters, and how strongly each is applied.
+#[derive(Clone, Default)]
+struct AdapterSet(Vec<(Arc<Adapter>, f32)>);
+
+impl AdapterSet {
+    fn has(&self, adapter: &Arc<Adapter>) -> bool {
+        self.0.iter().any(|(it, _)| Arc::ptr_eq(it, adapter))
+    }
+}
+
+impl PartialEq for AdapterSet {
+    fn eq(&self, other: &Self) -> bool {
+        let is_in = |(adapter, scale): &(Arc<Adapter>, f32)| {
+            other.0.iter().any(|(it, its)| Arc::ptr_eq(it, adapter) && its == scale)
+        };
+        self.0.len() == other.0.len() && self.0.iter().all(is_in)
+    }
 }
 
 /// What is done with the tokens.
@@ -121,6 +146,8 @@ pub(super) struct Embedding64 {
 struct Slot {
     /// The tokens in the engine's memory.
     held: Vec<Token>,
+    /// What was applied when they were computed.
+    adapters: AdapterSet,
     running: Option<Running>,
 }
 
@@ -147,7 +174,12 @@ pub(super) struct Scheduler {
     batch_tokens: usize,
     queue_limit: usize,
     slots: Vec<Slot>,
-    queue: VecDeque<Task>,
+    queue: VecDeque<(Task, AdapterSet)>,
+    adapters: HashMap<u32, Arc<Adapter>>,
+    /// What the engine applies now, since how many steps, and the sequence for which it began.
+    applied: AdapterSet,
+    turn_steps: u32,
+    turn_of: usize,
     batch: Batch,
     outbox: Outbox,
 }
@@ -167,6 +199,10 @@ impl Scheduler {
             queue_limit: queue_limit as usize,
             slots,
             queue: VecDeque::new(),
+            adapters: HashMap::new(),
+            applied: AdapterSet::default(),
+            turn_steps: 0,
+            turn_of: 0,
             batch: Batch::new(),
             context,
             outbox,
@@ -215,13 +251,71 @@ impl Scheduler {
             self.fail(task.id, error);
             return;
         }
-        self.queue.push_back(task);
+        let mut adapters = AdapterSet::default();
+        for AdapterUse { id, scale } in &task.adapters {
+            let Some(adapter) = self.adapters.get(id) else {
+                let message = format!("adapter {id} is not loaded any more");
+                let error = RequestError::Invalid { parameter: "lora".to_owned(), message };
+                self.fail(task.id, error);
+                return;
+            };
+            adapters.0.push((Arc::clone(adapter), *scale));
+        }
+        self.queue.push_back((task, adapters));
         self.admit();
+    }
+
+    /// Loads an adapter under a number that no other one has.
+    pub(super) fn load_adapter(&mut self, id: u32, path: &Path) -> Result<(), EngineError> {
+        let adapter = Adapter::load(&self.model, path)?;
+        self.adapters.insert(id, Arc::new(adapter));
+        Ok(())
+    }
+
+    /// Takes no more requests with an adapter; its memory is free once none runs that has it.
+    pub(super) fn unload_adapter(&mut self, id: u32) {
+        let Some(adapter) = self.adapters.remove(&id) else { return };
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            if slot.running.is_none() && slot.adapters.has(&adapter) {
+                // What was computed with it is of no more use.
+                self.context.truncate(index as u32, 0);
+                slot.held.clear();
+                slot.adapters = AdapterSet::default();
+            }
+        }
+        let needed = self.slots.iter().any(|slot| slot.adapters.has(&adapter));
+        if self.applied.has(&adapter) && !needed {
+            self.apply(AdapterSet::default());
+        }
+    }
+
+    fn apply(&mut self, adapters: AdapterSet) {
+        self.context.set_adapters(&adapters.0);
+        self.applied = adapters;
+        self.turn_steps = 0;
+    }
+
+    /// Decides which set of adapters the next step computes with: the sets that are waited for take turns.
+    fn take_turns(&mut self) {
+        let runs = |slot: &Slot| slot.running.is_some();
+        let goes_on = self.slots.iter().any(|slot| runs(slot) && slot.adapters == self.applied);
+        if !goes_on || self.turn_steps >= TURN_STEPS {
+            let count = self.slots.len();
+            let next = (1..=count).map(|step| (self.turn_of + step) % count).find(|index| {
+                let slot = &self.slots[*index];
+                runs(slot) && slot.adapters != self.applied
+            });
+            if let Some(index) = next {
+                self.turn_of = index;
+                self.apply(self.slots[index].adapters.clone());
+            }
+        }
+        self.turn_steps = self.turn_steps.saturating_add(1);
     }
 
     /// Forgets a request; its sequence is free at once.
     pub(super) fn cancel(&mut self, id: u64) {
-        self.queue.retain(|task| task.id != id);
+        self.queue.retain(|(task, _)| task.id != id);
         for slot in &mut self.slots {
             if slot.running.as_ref().is_some_and(|running| running.task.id == id) {
                 slot.running = None;
@@ -235,9 +329,13 @@ impl Scheduler {
     /// its prompt.
     fn admit(&mut self) {
         while !self.queue.is_empty() {
-            let next = &self.queue[0];
-            let shared = |slot: &Slot| {
-                slot.held.iter().zip(&next.tokens).take_while(|(held, token)| held == token).count()
+            let (next, adapters) = &self.queue[0];
+            let shared = |slot: &Slot| match slot.adapters == *adapters {
+                true => {
+                    let pairs = slot.held.iter().zip(&next.tokens);
+                    pairs.take_while(|(held, token)| held == token).count()
+                }
+                false => 0,
             };
             let free = self.slots.iter().enumerate().filter(|(_, slot)| slot.running.is_none());
             // Among equals the one that holds least, then the first: sequences side by side are
@@ -247,7 +345,7 @@ impl Scheduler {
             });
             let Some((index, slot)) = best else { return };
             let mut cached = shared(slot);
-            let task = self.queue.pop_front().expect("it is not empty");
+            let (task, adapters) = self.queue.pop_front().expect("it is not empty");
             // Outputs come only from tokens that are computed now.
             let needed = match &task.work {
                 Work::Generate(generating) if generating.fresh || generating.scores(0) => 0,
@@ -265,6 +363,7 @@ impl Scheduler {
                 }
                 slot.held.truncate(cached);
             }
+            slot.adapters = adapters;
             self.outbox.push(&Event::Started { id: task.id });
             slot.running = Some(Running { task, started: Instant::now(), cached_tokens: cached });
         }
@@ -273,6 +372,7 @@ impl Scheduler {
     /// Computes one batch and hands out what comes of it.
     pub(super) fn step(&mut self) {
         self.admit();
+        self.take_turns();
         let (outputs, fed) = self.plan();
         if !self.batch.is_empty() {
             match self.context.decode(&mut self.batch) {
@@ -302,8 +402,11 @@ impl Scheduler {
         let mut outputs = Vec::new();
         let mut fed = Vec::new();
         let mut output_room = self.context.output_limit();
+        let applied = self.applied.clone();
         let left = |slot: &Slot| match &slot.running {
-            Some(Running { task, .. }) if !matches!(task.work, Work::Embed(_)) => {
+            Some(Running { task, .. })
+                if !matches!(task.work, Work::Embed(_)) && slot.adapters == applied =>
+            {
                 task.tokens.len() - slot.held.len()
             }
             _ => 0,
@@ -487,7 +590,8 @@ impl Scheduler {
     /// The embedding is the mean of the last layer's output over all tokens, scaled to length 1.
     fn step_embeddings(&mut self) {
         let embeds = |slot: &Slot| {
-            slot.running.as_ref().is_some_and(|running| matches!(running.task.work, Work::Embed(_)))
+            let is_it = |running: &Running| matches!(running.task.work, Work::Embed(_));
+            slot.running.as_ref().is_some_and(is_it) && slot.adapters == self.applied
         };
         let Some(index) = self.slots.iter().position(embeds) else { return };
         let slot = &self.slots[index];

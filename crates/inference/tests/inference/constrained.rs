@@ -205,7 +205,7 @@ async fn a_real_model_answers_in_json() {
     let Some(model_path) = smollm2() else { return };
     set_up();
     let runtime = RuntimeConfig { context_tokens: 512, threads: 1, ..RuntimeConfig::default() };
-    let worker = WorkerSpec { model_path, runtime };
+    let worker = WorkerSpec::new(model_path, runtime);
     let spec = ModelSpec { id: "smol".to_owned(), aliases: Vec::new(), worker };
     let endpoint = Endpoint::serving(spec).await;
     let wanted = json!({

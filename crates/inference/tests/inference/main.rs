@@ -1,6 +1,7 @@
 //! Tests of the running model, through real child processes.
 #![forbid(unsafe_code)]
 
+mod adapters;
 mod child;
 mod clients;
 mod constrained;
@@ -9,6 +10,7 @@ mod lm_eval;
 mod page;
 mod responses;
 mod server;
+mod sleep;
 mod support;
 mod tools;
 mod worker;

@@ -29,7 +29,7 @@ pub fn named(name: &str, model_path: PathBuf, runtime: RuntimeConfig) -> ModelSp
     ModelSpec {
         id: name.to_owned(),
         aliases: vec![format!("{name}:1.0.0")],
-        worker: WorkerSpec { model_path, runtime },
+        worker: WorkerSpec::new(model_path, runtime),
     }
 }
 
@@ -40,10 +40,13 @@ impl Endpoint {
     }
 
     pub async fn with_options(options: ServerOptions) -> Self {
+        Self::of(ModelHost::new(), options).await
+    }
+
+    pub async fn of(host: Arc<ModelHost>, options: ServerOptions) -> Self {
         set_up();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let host = ModelHost::new();
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let server = tokio::spawn(serve_host(listener, Arc::clone(&host), options, async move {
             let _ = stopped.await;
@@ -75,6 +78,12 @@ impl Endpoint {
         let response = self.client.post(url).body(body).send().await.expect("an answer");
         let status = response.status().as_u16();
         (status, response.json().await.expect("JSON"))
+    }
+
+    pub async fn delete(&self, path: &str) -> (u16, Value) {
+        let response = self.client.delete(format!("{}{path}", self.url)).send().await;
+        let response = response.expect("an answer");
+        (response.status().as_u16(), response.json().await.expect("JSON"))
     }
 
     pub async fn get(&self, path: &str) -> (u16, String) {
@@ -399,7 +408,9 @@ async fn wrong_requests_get_errors_in_openais_shape() {
 /// unknown.
 #[tokio::test]
 async fn what_the_document_names_is_taken() {
-    let endpoint = Endpoint::new(RuntimeConfig { threads: 1, ..runtime() }).await;
+    let options = ServerOptions { changes_adapters: true, ..ServerOptions::default() };
+    let endpoint = Endpoint::with_options(options).await;
+    endpoint.load(model(RuntimeConfig { threads: 1, ..runtime() })).await;
     let (_, document) = endpoint.get("/openapi.json").await;
     let document: Value = serde_json::from_str(&document).unwrap();
     let mut checked = 0;
@@ -416,6 +427,7 @@ async fn what_the_document_names_is_taken() {
                 "/v1/responses" => json!({ "input": "x", "max_output_tokens": 1 }),
                 "/v1/embeddings" => json!({ "input": "x" }),
                 "/v1/feedback" => json!({ "response_id": "x", "value": 1 }),
+                "/lora-adapters" => json!({ "path": "/nowhere" }),
                 "/tokenize" => json!({ "content": "x" }),
                 "/detokenize" => json!({ "tokens": [1] }),
                 other => panic!("{other} is new here"),
@@ -769,7 +781,7 @@ async fn long_requests_are_kept_alive_and_freed() {
     let keep_alive = Duration::from_millis(5);
     let endpoint = Endpoint::with_options(ServerOptions { keep_alive, ..Default::default() }).await;
     let runtime = RuntimeConfig { threads: 1, parallel: 1, ..RuntimeConfig::default() };
-    let worker = WorkerSpec { model_path, runtime };
+    let worker = WorkerSpec::new(model_path, runtime);
     endpoint.load(ModelSpec { id: "smol".to_owned(), aliases: vec![], worker }).await;
     let url = format!("{}/v1/completions", endpoint.url);
     let body = json!({

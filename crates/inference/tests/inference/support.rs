@@ -34,6 +34,11 @@ pub fn runtime() -> RuntimeConfig {
     RuntimeConfig { context_tokens: 128, threads: 2, ..RuntimeConfig::default() }
 }
 
+/// The same for one thread: two wait for each other where others use the cores.
+pub fn one_thread() -> RuntimeConfig {
+    RuntimeConfig { threads: 1, ..runtime() }
+}
+
 /// SmolLM2-135M-Instruct, which `SLMOPS_SMOLLM2` names (`make test` fetches it); says so where there
 /// is none.
 pub fn smollm2() -> Option<PathBuf> {

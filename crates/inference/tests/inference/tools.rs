@@ -34,7 +34,7 @@ async fn real() -> Option<Endpoint> {
     let model_path = smollm2()?;
     set_up();
     let runtime = RuntimeConfig { context_tokens: 1024, threads: 1, ..RuntimeConfig::default() };
-    let worker = WorkerSpec { model_path, runtime };
+    let worker = WorkerSpec::new(model_path, runtime);
     Some(Endpoint::serving(ModelSpec { id: "smol".to_owned(), aliases: vec![], worker }).await)
 }
 

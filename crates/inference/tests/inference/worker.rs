@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use slmops_api::runtime::RuntimeConfig;
 use slmops_inference::worker::{
-    FinishReason, GenerateRequest, Output, Prompt, RequestError, Sampling, ScoreRequest, Worker,
-    WorkerError, WorkerSpec,
+    AdapterChoice, FinishReason, GenerateRequest, Output, Prompt, RequestError, Sampling,
+    ScoreRequest, Worker, WorkerError, WorkerSpec,
 };
 
 use crate::support::{GREEDY, PROMPT, PROMPT_TOKENS, glass, runtime, set_up};
 
 async fn worker(runtime: RuntimeConfig) -> Worker {
     set_up();
-    let spec = WorkerSpec { model_path: glass(), runtime };
+    let spec = WorkerSpec::new(glass(), runtime);
     Worker::spawn(spec).await.expect("the worker starts")
 }
 
@@ -147,7 +147,11 @@ async fn a_seed_repeats_an_answer_and_bias_forbids_a_token() {
 async fn embeddings_have_length_one_and_know_their_text() {
     let worker = worker(runtime()).await;
     let embed = async |text: &str| {
-        worker.embed(Prompt::Text(text.to_owned())).await.expect("an embedding").values
+        worker
+            .embed(Prompt::Text(text.to_owned()), &AdapterChoice::Common)
+            .await
+            .expect("an embedding")
+            .values
     };
     let long = "the queen and the king ".repeat(12);
     let [queen, again, other] = [embed(&long).await, embed(&long).await, embed("42, 17").await];
@@ -247,7 +251,7 @@ async fn a_worker_that_nobody_holds_is_gone() {
 
 async fn load_error(path: &Path, runtime: RuntimeConfig) -> String {
     set_up();
-    let spec = WorkerSpec { model_path: path.to_owned(), runtime };
+    let spec = WorkerSpec::new(path.to_owned(), runtime);
     match Worker::spawn(spec).await {
         Ok(_) => panic!("{} should not load", path.display()),
         Err(error) => error.to_string(),
@@ -311,7 +315,7 @@ async fn damaged_files_are_errors_and_nothing_else() {
     for at in (0..2400).step_by(97) {
         let path = folder.path().join("flipped.gguf");
         std::fs::write(&path, with(at, good[at] ^ 0x40)).expect("written");
-        let spec = WorkerSpec { model_path: path, runtime: runtime() };
+        let spec = WorkerSpec::new(path, runtime());
         let outcome = tokio::time::timeout(Duration::from_secs(60), Worker::spawn(spec)).await;
         drop(outcome.expect("it comes to an end"));
     }

@@ -28,6 +28,8 @@ pub struct Answer {
     pub prompt_tokens: u64,
     /// Tokens generated.
     pub tokens: u64,
+    /// When each text came.
+    pieces: Vec<Instant>,
 }
 
 /// What came of a request under load.
@@ -56,7 +58,7 @@ impl Endpoint {
         let request = self.client.post(format!("{}/v1/completions", self.url)).json(&body);
         let response = request.send().await.user(what)?.error_for_status().user(what)?;
         let mut pieces = response.bytes_stream();
-        let (mut buffer, mut first, mut last) = (Vec::new(), None, started);
+        let (mut buffer, mut texts) = (Vec::new(), Vec::new());
         let (mut prompt_tokens, mut tokens) = (0, 0);
         while let Some(piece) = pieces.next().await {
             buffer.extend_from_slice(&piece.user(what)?);
@@ -65,8 +67,7 @@ impl Endpoint {
                 let event = event.strip_prefix(b"data: ").unwrap_or_default();
                 let Ok(event) = serde_json::from_slice::<Value>(event) else { continue };
                 if event["choices"][0]["text"].as_str().is_some_and(|text| !text.is_empty()) {
-                    last = Instant::now();
-                    first.get_or_insert(last);
+                    texts.push(Instant::now());
                 }
                 let usage = &event["usage"];
                 let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
@@ -76,12 +77,15 @@ impl Endpoint {
                 tokens = usage["completion_tokens"].as_u64().unwrap_or(tokens);
             }
         }
-        let first = first.ok_or_else(|| Failure::user(format!("{} gave no text", self.url)))?;
+        let (Some(first), Some(last)) = (texts.first(), texts.last()) else {
+            return Err(Failure::user(format!("{} gave no text", self.url)));
+        };
         Ok(Answer {
-            first_s: (first - started).as_secs_f64(),
-            rest_s: (last - first).as_secs_f64(),
+            first_s: (*first - started).as_secs_f64(),
+            rest_s: (*last - *first).as_secs_f64(),
             prompt_tokens,
             tokens,
+            pieces: texts,
         })
     }
 
@@ -100,20 +104,22 @@ impl Endpoint {
         Outcome { status, seconds: started.elapsed().as_secs_f64() }
     }
 
-    /// Several answers at the same time; tokens per second of all together, from the moment at which
-    /// each of them has its first.
+    /// Several answers at the same time; tokens per second of all together, while all of them run: from
+    /// the moment at which each has its first until the first of them ends.
     pub async fn streams(&self, prompts: &[String], max_tokens: u64) -> Result<f64> {
-        let started = Instant::now();
         let answers = join_all(prompts.iter().map(|prompt| self.stream(prompt, max_tokens))).await;
         let answers = answers.into_iter().collect::<Result<Vec<_>>>()?;
-        let begun = answers.iter().map(|answer| answer.first_s).fold(0.0, f64::max);
-        let ended = started.elapsed().as_secs_f64();
+        let begin = answers.iter().filter_map(|answer| answer.pieces.first()).max();
+        let end = answers.iter().filter_map(|answer| answer.pieces.last()).min();
+        let (Some(begin), Some(end)) = (begin, end) else { return Ok(0.0) };
         let of = |answer: &Answer| {
-            // What it generated before the last one began does not count.
-            let share = (answer.first_s + answer.rest_s - begun) / answer.rest_s.max(1e-9);
-            answer.tokens.saturating_sub(1) as f64 * share.clamp(0.0, 1.0)
+            let within = |at: &&Instant| *at > begin && *at <= end;
+            // A character may be made of several tokens.
+            let each = answer.tokens as f64 / answer.pieces.len() as f64;
+            answer.pieces.iter().filter(within).count() as f64 * each
         };
-        Ok(answers.iter().map(of).sum::<f64>() / (ended - begun).max(1e-9))
+        let seconds = end.saturating_duration_since(*begin).as_secs_f64();
+        Ok(answers.iter().map(of).sum::<f64>() / seconds.max(1e-9))
     }
 
     /// `clients` of them ask again and again, until `requests` were made.
