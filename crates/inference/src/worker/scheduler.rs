@@ -17,6 +17,10 @@ use crate::llama::{Adapter, Batch, Context, EngineError, Model, Token};
 
 /// Prompt tokens in one step beside answers under way.
 const PROMPT_TOKENS_BESIDE_ANSWERS: usize = 64;
+/// Tokens that copying a sequence must save before it is done. It moves the whole memory of one, which takes
+/// as long as computing a few tokens, and more for a longer context: one in so many.
+const COPY_SAVES_TOKENS: usize = 32;
+const CONTEXT_TOKENS_COPIED_PER_TOKEN: usize = 128;
 /// Steps in which one set of adapters is applied before another one that is waited for gets its turn: the
 /// engine applies one set at a time, and plans its computation anew for another.
 const TURN_STEPS: u32 = 8;
@@ -182,6 +186,8 @@ pub(super) struct Scheduler {
     turn_of: usize,
     batch: Batch,
     outbox: Outbox,
+    /// Tokens that copying a sequence must save.
+    copy_saves: usize,
 }
 
 impl Scheduler {
@@ -204,6 +210,13 @@ impl Scheduler {
             turn_steps: 0,
             turn_of: 0,
             batch: Batch::new(),
+            copy_saves: match context.model().forgets_parts() {
+                true => {
+                    COPY_SAVES_TOKENS + context_tokens as usize / CONTEXT_TOKENS_COPIED_PER_TOKEN
+                }
+                // A copy could not be cut to what is shared.
+                false => usize::MAX / 2,
+            },
             context,
             outbox,
         }
@@ -344,16 +357,25 @@ impl Scheduler {
                 (shared(slot), std::cmp::Reverse((slot.held.len(), *index)))
             });
             let Some((index, slot)) = best else { return };
-            let mut cached = shared(slot);
-            let (task, adapters) = self.queue.pop_front().expect("it is not empty");
             // Outputs come only from tokens that are computed now.
-            let needed = match &task.work {
+            let needed = match &next.work {
                 Work::Generate(generating) if generating.fresh || generating.scores(0) => 0,
-                Work::Generate(_) => task.tokens.len() - 1,
+                Work::Generate(_) => next.tokens.len() - 1,
                 Work::Score(scoring) => scoring.from - 1,
                 Work::Embed(_) => 0,
             };
-            cached = cached.min(needed);
+            let mut cached = shared(slot).min(needed);
+            // Any other sequence, also one that is under way, may hold more of it.
+            let others = self.slots.iter().enumerate().filter(|(at, _)| *at != index);
+            let richest = others.map(|(at, slot)| (shared(slot).min(needed), at)).max();
+            let (task, adapters) = self.queue.pop_front().expect("it is not empty");
+            if let Some((held, from)) =
+                richest.filter(|(held, _)| *held >= cached + self.copy_saves)
+            {
+                self.context.copy(from as u32, index as u32);
+                self.slots[index].held = self.slots[from].held.clone();
+                cached = held;
+            }
             let slot = &mut self.slots[index];
             if cached < slot.held.len() {
                 let place = u32::try_from(cached).expect("a context is shorter");

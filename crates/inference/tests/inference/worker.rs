@@ -9,7 +9,7 @@ use slmops_inference::worker::{
     ScoreRequest, Worker, WorkerError, WorkerSpec,
 };
 
-use crate::support::{GREEDY, PROMPT, PROMPT_TOKENS, glass, runtime, set_up};
+use crate::support::{GREEDY, PROMPT, PROMPT_TOKENS, glass, one_thread, runtime, set_up};
 
 async fn worker(runtime: RuntimeConfig) -> Worker {
     set_up();
@@ -69,6 +69,46 @@ async fn answers_beside_each_other_are_the_same_as_alone() {
     let together = futures_util::future::join_all(together).await;
     for (prompt, (alone, together)) in prompts.iter().zip(alone.iter().zip(together)) {
         assert_eq!(alone.tokens, together.expect("an answer").0.tokens, "{prompt}");
+    }
+}
+
+#[tokio::test]
+async fn a_prompt_that_begins_as_another_one_is_not_computed_twice() {
+    let worker = worker(RuntimeConfig { parallel: 3, ..one_thread() }).await;
+    let prompt = |last: i32| {
+        let shared = PROMPT_TOKENS.iter().copied().cycle().take(80);
+        GenerateRequest {
+            logprobs: Some(0),
+            ..GenerateRequest::greedy(Prompt::Tokens(shared.chain([last]).collect()), 20)
+        }
+    };
+    let mut alone = Vec::new();
+    for last in [97, 11, 168] {
+        let request = GenerateRequest { fresh: true, ..prompt(last) };
+        alone.push(worker.generate(request).unwrap().finish().await.unwrap().0);
+    }
+    // Another worker, of whose three sequences one is under way.
+    let worker = self::worker(RuntimeConfig { parallel: 3, ..one_thread() }).await;
+    let mut first = worker.generate(prompt(97)).unwrap();
+    let mut tokens = Vec::new();
+    while tokens.is_empty() {
+        if let Output::Piece(piece) = first.next().await.expect("an answer") {
+            tokens = piece.tokens;
+        }
+    }
+    let others = [11, 168].map(|last| worker.generate(prompt(last)).unwrap().finish());
+    let (rest, others) =
+        futures_util::future::join(first.finish(), futures_util::future::join_all(others)).await;
+    tokens.extend(rest.expect("an answer").0.tokens);
+    assert_eq!(tokens, alone[0].tokens);
+    for (alone, other) in alone[1..].iter().zip(others) {
+        let (piece, finish) = other.expect("an answer");
+        assert_eq!((finish.prompt_tokens, finish.cached_tokens), (81, 80));
+        assert_eq!(piece.tokens, alone.tokens);
+        for (found, wanted) in piece.logprobs.iter().zip(&alone.logprobs) {
+            // The order of float operations differs between batches.
+            assert!((found.logprob.unwrap() - wanted.logprob.unwrap()).abs() < 1e-3);
+        }
     }
 }
 
