@@ -46,13 +46,16 @@ pub enum Effect {
         /// Which files.
         package: Package,
         /// Deltas that give its weights, one after the other, the first one from a file that is
-        /// here. Where they do not do, or there are none, the weights are got whole.
+        /// here; where they do not, it ends with [`FetchError::Deltas`]. Without any the weights are
+        /// got whole.
         route: Vec<Delta>,
         /// Devices of the same site that have the weights. They come before everything else.
         peers: Vec<String>,
         /// A model file that was given up to make room for the weights, and is in use by nobody: the
         /// route changes it where it lies; what does not come that way comes once it is deleted.
         gives_up: Option<Digest>,
+        /// Whether deltas are kept for devices of the same site, where there is room for them.
+        hands_on: bool,
         /// Bytes a second, at most.
         max_rate_bytes_per_s: Option<u64>,
     },
@@ -186,6 +189,8 @@ pub enum FetchError {
     Digest,
     /// Not a package that this agent understands.
     Package,
+    /// The deltas of the route do not give it. What is there of it stays.
+    Deltas,
 }
 
 /// Why local files cannot be used.

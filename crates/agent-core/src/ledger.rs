@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
+use slmops_api::delta::MAX_CHAIN;
 use slmops_api::device::{DesiredModel, DesiredState, Failure, InstalledModel, Rejection};
 use slmops_api::probe::{MAX_PROBES, ProbeResult};
 use slmops_api::runtime::RuntimeConfig;
@@ -80,6 +81,15 @@ pub struct Candidate {
     pub probed: bool,
 }
 
+/// Deltas that are kept for devices of the same site that are still on the way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandedOn {
+    /// The model file that they lead to: they are kept as long as the ledger names that.
+    pub to: Digest,
+    /// Their digests; at most [`MAX_CHAIN`].
+    pub deltas: Vec<Digest>,
+}
+
 /// What a rejection covers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "scope", rename_all = "snake_case")]
@@ -145,6 +155,9 @@ pub struct Ledger {
     /// fetching it again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_up: Option<Deployment>,
+    /// What the newest model was made from, where the site may have that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handed_on: Option<HandedOn>,
     /// What is on its way.
     #[serde(default)]
     pub candidate: Option<Candidate>,
@@ -164,6 +177,7 @@ impl Default for Ledger {
             probes: Vec::new(),
             previous: None,
             given_up: None,
+            handed_on: None,
             candidate: None,
             rejected: Vec::new(),
         }
@@ -218,6 +232,7 @@ impl Ledger {
         let bounds = [
             ("rejected", ledger.rejected.len(), MAX_REJECTED),
             ("probes", ledger.probes.len(), MAX_PROBES),
+            ("handed_on", ledger.handed_on.as_ref().map_or(0, |it| it.deltas.len()), MAX_CHAIN),
         ];
         for (what, found, most) in bounds {
             if found > most {
@@ -256,12 +271,24 @@ impl Ledger {
         self.given_up.as_ref().filter(|_| self.current.is_none())
     }
 
-    /// The files of everything that the ledger names.
+    /// The files of everything that the ledger names, with what is handed on to the site.
     pub fn blobs(&self) -> BTreeSet<Digest> {
         let candidate = self.candidate.as_ref().map(|candidate| &candidate.deployment);
         let named = [self.current.as_ref(), self.previous.as_ref(), candidate, self.without()];
         let blobs = named.into_iter().flatten().flat_map(|named| named.package.blobs());
-        blobs.map(|blob| blob.digest).collect()
+        let mut digests: BTreeSet<Digest> = blobs.map(|blob| blob.digest).collect();
+        if let Some(handed_on) = &self.handed_on
+            && self.share_bytes_per_s().is_some()
+            && digests.contains(&handed_on.to)
+        {
+            digests.extend(&handed_on.deltas);
+        }
+        digests
+    }
+
+    /// Bytes a second of models for devices of the same site; none if they get none.
+    pub(crate) fn share_bytes_per_s(&self) -> Option<u64> {
+        self.desired.as_ref()?.rules.share_bytes_per_s
     }
 
     /// The package with this manifest, if the ledger still names it: its signature was checked.

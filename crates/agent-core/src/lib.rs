@@ -20,7 +20,7 @@ pub use effect::{
     ProbeError, Probed, ReplayOrder, StageError, VerifyError,
 };
 pub use ledger::{
-    Blob, Candidate, Deployment, LEDGER_VERSION, Ledger, LedgerError, MAX_LEDGER_BYTES,
+    Blob, Candidate, Deployment, HandedOn, LEDGER_VERSION, Ledger, LedgerError, MAX_LEDGER_BYTES,
     MAX_REJECTED, Outcome, Package, Rejected, Scope,
 };
 pub use machine::{Core, Snapshot, Status};

@@ -1,9 +1,10 @@
-//! Models for devices of the same site: whole files by digest, over plain HTTP, at a bounded rate.
+//! Models and deltas for devices of the same site: files by digest, over plain HTTP, at a bounded rate.
 //!
 //! Only while the hub's rules say so, and only on the address by which this device reaches its hub.
-//! Whoever knows a model's digest may have it: the bytes need no trust, since each device checks
+//! Whoever knows a file's digest may have it: the bytes need no trust, since each device checks
 //! them against the digest that was signed.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -23,10 +24,14 @@ use tokio::sync::{Mutex, Semaphore, mpsc};
 
 use crate::download::Bucket;
 use crate::identity::HubUrl;
+use crate::nearby::{self, Nearby};
+use crate::outbox::Outbox;
 use crate::state::StateFolder;
 
 /// Devices that are served at once; more are turned away.
 const MAX_AT_ONCE: usize = 8;
+/// Devices that are asked for one file, at most.
+const MAX_ASKED: usize = 8;
 /// Seconds after which one that was turned away may ask again.
 const RETRY_AFTER_S: u32 = 5;
 /// Bytes that are read and sent at once.
@@ -38,6 +43,7 @@ const QUEUED_PIECES: usize = 4;
 pub struct Sharing {
     state: StateFolder,
     hub: HubUrl,
+    outbox: Arc<Outbox>,
     running: Option<Running>,
 }
 
@@ -45,6 +51,8 @@ struct Running {
     rate_bytes_per_s: u64,
     address: SocketAddr,
     server: tokio::task::JoinHandle<()>,
+    /// Absent where the network has no multicast.
+    nearby: Option<Nearby>,
 }
 
 impl Drop for Running {
@@ -55,8 +63,8 @@ impl Drop for Running {
 
 impl Sharing {
     /// Shares what is in `state` with whoever reaches this device where the hub does.
-    pub fn new(state: StateFolder, hub: HubUrl) -> Self {
-        Self { state, hub, running: None }
+    pub fn new(state: StateFolder, hub: HubUrl, outbox: Arc<Outbox>) -> Self {
+        Self { state, hub, outbox, running: None }
     }
 
     /// Serves at so many bytes a second, or stops. Where others find it: `http://ADDRESS:PORT`.
@@ -77,6 +85,28 @@ impl Sharing {
         self.running.as_ref().map(|running| format!("http://{}", running.address))
     }
 
+    /// Tells the network that these files are to be had here, while they are.
+    pub fn announce(&mut self, files: &BTreeSet<Digest>) {
+        let Some(running) = &mut self.running else { return };
+        let Some(nearby) = &mut running.nearby else { return };
+        if nearby.announce(files) {
+            let names: Vec<String> = files.iter().map(nearby::short_name).collect();
+            let said = serde_json::json!({ "address": running.address, "files": names });
+            self.outbox.sent("mDNS _slm-model._tcp", &said);
+        }
+    }
+
+    /// Who on the network has a file, besides those that the hub named: these first, so many at most.
+    pub fn who_has(&self, file: Digest, mut named: Vec<String>) -> Vec<String> {
+        let nearby = self.running.as_ref().and_then(|running| running.nearby.as_ref());
+        for peer in nearby.map(|nearby| nearby.who_has(file)).unwrap_or_default() {
+            if named.len() < MAX_ASKED && !named.contains(&peer) {
+                named.push(peer);
+            }
+        }
+        named
+    }
+
     fn start(&self, rate_bytes_per_s: u64) -> io::Result<Running> {
         let listener = std::net::TcpListener::bind((own_address(&self.hub)?, 0))?;
         listener.set_nonblocking(true)?;
@@ -93,7 +123,9 @@ impl Sharing {
                 tracing::warn!("sharing models with the site ended: {error}");
             }
         });
-        Ok(Running { rate_bytes_per_s, address, server })
+        let nearby = Nearby::new(address)
+            .inspect_err(|error| tracing::info!("cannot look for models on the network: {error}"));
+        Ok(Running { rate_bytes_per_s, address, server, nearby: nearby.ok() })
     }
 }
 
@@ -131,7 +163,7 @@ async fn blob(
         let size = file.metadata()?.len();
         io::Result::Ok((file, size))
     });
-    let Ok(Ok((mut file, size))) = opened.await else {
+    let Ok(Ok((file, size))) = opened.await else {
         return StatusCode::NOT_FOUND.into_response();
     };
     let asked = headers.get(header::RANGE).and_then(|value| value.to_str().ok());
@@ -141,25 +173,8 @@ async fn blob(
         Some(None) => return StatusCode::RANGE_NOT_SATISFIABLE.into_response(),
     };
     let Range { start, end } = range.clone().unwrap_or(0..size);
-    let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(QUEUED_PIECES);
-    tokio::task::spawn_blocking(move || {
-        let mut left = end - start;
-        let mut sent = file.seek(SeekFrom::Start(start)).map(|_| ());
-        while left > 0 && sent.is_ok() {
-            let mut piece = vec![0; usize::try_from(left).unwrap_or(PIECE_BYTES).min(PIECE_BYTES)];
-            sent = file.read_exact(&mut piece);
-            left -= piece.len() as u64;
-            if sent.is_ok() && sender.blocking_send(Ok(piece.into())).is_err() {
-                return;
-            }
-        }
-        if let Err(error) = sent {
-            // Whoever asked may be gone.
-            let _ = sender.blocking_send(Err(error));
-        }
-    });
     let pieces = futures_util::stream::unfold(
-        (receiver, shelf, place),
+        (read_pieces(file, start..end), shelf, place),
         |(mut receiver, shelf, place)| async move {
             let piece = receiver.recv().await?;
             if let Ok(piece) = &piece {
@@ -175,6 +190,28 @@ async fn blob(
             response.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, shown);
     }
     response.body(Body::from_stream(pieces)).expect("digits are header values")
+}
+
+/// A part of a file as it is read, on a thread of its own.
+pub(crate) fn read_pieces(mut file: File, range: Range<u64>) -> mpsc::Receiver<io::Result<Bytes>> {
+    let (sender, receiver) = mpsc::channel(QUEUED_PIECES);
+    tokio::task::spawn_blocking(move || {
+        let mut left = range.end - range.start;
+        let mut sent = file.seek(SeekFrom::Start(range.start)).map(|_| ());
+        while left > 0 && sent.is_ok() {
+            let mut piece = vec![0; usize::try_from(left).unwrap_or(PIECE_BYTES).min(PIECE_BYTES)];
+            sent = file.read_exact(&mut piece);
+            left -= piece.len() as u64;
+            if sent.is_ok() && sender.blocking_send(Ok(piece.into())).is_err() {
+                return;
+            }
+        }
+        if let Err(error) = sent {
+            // Whoever asked may be gone.
+            let _ = sender.blocking_send(Err(error));
+        }
+    });
+    receiver
 }
 
 /// `bytes=FIRST-LAST` or `bytes=FIRST-` inside a file (RFC 9110, section 14.1.2).

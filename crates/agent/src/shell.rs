@@ -116,7 +116,7 @@ impl Running {
         let ca_saved = stored.is_some();
         let authority = PinnedAuthority::new(identity.ca, stored);
         let outbox = Arc::new(Outbox::open(state.root()));
-        let hub = Hub::new(identity.url.clone(), &authority, clock, outbox)?;
+        let hub = Hub::new(identity.url.clone(), &authority, clock, Arc::clone(&outbox))?;
         let hub = Arc::new(DeviceHub::new(hub, identity.device.clone(), key, Arc::clone(&time)));
         let keys_task = tokio::spawn(keep_trust_fresh(Arc::clone(&hub), Arc::clone(&trust)));
 
@@ -156,7 +156,7 @@ impl Running {
             _lock: lock,
             core: Core::new(ledger, config, ChaCha8Rng::from_os_rng()),
             started: Instant::now(),
-            sharing: Sharing::new(state.clone(), identity.url.clone()),
+            sharing: Sharing::new(state.clone(), identity.url.clone(), outbox),
             downloads: Arc::new(Downloads::new(state.clone(), Arc::clone(&hub))),
             sequence: state.sequence(),
             earlier: state.load_telemetry(),
@@ -238,6 +238,9 @@ impl Running {
             self.perform(effect);
         }
         self.facts.shares_at = self.sharing.keep_to(self.core.sharing());
+        if self.facts.shares_at.is_some() {
+            self.sharing.announce(&self.core.durable_ledger().blobs());
+        }
         self.tasks.retain(|_, task| !task.is_finished());
         let status = self.core.status();
         self.voice.tell(&status);
@@ -281,16 +284,18 @@ impl Running {
                 route,
                 peers,
                 gives_up,
+                hands_on,
                 max_rate_bytes_per_s,
             } => {
                 let (downloads, events) = (Arc::clone(&self.downloads), self.events.clone());
+                let peers = self.sharing.who_has(package.weights.digest, peers);
                 let engine = Arc::clone(&self.engine);
                 self.spawn(id, async move {
                     if gives_up.is_some() {
                         engine.stopped().await;
                     }
                     let mut last = None::<Instant>;
-                    let sources = Sources { route: &route, peers: &peers, gives_up };
+                    let sources = Sources { route: &route, peers: &peers, gives_up, hands_on };
                     let rate = max_rate_bytes_per_s;
                     let result = downloads
                         .package(

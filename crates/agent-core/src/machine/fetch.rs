@@ -8,7 +8,7 @@ use slmops_artifact::Digest;
 use super::Core;
 use super::step::{Resume, Step, Target};
 use crate::{
-    Effect, EffectId, FetchError, Millis, Obstacle, Offer, Package, VerifyError, cheapest,
+    Effect, EffectId, FetchError, HandedOn, Millis, Obstacle, Offer, Package, VerifyError, cheapest,
 };
 
 impl<R: Rng> Core<R> {
@@ -84,6 +84,7 @@ impl<R: Rng> Core<R> {
             FetchError::Signature => self.fail(&target, Failure::Signature),
             FetchError::Digest => self.fail(&target, Failure::Digest),
             FetchError::Package => self.fail(&target, Failure::Package),
+            FetchError::Deltas => self.pause(now, target, None, resume),
         }
     }
 
@@ -98,7 +99,7 @@ impl<R: Rng> Core<R> {
         let mut keep = self.ledger.blobs();
         keep.extend(self.saved.blobs());
         keep.extend(package.blobs().map(|blob| blob.digest));
-        keep.extend(target.route.iter().map(|delta| delta.to));
+        keep.extend(target.route.iter().flat_map(|delta| [delta.to, delta.blob]));
         effects.push(Effect::Collect { keep });
         let id = self.id();
         let rules = self.ledger.desired.as_ref().map(|desired| &desired.rules);
@@ -118,6 +119,7 @@ impl<R: Rng> Core<R> {
             route,
             peers,
             gives_up,
+            hands_on: self.ledger.share_bytes_per_s().is_some(),
             max_rate_bytes_per_s,
         });
         let until = now + self.config.stall_timeout_ms;
@@ -150,7 +152,17 @@ impl<R: Rng> Core<R> {
         match result {
             Ok(()) => {
                 self.work_backoff.reset();
+                if !target.route.is_empty() && self.ledger.share_bytes_per_s().is_some() {
+                    let deltas = target.route.iter().map(|delta| delta.blob).collect();
+                    let handed_on = HandedOn { to: target.model.weights, deltas };
+                    self.change(|ledger| ledger.handed_on = Some(handed_on));
+                }
                 self.verify(now, target, effects);
+            }
+            // The whole file takes more bytes: what the rules say of them is asked anew.
+            Err(FetchError::Deltas) if !target.route.is_empty() => {
+                let target = Target { route: Vec::new(), ..target };
+                self.proceed(now, target, Resume::Download, effects);
             }
             Err(FetchError::NoRoom { short_bytes }) => {
                 self.make_room(now, target, short_bytes, effects);

@@ -117,7 +117,7 @@ impl<R: Rng> Core<R> {
 
     /// Bytes a second with which models are to be shared with the site; not at all if absent.
     pub fn sharing(&self) -> Option<u64> {
-        self.ledger.desired.as_ref()?.rules.share_bytes_per_s
+        self.ledger.share_bytes_per_s()
     }
 
     /// The deployment that answers requests, if one does.

@@ -8,12 +8,14 @@ use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use slmops_api::delta::{Delta, Fallback, Sources, Transfer};
 use slmops_api::device::{DeviceReport, Phase};
+use slmops_api::rules::DeviceRules;
 use slmops_artifact::Digest;
 use slmops_delta::Header;
 
 use crate::Device;
 use crate::fake_hub::{FakeHub, Release};
 use crate::kills::{Running, join};
+use crate::site::neighbour;
 
 /// How often the agent is killed; `SLM_DELTA_KILLS=500` for a night.
 const KILLS: u32 = 24;
@@ -82,28 +84,6 @@ async fn an_update_fetches_what_has_changed() {
     device.stop().await;
 }
 
-/// A device of the same site that has a file, and turns away whoever asks so many times first.
-async fn busy_peer(file: Vec<u8>, times: u32) -> String {
-    use axum::http::{StatusCode, header};
-    use axum::response::IntoResponse as _;
-    let left = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(times));
-    let answer = async move || {
-        let order = std::sync::atomic::Ordering::Relaxed;
-        let turn = left.fetch_update(order, order, |left| left.checked_sub(1));
-        match turn {
-            Ok(_) => {
-                (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")]).into_response()
-            }
-            Err(_) => file.clone().into_response(),
-        }
-    };
-    let router = axum::Router::new().route("/blobs/{digest}", axum::routing::get(answer));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    format!("http://{address}")
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_serves_others_is_waited_for() {
     let hub = FakeHub::start().await;
@@ -111,7 +91,7 @@ async fn a_peer_that_serves_others_is_waited_for() {
     let release = Release::good("1.0.0");
     let (digest, size) = (Digest::of(&release.weights), release.weights.len() as u64);
     let gone = "http://127.0.0.1:9".to_owned();
-    let peers = vec![busy_peer(release.weights.clone(), 3).await, gone];
+    let peers = vec![neighbour([(digest, release.weights.clone())], 3).await, gone];
     hub.lock().sources.insert(digest, Sources { deltas: vec![], peers, wait_s: None });
     let told = std::time::Instant::now();
     let transfer = update(&hub, &release).await;
@@ -120,6 +100,129 @@ async fn a_peer_that_serves_others_is_waited_for() {
     // Three times it was told to come again a second later.
     assert!(told.elapsed() >= Duration::from_secs(3), "{:?}", told.elapsed());
     device.stop().await;
+}
+
+const SHARED: DeviceRules = DeviceRules {
+    hold: false,
+    activate_at: None,
+    activate_in: Vec::new(),
+    download_in: Vec::new(),
+    metered: slmops_api::rules::Metered::Allow,
+    max_rate_bytes_per_s: None,
+    share_bytes_per_s: Some(100_000_000),
+    replace: false,
+};
+
+/// Ships `to` to a device that shares with its site; how the bytes came.
+async fn update_shared(hub: &FakeHub, to: &Release) -> (Transfer, DeviceReport) {
+    let generation = hub.ship_under(to, SHARED);
+    let report = hub.confirmed(generation).await;
+    (transfer(&report), report)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deltas_come_from_the_site_and_stay_for_it() {
+    let hub = FakeHub::start().await;
+    let mut device = Device::join(&hub).await;
+    let versions = ["1.0.0", "2.0.0", "3.0.0", "4.0.0", "5.0.0"];
+    let [first, second, third, fourth, fifth] = versions.map(Release::drifted);
+    let size = first.weights.len() as u64;
+    update(&hub, &first).await;
+    let kept = |delta: &Delta| device.path().join("blobs").join(delta.blob.hex());
+
+    // The first one of a site gets a delta over its line, and keeps it for the others.
+    let delta = hub.offer(&first, &second);
+    let (came, report) = update_shared(&hub, &second).await;
+    assert_eq!((came.delta_bytes, came.peer_bytes, came.whole_bytes), (delta.bytes, 0, 0));
+    let address = report.facts.shares_at.clone();
+    let address = address.expect("it shares");
+    let given = reqwest::get(format!("{address}/blobs/{}", delta.blob)).await.unwrap();
+    assert_eq!(Digest::of(&given.bytes().await.unwrap()), delta.blob);
+
+    // The others get it there: nothing of it, nor of the model, comes over the line. One who has
+    // neither does no harm, nor does one who is busy.
+    let delta = hub.offer(&second, &third);
+    let bytes = hub.lock().blob(delta.blob).to_vec();
+    let peers = vec![neighbour([], 0).await, neighbour([(delta.blob, bytes)], 2).await];
+    hub.lock().sources.get_mut(&delta.to).unwrap().peers = peers;
+    let (came, _) = update_shared(&hub, &third).await;
+    assert_eq!((came.delta_bytes, came.peer_bytes, came.whole_bytes), (0, delta.bytes, 0));
+    assert_eq!(came.fallback, None);
+    let over_the_line = |hub: &FakeHub, digest| hub.lock().blob_bytes.get(&digest).copied();
+    assert_eq!([delta.blob, delta.to].map(|it| over_the_line(&hub, it)), [None, None]);
+    crate::until("the delta before goes", || async {
+        let deltas = std::fs::read_dir(device.path().join("blobs")).unwrap().flatten();
+        kept(&delta).exists() && deltas.filter(|it| it.metadata().unwrap().is_file()).count() == 4
+    })
+    .await;
+
+    // A neighbour that lies is found out; one that has the whole model comes before the line.
+    let delta = hub.offer(&third, &fourth);
+    let liar = neighbour([(delta.blob, vec![7; delta.bytes as usize])], 0).await;
+    let whole = neighbour([(delta.to, fourth.weights.clone())], 0).await;
+    hub.lock().sources.get_mut(&delta.to).unwrap().peers = vec![liar, whole];
+    let (came, _) = update_shared(&hub, &fourth).await;
+    assert_eq!((came.delta_bytes, came.whole_bytes), (0, 0));
+    assert_eq!(came.peer_bytes, delta.bytes + size);
+    assert_eq!(device.ask().await, 200);
+
+    // Nobody near has it any more: it comes over the line. Once nothing is shared, it goes.
+    let delta = hub.offer(&fourth, &fifth);
+    hub.lock().sources.get_mut(&delta.to).unwrap().peers = vec!["http://127.0.0.1:9".to_owned()];
+    let (came, _) = update_shared(&hub, &fifth).await;
+    assert_eq!((came.delta_bytes, came.peer_bytes, came.whole_bytes), (delta.bytes, 0, 0));
+    assert!(kept(&delta).exists());
+    hub.rules(DeviceRules::default());
+    crate::until("what was kept goes", || async { !kept(&delta).exists() }).await;
+    assert_eq!(device.ask().await, 200);
+    device.stop().await;
+}
+
+/// Waits until somebody on this network says that it has a file.
+async fn announced(file: Digest) {
+    let daemon = mdns_sd::ServiceDaemon::new().unwrap();
+    let events = daemon.browse("_slm-model._tcp.local.").unwrap();
+    let name = Digest::of(format!("nearby {file}").as_bytes()).hex();
+    let heard = async {
+        loop {
+            let mdns_sd::ServiceEvent::ServiceResolved(service) =
+                events.recv_async().await.unwrap()
+            else {
+                continue;
+            };
+            let files = service.get_property_val_str("files").unwrap_or_default();
+            if files.split(',').any(|it| it == &name[..16]) {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), heard).await.expect("somebody says so");
+    let _ = daemon.shutdown();
+}
+
+/// Two devices that no hub tells of each other find each other by multicast.
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_on_one_network_find_each_other() {
+    let (first, second) = (Release::good("1.0.0"), Release::drifted("2.0.0"));
+    let hubs = [FakeHub::start().await, FakeHub::start().await];
+    let mut devices = [Device::join(&hubs[0]).await, Device::join(&hubs[1]).await];
+    for hub in &hubs {
+        update_shared(hub, &first).await;
+    }
+    let delta = hubs[0].offer(&first, &second);
+    hubs[1].offer(&first, &second);
+    let (came, _) = update_shared(&hubs[0], &second).await;
+    assert_eq!((came.delta_bytes, came.peer_bytes, came.whole_bytes), (delta.bytes, 0, 0));
+    announced(delta.blob).await;
+    let (came, _) = update_shared(&hubs[1], &second).await;
+    assert_eq!((came.delta_bytes, came.peer_bytes, came.whole_bytes), (0, delta.bytes, 0));
+    let outbox = std::fs::read_to_string(devices[0].path().join("outbox.log")).unwrap();
+    assert!(outbox.contains("mDNS _slm-model._tcp"), "the owner can see what was said: {outbox}");
+    assert!(!outbox.contains(&delta.blob.hex()), "no digest is said aloud: {outbox}");
+    for device in &mut devices {
+        assert_eq!(device.ask().await, 200);
+        device.stop().await;
+    }
 }
 
 /// What is wrong with the delta, or with the file that it changes.

@@ -6,6 +6,7 @@ mod kills;
 mod program;
 mod replace;
 mod rollouts;
+mod site;
 mod tls;
 
 use std::path::Path;

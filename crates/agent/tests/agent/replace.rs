@@ -15,6 +15,7 @@ use slmops_artifact::Digest;
 
 use crate::fake_hub::{FakeHub, Release};
 use crate::kills::{JOIN, join_by};
+use crate::site::neighbour;
 
 /// How often the agent is killed; `SLM_DELTA_KILLS=500` for a night.
 const KILLS: u32 = 24;
@@ -186,6 +187,86 @@ async fn what_runs_is_given_up_only_with_leave() {
     let generation = hub.ship_under(&fourth, REPLACE);
     let came = transfer(&hub.confirmed(generation).await);
     assert_eq!((came.fallback, came.whole_bytes), (Some(Fallback::DamagedDelta), size));
+    answers(&disk).await;
+    agent.kill();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_it_is_changed_by_comes_from_the_site() {
+    let hub = FakeHub::start().await;
+    let versions = ["1.0.0", "2.0.0", "3.0.0"];
+    let [first, second, third] = versions.map(Release::drifted);
+    let (disk, mut agent) = device(&hub, &first, 1).await;
+    let rules = DeviceRules { share_bytes_per_s: Some(100_000_000), ..REPLACE };
+
+    // The header, which has the hash of each frame, is the hub's; all else comes from nearby.
+    let delta = hub.offer(&first, &second);
+    let bytes = hub.lock().blob(delta.blob).to_vec();
+    let peers = vec!["http://127.0.0.1:9".to_owned(), neighbour([(delta.blob, bytes)], 2).await];
+    hub.lock().sources.get_mut(&delta.to).unwrap().peers = peers;
+    let generation = hub.ship_under(&second, rules.clone());
+    let came = transfer(&hub.confirmed(generation).await);
+    assert_eq!((came.gave_up, came.fallback), (Some(delta.from), None));
+    assert_eq!(came.peer_bytes, delta.bytes - delta.header_bytes);
+    assert_eq!((came.delta_bytes % delta.header_bytes, came.whole_bytes), (0, 0));
+    answers(&disk).await;
+
+    // One that lies costs a frame, and the hub gives the rest.
+    let delta = hub.offer(&second, &third);
+    let mut bytes = hub.lock().blob(delta.blob).to_vec();
+    let middle = (delta.header_bytes + delta.bytes) / 2;
+    bytes[middle as usize] ^= 1;
+    let peers = vec![neighbour([(delta.blob, bytes)], 0).await];
+    hub.lock().sources.get_mut(&delta.to).unwrap().peers = peers;
+    let generation = hub.ship_under(&third, rules);
+    let came = transfer(&hub.confirmed(generation).await);
+    assert_eq!((came.fallback, came.whole_bytes), (None, 0));
+    assert!(came.peer_bytes > 0 && came.delta_bytes > delta.header_bytes, "{came:?}");
+    let blob = std::fs::read(disk.state().join("blobs").join(delta.to.hex())).unwrap();
+    assert!(blob == third.weights);
+    answers(&disk).await;
+    agent.kill();
+}
+
+/// Somebody else fills the disk while frames are applied: it waits, and goes on where it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_in_the_middle_of_a_delta_costs_nothing_twice() {
+    let hub = FakeHub::start().await;
+    let (first, second) = (Release::good("1.0.0"), Release::drifted("2.0.0"));
+    let (disk, mut agent) = device(&hub, &first, 2).await;
+    let delta = hub.offer(&first, &second);
+    hub.lock().starts.clear();
+    hub.lock().faults.slow = Some(16 << 10);
+    let generation = hub.ship(&second);
+    let partial = StateFolder::at(&disk.state()).partial(delta.to);
+    let made = || std::fs::metadata(&partial).map_or(0, |file| file.len());
+    // A frame has a MiB at most.
+    crate::until("a frame is made", || async { made() > 1 << 20 }).await;
+    let filler = disk.seen().join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    let piece = vec![1_u8; 64 << 10];
+    while std::io::Write::write_all(&mut file, &piece).is_ok() {}
+    drop(file);
+    let waiting = Phase::Waiting { cause: WaitCause::DiskFull, until: None };
+    let report = hub.report("it waits for room", |report| report.phase == waiting).await;
+    assert_eq!(version(&report).as_deref(), Some("1.0.0"));
+    answers(&disk).await;
+    let kept = made();
+    assert!((1..second.weights.len() as u64).contains(&kept), "{kept}");
+
+    std::fs::remove_file(&filler).unwrap();
+    hub.lock().faults.slow = None;
+    let came = transfer(&hub.confirmed(generation).await);
+    assert_eq!((came.fallback, came.whole_bytes), (None, 0));
+    // It read the header anew, and of the payloads those that were missing.
+    let payloads = |(blob, at): &(Digest, u64)| {
+        (*blob == delta.blob && *at >= delta.header_bytes).then_some(*at)
+    };
+    let starts: Vec<u64> = hub.lock().starts.iter().filter_map(payloads).collect();
+    assert_eq!(starts[0], delta.header_bytes);
+    assert!(starts[1..].iter().all(|start| *start > delta.header_bytes), "{starts:?}");
+    let blob = std::fs::read(disk.state().join("blobs").join(delta.to.hex())).unwrap();
+    assert!(blob == second.weights);
     answers(&disk).await;
     agent.kill();
 }

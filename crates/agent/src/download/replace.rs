@@ -16,8 +16,8 @@ use slmops_artifact::Digest;
 use slmops_delta::{Course, DeltaError, Rewrite, Run};
 use tokio::sync::mpsc;
 
+use super::patch::{End, Made};
 use crate::durable;
-use crate::patch::{End, Made};
 use crate::state::StateFolder;
 
 /// Bytes that stay free for the ledger and for everyone else while a file is changed.
