@@ -122,6 +122,12 @@ impl DeviceRules {
         given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
     }
 
+    /// Those of the rules that hold nothing up: what a device may do besides.
+    #[must_use]
+    pub fn permissions(&self) -> Self {
+        Self { share_bytes_per_s: self.share_bytes_per_s, replace: self.replace, ..Self::default() }
+    }
+
     /// Both of these rules.
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {

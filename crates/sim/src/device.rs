@@ -6,9 +6,10 @@ use jiff::Timestamp;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use slmops_agent_core::{
-    Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded, Millis,
-    Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
+    Blob, Config, Core, Death, Deployment, Effect, EffectId, Event, FetchError, Ledger, Loaded,
+    Millis, Obstacle, Outcome, Package, ProbeError, Probed, Snapshot, StageError, VerifyError,
 };
+use slmops_api::delta::Delta;
 use slmops_api::device::WaitCause;
 use slmops_api::evidence::Evidence;
 use slmops_api::probe::ProbeResult;
@@ -19,7 +20,7 @@ use slmops_artifact::Digest;
 use crate::catalog::{Catalog, mix};
 use crate::operation::{EffectKind, Moment};
 use crate::run::Sabotage;
-use crate::spec::Ailment;
+use crate::spec::{Ailment, GroupSpec};
 use crate::time::{SECOND, Time};
 use crate::traffic::Traffic;
 
@@ -45,6 +46,8 @@ pub(crate) struct Pending {
 pub(crate) struct Piece {
     pub package: Package,
     pub source: Source,
+    /// Deltas that stay on the disk once the download is over.
+    pub kept: Vec<Blob>,
     /// Bytes that went over the link.
     pub wire_bytes: u64,
     /// Bytes of the package's files that they give.
@@ -62,14 +65,21 @@ pub(crate) enum Source {
     Deltas { bytes: u64 },
     /// Another device of the group.
     Peer,
+    /// The same, as deltas of so many bytes.
+    PeerDeltas { bytes: u64 },
 }
 
 impl Source {
+    /// Whether it is another device of the group.
+    pub(crate) fn is_near(self) -> bool {
+        matches!(self, Self::Peer | Self::PeerDeltas { .. })
+    }
+
     /// Bytes that go over the link for `left` bytes of a package.
     pub(crate) fn wire_bytes(self, package: &Package, left: u64) -> u64 {
         match self {
             Self::Hub | Self::Peer => left,
-            Self::Deltas { bytes } => {
+            Self::Deltas { bytes } | Self::PeerDeltas { bytes } => {
                 let wire = u128::from(bytes + package.probes.size_bytes);
                 let scaled = (u128::from(left) * wire).div_ceil(u128::from(package.total_bytes()));
                 u64::try_from(scaled).unwrap_or(left).min(left)
@@ -112,6 +122,8 @@ pub(crate) struct File {
     pub have_bytes: u64,
     pub size_bytes: u64,
     pub intact: bool,
+    /// The file that becomes this one where it lies.
+    pub made_of: Option<Digest>,
 }
 
 pub(crate) struct Worker {
@@ -131,6 +143,8 @@ pub(crate) struct Durable {
     pub confirmed: bool,
     pub current: Option<Digest>,
     pub previous: Option<Digest>,
+    /// What was given up for the next one, which is not confirmed yet.
+    pub without: Option<Digest>,
     /// The candidate, and whether it passed its probes.
     pub candidate: Option<(Digest, bool)>,
     /// What is wanted, and under which rules.
@@ -145,6 +159,7 @@ impl Durable {
             confirmed: ledger.outcome == Some(Outcome::Confirmed),
             current: ledger.current.as_ref().map(manifest),
             previous: ledger.previous.as_ref().map(manifest),
+            without: ledger.without().map(manifest),
             candidate: ledger.candidate.as_ref().map(|c| (manifest(&c.deployment), c.probed)),
             wanted: ledger.desired.as_ref().and_then(|desired| {
                 Some((desired.model.as_ref()?.manifest, desired.rules.clone()))
@@ -202,6 +217,8 @@ pub(crate) struct Device {
     seed: u64,
     boots: u64,
     pub budget_bytes: u64,
+    /// Room for models.
+    pub disk_bytes: u64,
     /// What the agent finds when it starts for the first time: `ledger`, read already.
     pub first: Option<Ledger>,
     // --- what survives a power cut
@@ -226,7 +243,7 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(number: u32, group: usize, seed: u64, budget_bytes: u64) -> Self {
+    pub(crate) fn new(number: u32, group: usize, seed: u64, spec: &GroupSpec) -> Self {
         Self {
             core: None,
             pending: Vec::new(),
@@ -237,7 +254,8 @@ impl Device {
             group,
             seed: mix(seed ^ u64::from(number)),
             boots: 0,
-            budget_bytes,
+            budget_bytes: spec.memory_budget_bytes,
+            disk_bytes: spec.disk_bytes.unwrap_or(u64::MAX),
             first: None,
             ledger: Ledger::default().to_bytes(),
             durable: Durable::default(),
@@ -369,7 +387,8 @@ impl Device {
     pub(crate) fn file(&mut self, digest: Digest, size_bytes: u64) -> &mut File {
         let found = self.files.iter().position(|file| file.digest == digest);
         let index = found.unwrap_or_else(|| {
-            self.files.push(File { digest, have_bytes: 0, size_bytes, intact: true });
+            let made_of = None;
+            self.files.push(File { digest, have_bytes: 0, size_bytes, intact: true, made_of });
             self.files.len() - 1
         });
         &mut self.files[index]
@@ -391,6 +410,26 @@ impl Device {
             file.have_bytes += taken;
             bytes -= taken;
         }
+    }
+
+    /// Gives up the file `base` for `target`: where deltas lead there it becomes that, otherwise
+    /// both are gone. Whether they do.
+    pub(crate) fn give_up(&mut self, base: Digest, target: Blob, route: &[Delta]) -> bool {
+        let begun = self.file(target.digest, target.size_bytes).made_of == Some(base);
+        let leads = route.first().is_some_and(|delta| delta.from == base);
+        let leads = leads && (begun || self.has(&base));
+        self.files.retain(|file| file.digest != base);
+        let file = self.file(target.digest, target.size_bytes);
+        if leads != begun {
+            (file.have_bytes, file.made_of) = (0, leads.then_some(base));
+        }
+        leads
+    }
+
+    /// Bytes that may still be written.
+    pub(crate) fn free_bytes(&self) -> u64 {
+        let used: u64 = self.files.iter().map(|file| file.have_bytes).sum();
+        self.disk_bytes.saturating_sub(used)
     }
 
     /// Whether a file is here, and as it should be.

@@ -12,7 +12,7 @@ use slmops_api::runtime::RuntimeConfig;
 use slmops_api::selector::Selector;
 use slmops_api::{ClassName, DeviceId, RolloutId};
 use slmops_artifact::Digest;
-use slmops_fleet_core::blueprint::resolve;
+use slmops_fleet_core::blueprint::{Resolved, resolve};
 use slmops_fleet_core::labels::Labels;
 use slmops_fleet_core::rollout::{self, Command, Moved, RolloutRecord, Targets};
 use slmops_fleet_core::world::{CompletedRollout, FleetDevice, World};
@@ -20,7 +20,7 @@ use slmops_fleet_core::world::{CompletedRollout, FleetDevice, World};
 use crate::catalog::Catalog;
 use crate::operation::{HubWork, Moment};
 use crate::run::Sabotage;
-use crate::spec::{BEFORE, FleetSpec, SpecError};
+use crate::spec::{BEFORE, FleetSpec, GroupSpec, SpecError};
 use crate::time::{SECOND, Time};
 use crate::watch::Watch;
 
@@ -107,6 +107,7 @@ impl Hub {
         let config = Arc::new(resolve(&[]).map_err(|error| SpecError(error.to_string()))?);
         let mut devices = Vec::new();
         for group in &spec.groups {
+            let config = Arc::new(config_of(group, &config));
             let facts_of_group = Arc::new(facts(group.memory_budget_bytes));
             for _ in 0..group.devices {
                 let number = devices.len();
@@ -646,6 +647,16 @@ impl Hub {
         self.wake(now);
         told
     }
+}
+
+/// What a group's devices are told besides what a rollout asks.
+fn config_of(group: &GroupSpec, config: &Resolved) -> Resolved {
+    let rules = DeviceRules {
+        share_bytes_per_s: group.link.lan_bits_per_s.map(|bits| bits / 8),
+        replace: group.replace_in_place,
+        ..config.rules.clone()
+    };
+    Resolved { rules, ..config.clone() }
 }
 
 fn facts(memory_budget_bytes: u64) -> DeviceFacts {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use rand::Rng as _;
 use slmops_agent_core::{
-    Death, Effect, EffectId, Event, FetchError, Obstacle, Offer, Package, Polled, Snapshot,
+    Blob, Death, Effect, EffectId, Event, FetchError, Obstacle, Offer, Package, Polled, Snapshot,
 };
-use slmops_api::delta::{Delta, Sources};
+use slmops_api::delta::Sources;
 use slmops_api::device::{DesiredModel, DesiredState, WaitCause};
 use slmops_api::evidence::Evidence;
 use slmops_artifact::Digest;
@@ -127,9 +127,7 @@ impl Simulation<'_> {
         match effect {
             Effect::Poll { id, known, wait_s } => self.poll(number, id, known, wait_s),
             Effect::FetchPackage { id, model } => self.fetch(number, id, &model),
-            Effect::Download { id, package, route, max_rate_bytes_per_s, .. } => {
-                self.download(number, id, package, &route, max_rate_bytes_per_s);
-            }
+            download @ Effect::Download { .. } => self.download(number, download),
             Effect::Report { id, snapshot } => self.send_report(number, id, snapshot),
             Effect::Collect { keep } => {
                 self.devices[number].files.retain(|file| keep.contains(&file.digest));
@@ -310,13 +308,15 @@ impl Simulation<'_> {
         self.hear_at(number, at, id, Event::PackageFetched { id, result });
     }
 
-    /// Another device of the group that has a file and is there.
-    fn peer_with(&self, number: usize, weights: &Digest) -> bool {
+    /// Another device of the group that has files and is there.
+    fn peer_with(&self, number: usize, digests: &[Digest]) -> bool {
         let group = self.devices[number].group;
         let first = self.group_starts[group];
         let count = self.scenario.spec.groups[group].devices as usize;
         let has = |(other, device): (usize, &Device)| {
-            other != number && device.core.is_some() && device.has(weights)
+            other != number
+                && device.core.is_some()
+                && digests.iter().all(|digest| device.has(digest))
         };
         (first..).zip(&self.devices[first..first + count]).any(has)
     }
@@ -327,7 +327,7 @@ impl Simulation<'_> {
         let deltas = self.catalog.deltas(&manifest);
         let group = self.devices[number].group;
         let mut wait_s = None;
-        if self.links[group].lan.is_some() && !self.peer_with(number, &weights) {
+        if self.links[group].lan.is_some() && !self.peer_with(number, &[weights]) {
             let seed = self.seeds.get(&(group, manifest)).copied();
             let on_its_way = seed.is_some_and(|seed| {
                 let device = &self.devices[seed];
@@ -346,15 +346,25 @@ impl Simulation<'_> {
         Sources { deltas, peers: Vec::new(), wait_s }
     }
 
-    fn download(
-        &mut self,
-        number: usize,
-        id: EffectId,
-        package: Package,
-        route: &[Delta],
-        max_rate_bytes_per_s: Option<u64>,
-    ) {
+    fn download(&mut self, number: usize, effect: Effect) {
+        let Effect::Download {
+            id, package, route, gives_up, hands_on, max_rate_bytes_per_s, ..
+        } = effect
+        else {
+            return;
+        };
         let latency_ms = self.latency_ms(number);
+        let device = &mut self.devices[number];
+        let in_place = gives_up.is_some_and(|base| device.give_up(base, package.weights, &route));
+        let has_base = route.first().is_some_and(|delta| device.has(&delta.from));
+        if !route.is_empty() && !in_place && !has_base {
+            return self.hear(number, Event::Downloaded { id, result: Err(FetchError::Deltas) });
+        }
+        let (missing, free) = (device.missing_bytes(&package), device.free_bytes());
+        if missing > free {
+            let result = Err(FetchError::NoRoom { short_bytes: missing - free });
+            return self.hear(number, Event::Downloaded { id, result });
+        }
         match self.request(number) {
             Fate::Lost | Fate::Arrives { reply: false } => {}
             Fate::Fails(at) => {
@@ -362,22 +372,25 @@ impl Simulation<'_> {
                 self.hear_at(number, at, id, Event::Downloaded { id, result });
             }
             Fate::Arrives { reply: true } => {
-                let group = self.devices[number].group;
-                let base = route.first().is_some_and(|it| self.devices[number].has(&it.from));
-                let shares = self.links[group].lan.is_some();
-                let source = match base {
-                    _ if shares && self.peer_with(number, &package.weights.digest) => Source::Peer,
-                    true => Source::Deltas { bytes: route.iter().map(|delta| delta.bytes).sum() },
+                let bytes = route.iter().map(|delta| delta.bytes).sum();
+                let blobs: Vec<Digest> = route.iter().map(|delta| delta.blob).collect();
+                let fits = hands_on && missing.saturating_add(bytes) <= free;
+                let by_delta = in_place || has_base;
+                let near = |digests: &[Digest]| hands_on && self.peer_with(number, digests);
+                let source = match by_delta {
+                    true if (in_place || fits) && near(&blobs) => Source::PeerDeltas { bytes },
+                    true if in_place => Source::Deltas { bytes },
+                    _ if near(&[package.weights.digest]) => Source::Peer,
+                    true => Source::Deltas { bytes },
                     false => Source::Hub,
                 };
+                let stays = by_delta && fits && !in_place && source != Source::Peer;
+                let kept = route.iter().filter(|_| stays);
+                let kept = kept.map(|delta| Blob { digest: delta.blob, size_bytes: delta.bytes });
+                let kept = kept.collect();
                 self.pipes(number, source).for_each(|pipe| pipe.active += 1);
-                self.next_piece(
-                    number,
-                    id,
-                    (package, source),
-                    max_rate_bytes_per_s,
-                    2 * latency_ms,
-                );
+                let rate = max_rate_bytes_per_s;
+                self.next_piece(number, id, (package, source, kept), rate, 2 * latency_ms);
             }
         }
     }
@@ -386,16 +399,14 @@ impl Simulation<'_> {
     fn pipes(&mut self, number: usize, source: Source) -> impl Iterator<Item = &mut Pipe> {
         let link = &mut self.links[self.devices[number].group];
         let (site, lan, hub) = match source {
-            Source::Peer => (None, link.lan.as_mut(), None),
-            Source::Hub | Source::Deltas { .. } => {
-                (link.site.as_mut(), None, self.hub_pipe.as_mut())
-            }
+            near if near.is_near() => (None, link.lan.as_mut(), None),
+            _ => (link.site.as_mut(), None, self.hub_pipe.as_mut()),
         };
         site.into_iter().chain(lan).chain(hub)
     }
 
     fn moved(&mut self, number: usize, package: &Package, source: Source, bytes: u64) {
-        if source == Source::Peer {
+        if source.is_near() {
             return self.collected.shared(bytes);
         }
         let release = self.catalog.known(&package.manifest).release;
@@ -410,7 +421,7 @@ impl Simulation<'_> {
         &mut self,
         number: usize,
         id: EffectId,
-        (package, source): (Package, Source),
+        (package, source, kept): (Package, Source, Vec<Blob>),
         rate: Option<u64>,
         delay_ms: u64,
     ) {
@@ -419,20 +430,20 @@ impl Simulation<'_> {
         let group = self.devices[number].group;
         let left = rate.map_or(all, |rate| all.min(rate * CAPPED_PIECE_S));
         let (wire_bytes, at) = match source {
-            Source::Peer => self.links[group].peer_piece(self.now, left),
+            near if near.is_near() => self.links[group].peer_piece(self.now, left),
             _ => self.links[group].piece(self.hub_pipe.as_mut(), self.now, left),
         };
         let at =
             rate.map_or(at, |rate| at.max(Time(self.now.0 + wire_bytes * SECOND / rate.max(1))));
         let scaled = u128::from(missing) * u128::from(wire_bytes) / u128::from(all.max(1));
         let bytes = if wire_bytes == all { missing } else { scaled as u64 };
-        let piece = Piece { package, source, wire_bytes, bytes, max_rate_bytes_per_s: rate };
+        let piece = Piece { package, source, kept, wire_bytes, bytes, max_rate_bytes_per_s: rate };
         self.later(number, Time(at.0 + delay_ms), id, Work::Piece(Box::new(piece)));
     }
 
     pub(crate) fn piece_arrives(&mut self, number: usize, id: EffectId, piece: Piece) {
-        let Piece { package, source, wire_bytes, bytes, max_rate_bytes_per_s } = piece;
-        let by_hub = source != Source::Peer;
+        let Piece { package, source, kept, wire_bytes, bytes, max_rate_bytes_per_s } = piece;
+        let by_hub = !source.is_near();
         if by_hub && !self.is_connected(number) {
             // Silence: the core gives up by itself.
             return self.download_ends(number, source);
@@ -450,13 +461,18 @@ impl Simulation<'_> {
         }
         let device = &self.devices[number];
         let place = Place::of(device, self.scenario, &self.links);
-        self.watch.piece(self.now, device, place, &package);
+        let over_line = source.wire_bytes(&package, package.total_bytes());
+        let over_line = if by_hub { over_line } else { 0 };
+        self.watch.piece(self.now, device, place, &package, over_line);
         self.devices[number].receive(&package, bytes);
         self.moved(number, &package, source, wire_bytes);
         let left = self.devices[number].missing_bytes(&package);
         if left == 0 {
             self.download_ends(number, source);
             let device = &mut self.devices[number];
+            for blob in kept {
+                device.file(blob.digest, blob.size_bytes).have_bytes = blob.size_bytes;
+            }
             let wrong = self.catalog.ailment(&package.manifest, device.number);
             let result = match wrong == Some(Ailment::WrongBytes) {
                 true => {
@@ -467,7 +483,7 @@ impl Simulation<'_> {
             };
             return self.hear(number, Event::Downloaded { id, result });
         }
-        self.next_piece(number, id, (package, source), max_rate_bytes_per_s, 0);
+        self.next_piece(number, id, (package, source, kept), max_rate_bytes_per_s, 0);
         let total_bytes = package.total_bytes();
         let done_bytes = total_bytes - left;
         self.hear(number, Event::Progress { id, done_bytes, total_bytes });
@@ -536,8 +552,9 @@ impl Simulation<'_> {
                 return self.reschedule_hub();
             }
             Effect::Download { package, .. } if arrives => {
-                let bytes = self.devices[number].missing_bytes(&package);
-                self.devices[number].receive(&package, bytes);
+                let device = &mut self.devices[number];
+                let bytes = device.missing_bytes(&package).min(device.free_bytes());
+                device.receive(&package, bytes);
                 self.moved(number, &package, Source::Hub, bytes);
             }
             _ => {}

@@ -129,7 +129,7 @@ impl<'a> Simulation<'a> {
         for (group, of) in spec.groups.iter().enumerate() {
             for _ in 0..of.devices {
                 let number = devices.len() as u32;
-                devices.push(Device::new(number, group, spec.seed, of.memory_budget_bytes));
+                devices.push(Device::new(number, group, spec.seed, of));
             }
         }
         let mut group_starts = vec![0; spec.groups.len()];

@@ -114,12 +114,19 @@ impl Scenario {
             hub_crashes: 10.0 * rate(),
         };
         let approve_after = Time(rng.random_range(0..2 * HOUR));
+        let mut variants = FleetSpec::new(1, hours, seed).variants;
+        if rng.random_bool(0.5) {
+            for variant in &mut variants {
+                variant.delta_bytes = Some(variant.size_bytes / rng.random_range(2..200));
+            }
+        }
         let hub_bits_per_s = rng.random_bool(0.3).then(|| rng.random_range(5_000_000..100_000_000));
         let base = FleetSpec::new(1, hours, seed);
         let spec = FleetSpec {
             settle: true,
             groups,
             rollouts,
+            variants,
             hub_bits_per_s,
             approve_after,
             faults,
@@ -160,14 +167,23 @@ fn random_group(rng: &mut ChaCha8Rng, index: usize) -> GroupSpec {
         }],
         false => vec![],
     };
+    let largest = base.variants.iter().map(|variant| variant.size_bytes).max().unwrap_or(0);
+    // Room for one model where that may go for the next one, for two, for any number.
+    let (disk_bytes, replace_in_place) = match rng.random_range(0..5) {
+        0 => (Some(largest * 5 / 4), true),
+        1 => (Some(largest * 9 / 4), rng.random_bool(0.5)),
+        _ => (None, false),
+    };
     GroupSpec {
+        disk_bytes,
+        replace_in_place,
         devices: rng.random_range(1..=8),
         // Too little for any variant, enough for one, enough for both.
         memory_budget_bytes: [50, 260, 260, 1_000][rng.random_range(0..4)] * 1_000_000,
         link: LinkSpec {
             bits_per_s: rng.random_range(500_000..50_000_000),
             site_bits_per_s: rng.random_bool(0.3).then_some(4_000_000),
-            lan_bits_per_s: None,
+            lan_bits_per_s: rng.random_bool(0.3).then(|| rng.random_range(5_000_000..100_000_000)),
             latency_ms: rng.random_range(1..500),
             loss: if rng.random_bool(0.2) { 0.05 } else { 0.0 },
             offline,

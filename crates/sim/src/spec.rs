@@ -89,6 +89,12 @@ pub struct GroupSpec {
     /// The IANA name of their time zone; UTC if absent. The simulation begins at midnight UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_zone: Option<String>,
+    /// Room for models on each one's disk, in bytes; no limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+    /// Whether a device without room for a second model gives up the one that serves.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replace_in_place: bool,
     /// Their way to the hub.
     #[serde(default)]
     pub link: LinkSpec,
@@ -286,6 +292,8 @@ impl FleetSpec {
                 site: Some(constant(["north", "south", "west"][index])),
                 memory_budget_bytes: 260_000_000,
                 time_zone: None,
+                disk_bytes: None,
+                replace_in_place: false,
                 link: LinkSpec::default(),
             })
             .collect();
@@ -295,6 +303,8 @@ impl FleetSpec {
             site: Some(constant("head-office")),
             memory_budget_bytes: 1_000_000_000,
             time_zone: None,
+            disk_bytes: None,
+            replace_in_place: false,
             link: LinkSpec { bits_per_s: 50_000_000, latency_ms: 10, ..LinkSpec::default() },
         });
         groups.retain(|group| group.devices > 0);

@@ -16,7 +16,7 @@ use slmops_fleet_core::rollout::Assignment;
 use slmops_fleet_core::world::FleetDevice;
 
 use crate::catalog::Catalog;
-use crate::device::Device;
+use crate::device::{Device, Durable};
 use crate::hub::{Hub, number_of, rollout_id};
 use crate::link::Link;
 use crate::report::Violation;
@@ -354,8 +354,15 @@ impl Watch {
         }
         let durable = &device.durable;
         match effect {
-            Effect::Download { package, max_rate_bytes_per_s, .. } => {
-                self.fetches(now, now, device, place, package);
+            Effect::Download { package, route, gives_up, max_rate_bytes_per_s, .. } => {
+                if gives_up.is_some()
+                    && self.breaks(device, package.manifest, &|rules| !rules.replace)
+                {
+                    self.violation(now, format!("device {number} gives up what it serves"));
+                }
+                let deltas = route.iter().map(|delta| delta.bytes).sum();
+                let bytes = if route.is_empty() { package.total_bytes() } else { deltas };
+                self.fetches(now, now, device, place, (package, bytes));
                 let too_fast = |cap: u64| max_rate_bytes_per_s.is_none_or(|rate| rate > cap);
                 let broken = |rules: &DeviceRules| rules.max_rate_bytes_per_s.is_some_and(too_fast);
                 if self.breaks(device, package.manifest, &broken) {
@@ -371,7 +378,10 @@ impl Watch {
                     rules.activate_at.is_some_and(|at| time < at)
                         || is_shut(&rules.activate_in, time, place)
                 };
-                let early = !device.is_clock_wrong() && self.breaks(device, manifest, &too_early);
+                // One that has no model serves the next one as soon as it can.
+                let early = !device.is_clock_wrong()
+                    && durable.without.is_none()
+                    && self.breaks(device, manifest, &too_early);
                 if held {
                     self.violation(now, format!("device {number} switches to what is held"));
                 }
@@ -402,26 +412,32 @@ impl Watch {
         device: &Device,
         place: Place<'_>,
         package: &Package,
+        bytes: u64,
     ) {
-        self.fetches(now, Time(now.0.saturating_sub(1)), device, place, package);
+        let at = Time(now.0.saturating_sub(1));
+        self.fetches(now, at, device, place, (package, bytes));
+        let held: u64 = device.files.iter().map(|file| file.have_bytes).sum();
+        if held > device.disk_bytes {
+            let number = device.number;
+            self.violation(now, format!("device {number} has {held} bytes on a smaller disk"));
+        }
     }
 
-    /// A device fetches; whether it may is seen from `at`.
+    /// A device fetches so many bytes over its line for a package; whether it may is seen from `at`.
     fn fetches(
         &mut self,
         now: Time,
         at: Time,
         device: &Device,
         place: Place<'_>,
-        package: &Package,
+        (package, bytes): (&Package, u64),
     ) {
         let (number, manifest) = (device.number, package.manifest);
         if self.breaks(device, manifest, &|rules| rules.hold) {
             self.violation(now, format!("device {number} fetches what is held"));
         }
-        let size_bytes = package.total_bytes();
         let costs = place.link.is_metered(now);
-        if costs && self.breaks(device, manifest, &|rules| !rules.metered.allows(size_bytes)) {
+        if costs && self.breaks(device, manifest, &|rules| !rules.metered.allows(bytes)) {
             self.violation(now, format!("device {number} fetches over a metered link"));
         }
         let shut = |rules: &DeviceRules| is_shut(&rules.download_in, at.timestamp(), place);
@@ -496,9 +512,11 @@ fn is_lax(rollout: &Rollout, rules: &DeviceRules) -> bool {
     rollout.state == RolloutState::Running && rules.and(&asked) != *rules
 }
 
-/// Whether a device's ledger names this manifest as what it runs, or ran before.
+/// Whether a device's ledger names this manifest as what it runs, or ran before; also where it gave
+/// that up.
 fn kept(device: &Device, manifest: Digest) -> bool {
-    [device.durable.current, device.durable.previous].contains(&Some(manifest))
+    let Durable { current, previous, without, .. } = device.durable;
+    [current, previous, without].contains(&Some(manifest))
 }
 
 fn is_shut(hours: &[Hours], at: Timestamp, place: Place<'_>) -> bool {

@@ -499,6 +499,8 @@ fn groups(devices: Vec<Device>) -> Vec<GroupSpec> {
                 site: device.site,
                 memory_budget_bytes: budget,
                 time_zone: device.facts.time_zone,
+                disk_bytes: None,
+                replace_in_place: false,
                 link: LinkSpec { metered: device.facts.metered, ..LinkSpec::default() },
             }),
         }

@@ -141,7 +141,9 @@ pub(super) fn assign(
         };
         if let Some(record) = record {
             desired.rules = rules(device, record);
-        } else if !going_back {
+        } else if going_back {
+            desired.rules = device.config.rules.permissions();
+        } else {
             obey_blueprint(device, &mut desired);
         }
         if let Some(model) = desired.model.as_ref().filter(|_| desired.rules.replace)
