@@ -190,10 +190,11 @@ impl Ready<'_> {
             ("completions", r#"{"prompt":"Once upon a time","max_tokens":32}"#)
         };
         format!(
-            "  {} answers, {} requests at a time, {} tokens of context each. Try:\n  \
+            "  {} answers, {} requests at a time, {} tokens of context each.\n  \
+             Open {} in a browser, or try:\n  \
              $ curl {}/v1/{path} -H 'content-type: application/json' -d '{body}'\n  \
              Ctrl-C ends it.",
-            self.model, self.effective.parallel, self.effective.context_tokens, self.url
+            self.model, self.effective.parallel, self.effective.context_tokens, self.url, self.url
         )
     }
 }
