@@ -91,9 +91,17 @@ impl Scenario {
         let mut rng = ChaCha8Rng::seed_from_u64(mix(seed));
         let rng = &mut rng;
         let hours = rng.random_range(2..=8);
-        let groups = (0..rng.random_range(1..=3)).map(|index| random_group(rng, index)).collect();
+        let groups: Vec<GroupSpec> =
+            (0..rng.random_range(1..=3)).map(|index| random_group(rng, index)).collect();
         let rollouts = (1..=rng.random_range(1..=3)).map(|minor| random_rollout(rng, minor, hours));
-        let rollouts = rollouts.collect();
+        let mut rollouts: Vec<RolloutSpec> = rollouts.collect();
+        // What gives up its model fetches in the hours in which it may switch; where those and the
+        // hours of downloads have no moment in common, it waits for ever.
+        if groups.iter().any(|group| group.replace_in_place) {
+            for rollout in &mut rollouts {
+                rollout.policy.schedule.download_in = Windows::default();
+            }
+        }
         let mut rate = || match rng.random_bool(0.5) {
             true => rng.random_range(0.0..4.0),
             false => 0.0,
