@@ -45,6 +45,9 @@ pub enum Effect {
         model: Box<DesiredModel>,
         /// Which files.
         package: Package,
+        /// Whether its weights are thought to be here; where they are not, it ends with
+        /// [`FetchError::Deltas`].
+        has_weights: bool,
         /// Deltas that give its weights, one after the other, the first one from a file that is
         /// here; where they do not, it ends with [`FetchError::Deltas`]. Without any the weights are
         /// got whole.
@@ -189,7 +192,8 @@ pub enum FetchError {
     Digest,
     /// Not a package that this agent understands.
     Package,
-    /// The deltas of the route do not give it. What is there of it stays.
+    /// The deltas of the route do not give it, or the weights that were thought to be here are not:
+    /// it takes the whole file. What is there of it stays.
     Deltas,
 }
 

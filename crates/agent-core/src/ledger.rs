@@ -34,17 +34,30 @@ pub struct Package {
     pub weights: Blob,
     /// `probes.json`.
     pub probes: Blob,
+    /// `adapter.gguf`: a LoRA adapter that is applied to the weights, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<Blob>,
 }
 
 impl Package {
     /// The bytes of all files.
     pub fn total_bytes(&self) -> u64 {
-        self.weights.size_bytes.saturating_add(self.probes.size_bytes)
+        self.weights.size_bytes.saturating_add(self.small_bytes())
+    }
+
+    /// The bytes of all files but the weights.
+    pub fn small_bytes(&self) -> u64 {
+        self.small().fold(0, |bytes, blob| bytes.saturating_add(blob.size_bytes))
+    }
+
+    /// All files but the weights.
+    pub fn small(&self) -> impl Iterator<Item = Blob> + use<> {
+        [self.probes].into_iter().chain(self.adapter)
     }
 
     /// The files, small ones first, so that a wrong one is found early.
-    pub fn blobs(&self) -> [Blob; 2] {
-        [self.probes, self.weights]
+    pub fn blobs(&self) -> impl Iterator<Item = Blob> + use<> {
+        self.small().chain([self.weights])
     }
 }
 

@@ -27,6 +27,8 @@ const BUDGET_BYTES: u64 = 1_000;
 enum Model {
     GoodA,
     GoodB,
+    /// Good: an adapter on the weights of A.
+    AdaptedA,
     /// Good, but only in the first runtime configuration.
     Picky,
     BadSignature,
@@ -43,9 +45,10 @@ enum Model {
     TooBig,
 }
 
-const MODELS: [Model; 15] = [
+const MODELS: [Model; 16] = [
     Model::GoodA,
     Model::GoodB,
+    Model::AdaptedA,
     Model::Picky,
     Model::BadSignature,
     Model::MissingAtSource,
@@ -103,8 +106,9 @@ fn op() -> impl Strategy<Value = Op> {
     let model = prop_oneof![
         3 => Just(Model::GoodA),
         3 => Just(Model::GoodB),
+        2 => Just(Model::AdaptedA),
         2 => Just(Model::Picky),
-        7 => proptest::sample::select(&MODELS[3..]),
+        7 => proptest::sample::select(&MODELS[4..]),
     ];
     let death = prop_oneof![Just(Death::Fault), Just(Death::Killed)];
     prop_oneof![
@@ -147,22 +151,29 @@ fn desired(generation: u64, wish: Option<(Model, bool)>, rules: DeviceRules) -> 
 }
 
 fn desired_model(model: Model) -> DesiredModel {
+    let weights = if model == Model::AdaptedA { Model::GoodA } else { model };
     DesiredModel {
         model: "glass".parse().unwrap(),
         version: semver::Version::new(1, 0, model as u64),
         variant: "f32".parse().unwrap(),
         manifest: Digest::of(&[b'm', model as u8]),
-        weights: Digest::of(&[b'w', model as u8]),
+        weights: Digest::of(&[b'w', weights as u8]),
         size_bytes: 100,
         predicted_memory_bytes: 500,
     }
 }
 
+fn adapter() -> Blob {
+    Blob { digest: Digest::of(b"adapter"), size_bytes: 10 }
+}
+
 fn package(model: &DesiredModel) -> Package {
+    let is_adapted = behaviour(model.manifest) == Model::AdaptedA;
     Package {
         manifest: model.manifest,
         weights: Blob { digest: model.weights, size_bytes: model.size_bytes },
         probes: Blob { digest: Digest::of(b"probes"), size_bytes: 10 },
+        adapter: is_adapted.then(adapter),
     }
 }
 
@@ -357,7 +368,7 @@ impl World {
             Effect::StopServing if !self.faulted => {
                 let healthy = durable.current.as_ref().is_some_and(|current| {
                     let model = behaviour(current.package.manifest);
-                    self.intact(&current.package) && matches!(model, Model::GoodA | Model::GoodB)
+                    self.intact(&current.package) && model <= Model::AdaptedA
                 });
                 // A healthy model may have been too slow to load; then it is tried again.
                 if healthy && self.core.status().retry_at.is_none() {
@@ -395,7 +406,7 @@ impl World {
                 };
                 Event::PackageFetched { id, result }
             }
-            Effect::Download { id, package, gives_up, .. } => {
+            Effect::Download { id, package, has_weights, gives_up, .. } => {
                 if let Some(weights) = gives_up {
                     // Changed where it lay, or deleted.
                     self.files.remove(&weights);
@@ -404,6 +415,9 @@ impl World {
                 let result = match behaviour(package.manifest) {
                     _ if !self.network => Err(FetchError::Obstacle(network)),
                     _ if !self.disk => Err(FetchError::Obstacle(storage)),
+                    _ if has_weights && self.files.get(&package.weights.digest) != Some(&true) => {
+                        Err(FetchError::Deltas)
+                    }
                     _ if short_bytes > 0 => Err(FetchError::NoRoom { short_bytes }),
                     Model::MissingAtSource => Err(FetchError::Missing),
                     Model::WrongAtSource => Err(FetchError::Digest),
@@ -457,8 +471,9 @@ impl World {
 
     /// Bytes that the disk lacks for the weights of a package.
     fn short_bytes(&self, package: &Package) -> u64 {
-        let [probes, weights] = package.blobs().map(|blob| blob.digest);
-        let others = self.files.keys().filter(|file| ![probes, weights].contains(file)).count();
+        let small = package.small().chain([adapter()]).map(|blob| blob.digest);
+        let named: Vec<Digest> = small.chain([package.weights.digest]).collect();
+        let others = self.files.keys().filter(|file| !named.contains(file)).count();
         match self.room {
             0 => 0,
             room => (others as u64 + 1).saturating_sub(room.into()) * package.weights.size_bytes,
@@ -466,7 +481,7 @@ impl World {
     }
 
     fn intact(&self, package: &Package) -> bool {
-        package.blobs().iter().all(|blob| self.files.get(&blob.digest) == Some(&true))
+        package.blobs().all(|blob| self.files.get(&blob.digest) == Some(&true))
     }
 
     fn load(&self, deployment: &Deployment) -> Result<Loaded, StageError> {
@@ -765,7 +780,7 @@ proptest! {
         let (world, outcome) = run(seed, &ops).map_err(TestCaseError::fail)?;
         let confirmed = outcome == Some(Outcome::Confirmed);
         match world.wish {
-            Some((Model::GoodA | Model::GoodB, _) | (Model::Picky, false)) => {
+            Some((Model::GoodA | Model::GoodB | Model::AdaptedA, _) | (Model::Picky, false)) => {
                 // Only these can blame a good model: its worker seemed to crash by itself, a
                 // completion never came, or the power went again and again.
                 let excused = ops.iter().any(|op| matches!(
@@ -808,6 +823,7 @@ fn each_model_gets_its_verdict() {
     let expected = [
         "GoodA: confirmed, serves",
         "GoodB: confirmed, serves",
+        "AdaptedA: confirmed, serves",
         "Picky: confirmed, serves",
         "BadSignature: signature, does not serve",
         "MissingAtSource: digest, does not serve",
@@ -828,7 +844,7 @@ fn each_model_gets_its_verdict() {
 /// A good model is confirmed; then each bad one is tried and the good one keeps serving.
 #[test]
 fn after_each_failure_the_previous_model_serves() {
-    for model in &MODELS[3..] {
+    for model in &MODELS[4..] {
         let (mut world, outcome) = verdict_on(Model::GoodA);
         assert_eq!(outcome, Some(Outcome::Confirmed));
         world.apply(Op::Publish(*model, false));
@@ -1057,6 +1073,31 @@ fn hours_to_switch_in_end_while_the_model_is_tried() {
     world.around(Some("2026-02-14T02:00:00Z"), false);
     world.work();
     assert_eq!(world.serves(), Some(Model::GoodB));
+}
+
+#[test]
+fn a_metered_link_carries_an_adapter_of_weights_that_are_here() {
+    // 10 bytes of probes and 10 of the adapter; the weights are 100 more.
+    for (rules, lost, waiting) in [
+        (r#"{"metered": "small-only 20"}"#, false, false),
+        (r#"{"metered": "small-only 19"}"#, false, true),
+        (r#"{"metered": "small-only 20"}"#, true, true),
+    ] {
+        let (mut world, _) = verdict_on(Model::GoodA);
+        world.around(None, true);
+        world.rules = serde_json::from_str(rules).unwrap();
+        if lost {
+            world.files.remove(&desired_model(Model::GoodA).weights);
+        }
+        world.apply(Op::Publish(Model::AdaptedA, false));
+        world.work();
+        let waits = Phase::Waiting { cause: WaitCause::Metered, until: None };
+        let phase = if waiting { waits } else { Phase::Confirmed };
+        assert_eq!(world.phase(), phase, "{rules} {lost}");
+        world.around(None, false);
+        world.work();
+        assert_eq!((world.phase(), world.serves()), (Phase::Confirmed, Some(Model::AdaptedA)));
+    }
 }
 
 #[test]

@@ -239,16 +239,19 @@ impl Engine {
 
     fn spec(&self, wanted: &Deployment) -> ModelSpec {
         let model = &wanted.model;
+        let weights = self.state.blob(wanted.package.weights.digest);
+        let mut worker = WorkerSpec::new(weights, wanted.runtime.clone());
+        if let Some(adapter) = wanted.package.adapter {
+            let name = model.version.to_string();
+            worker = worker.adapted(&name, self.state.blob(adapter.digest));
+        }
         ModelSpec {
             id: model.model.to_string(),
             aliases: vec![
                 format!("{}:{}", model.model, model.version),
                 format!("{}:{}-{}", model.model, model.version, model.variant),
             ],
-            worker: WorkerSpec::new(
-                self.state.blob(wanted.package.weights.digest),
-                wanted.runtime.clone(),
-            ),
+            worker,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use slmops_api::device::DeviceFacts;
+use slmops_api::model::ADAPTERS;
 use slmops_api::rules::DeviceRules;
 
 /// Instruction-set extensions that matter to inference, as `/proc/cpuinfo` names them.
@@ -64,7 +65,7 @@ pub fn read(
         time_zone: time_zone(),
         metered: is_metered(),
         shares_at: None,
-        obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
+        obeys: DeviceRules::ALL.into_iter().chain([ADAPTERS]).map(str::to_owned).collect(),
     }
 }
 

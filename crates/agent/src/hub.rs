@@ -20,7 +20,9 @@ use slmops_api::probe::PROBES_FILE;
 use slmops_api::problem::Problem;
 use slmops_api::{DeviceId, ModelName, Page};
 use slmops_artifact::Digest;
-use slmops_artifact::package::{self, MANIFEST_MEDIA_TYPE, MAX_MANIFEST_BYTES, MODEL_FILE};
+use slmops_artifact::package::{
+    self, ADAPTER_FILE, MANIFEST_MEDIA_TYPE, MAX_MANIFEST_BYTES, MODEL_FILE,
+};
 use slmops_artifact::signing::{BUNDLE_MEDIA_TYPE, MAX_BUNDLE_BYTES};
 
 use crate::clock::Clock;
@@ -488,7 +490,7 @@ fn narrow(manifest: Digest, package: &package::Package) -> Result<Package, Fetch
     };
     match (blob(MODEL_FILE), blob(PROBES_FILE)) {
         (Some(weights), Some(probes)) if probes.size_bytes <= MAX_PROBES_BYTES => {
-            Ok(Package { manifest, weights, probes })
+            Ok(Package { manifest, weights, probes, adapter: blob(ADAPTER_FILE) })
         }
         _ => {
             tracing::warn!(

@@ -281,6 +281,7 @@ impl Running {
                 id,
                 model,
                 package,
+                has_weights,
                 route,
                 peers,
                 gives_up,
@@ -295,7 +296,8 @@ impl Running {
                         engine.stopped().await;
                     }
                     let mut last = None::<Instant>;
-                    let sources = Sources { route: &route, peers: &peers, gives_up, hands_on };
+                    let sources =
+                        Sources { has_weights, route: &route, peers: &peers, gives_up, hands_on };
                     let rate = max_rate_bytes_per_s;
                     let result = downloads
                         .package(

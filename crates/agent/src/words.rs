@@ -24,7 +24,7 @@ pub fn fallback(cause: Fallback) -> &'static str {
     }
 }
 
-/// How a model file came here: `delta 3.1 MB of 98 MB`.
+/// How a model came here: `3.1 MB of deltas for a model of 98 MB`.
 pub fn transfer(transfer: &Transfer) -> String {
     let mut parts = Vec::new();
     if transfer.peer_bytes > 0 {
@@ -32,6 +32,9 @@ pub fn transfer(transfer: &Transfer) -> String {
     }
     if transfer.delta_bytes > 0 {
         parts.push(format!("{} of deltas", units::size(transfer.delta_bytes)));
+    }
+    if transfer.adapter_bytes > 0 {
+        parts.push(format!("{} of an adapter", units::size(transfer.adapter_bytes)));
     }
     if transfer.whole_bytes > 0 {
         parts.push(format!("{} of the file itself", units::size(transfer.whole_bytes)));

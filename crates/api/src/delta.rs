@@ -132,6 +132,13 @@ pub struct Transfer {
     pub weights: Digest,
     /// Its size in bytes.
     pub size_bytes: u64,
+    /// Digest of the adapter that is applied to it, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub adapter: Option<Digest>,
+    /// Bytes of that adapter that were fetched.
+    #[serde(default)]
+    pub adapter_bytes: u64,
     /// Bytes of deltas that were fetched.
     #[serde(default)]
     pub delta_bytes: u64,
@@ -160,6 +167,8 @@ pub enum Way {
     Whole,
     /// As deltas, as far as they did.
     Delta,
+    /// As an adapter alone: the model file was there.
+    Adapter,
     /// From devices of the same site, as far as they did.
     Site,
 }
@@ -194,13 +203,35 @@ pub struct Transfers {
 }
 
 impl Transfer {
+    /// A transfer of a model file, with the adapter that belongs to it, of which nothing has come yet.
+    pub fn new(weights: Digest, size_bytes: u64, adapter: Option<Digest>) -> Self {
+        Self {
+            weights,
+            size_bytes,
+            adapter,
+            adapter_bytes: 0,
+            delta_bytes: 0,
+            whole_bytes: 0,
+            peer_bytes: 0,
+            fallback: None,
+            gave_up: None,
+        }
+    }
+
     /// The way that it took.
     pub fn way(&self) -> Way {
-        match (self.peer_bytes, self.delta_bytes) {
-            (0, 0) => Way::Whole,
-            (0, _) => Way::Delta,
-            (_, _) => Way::Site,
+        match (self.peer_bytes, self.delta_bytes, self.whole_bytes) {
+            (0, 0, 0) if self.adapter_bytes > 0 => Way::Adapter,
+            (0, 0, _) => Way::Whole,
+            (0, _, _) => Way::Delta,
+            (_, _, _) => Way::Site,
         }
+    }
+
+    /// Bytes that came over the line to the hub.
+    pub fn wan_bytes(&self) -> u64 {
+        let parts = [self.adapter_bytes, self.delta_bytes, self.whole_bytes];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 }
 

@@ -7,6 +7,20 @@ pub use slmops_artifact::shape::ModelShape;
 use crate::report::{EvaluationReport, GateDecision};
 use crate::{ClassName, KeyId, ModelName, VariantName};
 
+/// What [`crate::device::DeviceFacts::obeys`] names where an agent applies the adapters of packages:
+/// one that does not would run the weights alone and call them the release.
+pub const ADAPTERS: &str = "adapters";
+
+/// A LoRA adapter (GGUF) beside a model file: what a release changes of weights that stay as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Adapter {
+    /// Digest of its file.
+    #[schema(value_type = String)]
+    pub digest: Digest,
+    /// Size of its file in bytes.
+    pub size_bytes: u64,
+}
+
 /// A model file made for some device classes, and how it was made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Variant {
@@ -24,6 +38,9 @@ pub struct Variant {
     pub weights: Digest,
     /// Size of the model file in bytes.
     pub size_bytes: u64,
+    /// The adapter that is applied to it, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<Adapter>,
     /// Bytes of tensors the CPU engine holds a second time in a faster layout; 0 where none.
     #[serde(default)]
     pub repacked_bytes: u64,

@@ -55,6 +55,10 @@ pub struct EvaluationReport {
     /// Digest of the model file.
     #[schema(value_type = String)]
     pub subject: Digest,
+    /// Digest of the LoRA adapter that was applied to it, if there was one; to the reference, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub adapter: Option<Digest>,
     /// Digest of the reference model file.
     #[schema(value_type = String)]
     pub reference: Digest,

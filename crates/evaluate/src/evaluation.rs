@@ -122,12 +122,14 @@ pub struct Evaluation {
     /// The runtime configuration in which speed and memory are measured. Its context is lowered to
     /// what the model was trained for, as a device must do.
     pub runtime: RuntimeConfig,
+    /// A LoRA adapter that is applied to the model and to the reference alike.
+    pub adapter: Option<PathBuf>,
 }
 
 impl Evaluation {
     /// An evaluation with the default runtime configuration.
     pub fn new(suite: Suite, cache: impl Into<PathBuf>) -> Self {
-        Self { suite, cache: cache.into(), runtime: RuntimeConfig::default() }
+        Self { suite, cache: cache.into(), runtime: RuntimeConfig::default(), adapter: None }
     }
 
     /// Measures `model` against `reference` (which may be the same file: then its divergence is
@@ -146,18 +148,23 @@ impl Evaluation {
     ) -> Result<EvaluationReport, EvaluationError> {
         let (subject, size_bytes) = digest_of(model).await?;
         let (reference_digest, _) = digest_of(reference).await?;
-        let base = self.reference_quality(reference, reference_digest, &mut on_progress).await?;
+        let adapter = match &self.adapter {
+            Some(path) => Some(digest_of(path).await?.0),
+            None => None,
+        };
+        let distributions = self.distributions_path(reference_digest, adapter);
+        let base = self.reference_quality(reference, &distributions, &mut on_progress).await?;
         let quality = if subject == reference_digest {
             base
         } else {
-            let distributions = self.distributions_path(reference_digest);
             let input = self.quality_input(model, distributions, false);
             call(quality::JOB, model, &input, Stage::Quality, &mut on_progress).await?
         };
         let configuration = runtime::fitting(model, &self.runtime);
         let stage = Stage::Runtime;
         on_progress(Progress { stage, fraction: 0.0 });
-        let measured = runtime::measure(model, self.suite.text(), &configuration, |fraction| {
+        let spec = runtime::worker(model, self.adapter.as_deref(), configuration);
+        let measured = runtime::measure(spec, self.suite.text(), |fraction| {
             on_progress(Progress { stage, fraction });
         });
         let runtime = measured
@@ -167,6 +174,7 @@ impl Evaluation {
         Ok(EvaluationReport {
             version: 1,
             subject,
+            adapter,
             reference: reference_digest,
             suite: self.suite.digest(),
             size_bytes,
@@ -191,10 +199,9 @@ impl Evaluation {
     async fn reference_quality(
         &self,
         reference: &Path,
-        digest: Digest,
+        distributions: &Path,
         on_progress: &mut impl FnMut(Progress),
     ) -> Result<Quality, EvaluationError> {
-        let distributions = self.distributions_path(digest);
         let result = distributions.with_extension("json");
         if distributions.exists()
             && let Ok(text) = fs::read(&result)
@@ -207,11 +214,11 @@ impl Evaluation {
         self.check_free_space()?;
         // Both files appear whole or not at all, the result last; a second program that does the
         // same at the same time ends up with the same bytes.
-        let unfinished = Unfinished::new(&distributions);
+        let unfinished = Unfinished::new(distributions);
         let input = self.quality_input(reference, unfinished.path.clone(), true);
         let quality: Quality =
             call(quality::JOB, reference, &input, Stage::Reference, on_progress).await?;
-        unfinished.keep(&distributions)?;
+        unfinished.keep(distributions)?;
         let unfinished = Unfinished::new(&result);
         let bytes = serde_json::to_vec(&quality).expect("numbers and names serialise");
         fs::write(&unfinished.path, bytes).map_err(write)?;
@@ -227,6 +234,7 @@ impl Evaluation {
     ) -> quality::Input {
         quality::Input {
             model: model.to_owned(),
+            adapter: self.adapter.clone(),
             suite: self.suite.source().clone(),
             distributions,
             is_reference,
@@ -235,9 +243,10 @@ impl Evaluation {
     }
 
     /// Named by everything that decides its content.
-    fn distributions_path(&self, reference: Digest) -> PathBuf {
+    fn distributions_path(&self, reference: Digest, adapter: Option<Digest>) -> PathBuf {
+        let adapter = adapter.map_or_else(String::new, |adapter| format!("+{adapter}"));
         let key = format!(
-            "{CACHE_VERSION} {reference} {} {}",
+            "{CACHE_VERSION} {reference}{adapter} {} {}",
             self.suite.digest(),
             slmops_inference::llama::engine_version()
         );

@@ -144,7 +144,7 @@ pub fn decide(
     };
     let likelihood = statistics::paired_mean(&candidate.chunk_nll, &baseline.chunk_nll);
     row("log_likelihood", likelihood, limits.log_likelihood);
-    if candidate.reference == baseline.reference {
+    if (candidate.reference, candidate.adapter) == (baseline.reference, baseline.adapter) {
         // The original's own divergence is zero, so against it this is the divergence itself.
         let divergence = statistics::paired_mean(&candidate.chunk_kl, &baseline.chunk_kl);
         row("kl_divergence", divergence, limits.kl_divergence);
@@ -204,7 +204,8 @@ fn check_comparable(
             theirs: baseline.suite,
         });
     }
-    if *against == Against::Original && candidate.reference != baseline.subject {
+    let original = (candidate.reference, candidate.adapter);
+    if *against == Against::Original && original != (baseline.subject, baseline.adapter) {
         return Err(GateError::Reference {
             candidate: subject,
             wanted: candidate.reference,

@@ -11,7 +11,7 @@ use std::path::Path;
 use slmops_api::probe::{Expectation, Probe, ProbeSet, ReplayPrompt};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_inference::probe;
-use slmops_inference::worker::{GenerateRequest, Worker, WorkerError, WorkerSpec};
+use slmops_inference::worker::{GenerateRequest, Worker, WorkerError};
 
 use crate::{gate, runtime};
 
@@ -179,14 +179,18 @@ pub struct Golden {
     replay: Vec<ReplayPrompt>,
 }
 
-/// Asks the reference: golden continuations, and the facts of which it is sure. Of `runtime`, the
-/// context and the number of sequences are lowered to what probes need.
+/// Asks the reference, with an adapter if there is one: golden continuations, and the facts of which
+/// it is sure. Of `runtime`, the context and the number of sequences are lowered to what probes need.
 ///
 /// # Errors
 /// The reference does not run, or has nothing to say.
-pub async fn ask(reference: &Path, runtime: &RuntimeConfig) -> Result<Golden, ProbesError> {
+pub async fn ask(
+    reference: &Path,
+    adapter: Option<&Path>,
+    runtime: &RuntimeConfig,
+) -> Result<Golden, ProbesError> {
     let failed = |source| ProbesError::Worker { model: reference.to_owned(), source };
-    let worker = spawn(reference, runtime).await.map_err(failed)?;
+    let worker = spawn(reference, adapter, runtime).await.map_err(failed)?;
     let golden = ask_worker(&worker).await.map_err(failed);
     worker.drain().await;
     let golden = golden?;
@@ -205,10 +209,11 @@ pub async fn ask(reference: &Path, runtime: &RuntimeConfig) -> Result<Golden, Pr
 pub async fn for_variant(
     golden: &Golden,
     variant: &Path,
+    adapter: Option<&Path>,
     runtime: &RuntimeConfig,
 ) -> Result<ProbeSet, ProbesError> {
     let failed = |source| ProbesError::Worker { model: variant.to_owned(), source };
-    let worker = spawn(variant, runtime).await.map_err(failed)?;
+    let worker = spawn(variant, adapter, runtime).await.map_err(failed)?;
     let set = set_floors(golden, &worker).await.map_err(failed);
     worker.drain().await;
     set
@@ -227,10 +232,14 @@ pub fn carry_over(before: &[(String, ProbeSet)], quantisation: &str) -> Option<P
     nearest.map(|(_, set)| set.clone())
 }
 
-async fn spawn(model: &Path, runtime: &RuntimeConfig) -> Result<Worker, WorkerError> {
+async fn spawn(
+    model: &Path,
+    adapter: Option<&Path>,
+    runtime: &RuntimeConfig,
+) -> Result<Worker, WorkerError> {
     let wanted = RuntimeConfig { context_tokens: CONTEXT_TOKENS, parallel: 1, ..runtime.clone() };
     let runtime = runtime::fitting(model, &wanted);
-    Worker::spawn(WorkerSpec::new(model.to_owned(), runtime)).await
+    Worker::spawn(runtime::worker(model, adapter, runtime)).await
 }
 
 async fn ask_worker(worker: &Worker) -> Result<Golden, WorkerError> {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use slmops_api::report::TaskResult;
 use slmops_artifact::{Digest, digest::Hasher};
 use slmops_inference::chat::{ChatMessage, ChatTemplate};
-use slmops_inference::llama::{Batch, Context, ContextOptions, LoadOptions, Model, Token};
+use slmops_inference::llama::{Adapter, Batch, Context, ContextOptions, LoadOptions, Model, Token};
 
 use crate::distributions::{self, Reader, Writer};
 use crate::statistics;
@@ -29,6 +29,9 @@ const TAIL_QUANTILE: f64 = 0.99;
 pub struct Input {
     /// The model file.
     pub model: PathBuf,
+    /// A LoRA adapter that is applied to it.
+    #[serde(default)]
+    pub adapter: Option<PathBuf>,
     /// The suite.
     pub suite: SuiteSource,
     /// What is done with the reference's distributions in this file.
@@ -79,6 +82,9 @@ pub fn run(
     }
     let chunks = chunks(&model, &suite)?;
     let mut scorer = Scorer::new(&model, &suite, &chunks, input.threads, on_progress)?;
+    if let Some(adapter) = &input.adapter {
+        scorer.context.set_adapters(&[(Arc::new(Adapter::load(&model, adapter)?), 1.0)]);
+    }
     let text = match input.is_reference {
         true => scorer.record_reference(&chunks, &input.distributions)?,
         false => scorer.compare(&chunks, &input.distributions)?,

@@ -54,17 +54,25 @@ pub fn fitting(model: &Path, runtime: &RuntimeConfig) -> RuntimeConfig {
     }
 }
 
-/// Runs `model` in a worker of its own and measures it; `on_step` gets the share that is done.
+/// The worker of a model, with an adapter if there is one.
+pub fn worker(model: &Path, adapter: Option<&Path>, runtime: RuntimeConfig) -> WorkerSpec {
+    let spec = WorkerSpec::new(model.to_owned(), runtime);
+    match adapter {
+        Some(path) => spec.adapted("adapter", path.to_owned()),
+        None => spec,
+    }
+}
+
+/// Runs a model in a worker of its own and measures it; `on_step` gets the share that is done.
 ///
 /// # Errors
 /// The model does not run in this configuration.
 pub async fn measure(
-    model: &Path,
+    spec: WorkerSpec,
     text: &str,
-    runtime: &RuntimeConfig,
     mut on_step: impl FnMut(f64),
 ) -> Result<Runtime, WorkerError> {
-    let spec = WorkerSpec::new(model.to_owned(), runtime.clone());
+    let runtime = spec.runtime.clone();
     let worker = Worker::spawn(spec).await?;
     let mut done = 0;
     let mut step = || {

@@ -188,9 +188,9 @@ async fn a_damaged_successor_fails_the_golden_probes_of_the_line() {
     let model = start();
     let folder = tempfile::tempdir().unwrap();
     let one_thread = RuntimeConfig { threads: 1, ..RuntimeConfig::default() };
-    let golden = probes::ask(&model, &one_thread).await.unwrap();
+    let golden = probes::ask(&model, None, &one_thread).await.unwrap();
     let variant = quantised(folder.path(), &model, "Q8_0");
-    let set = probes::for_variant(&golden, &variant, &one_thread).await.unwrap();
+    let set = probes::for_variant(&golden, &variant, None, &one_thread).await.unwrap();
     assert!(set.probes.len() >= 3, "{set:#?}");
     let names: std::collections::BTreeSet<_> = set.probes.iter().map(|probe| &probe.name).collect();
     assert_eq!(names.len(), set.probes.len());

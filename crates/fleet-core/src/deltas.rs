@@ -119,7 +119,7 @@ pub fn transfers(told: &[(Transfer, u64)]) -> Transfers {
             way,
             devices: devices.len() as u64,
             model_bytes: sum(|it| it.size_bytes),
-            wan_bytes: sum(|it| it.whole_bytes.saturating_add(it.delta_bytes)),
+            wan_bytes: sum(Transfer::wan_bytes),
             site_bytes: sum(|it| it.peer_bytes),
             half_confirmed_s: devices[(devices.len() - 1) / 2].1,
             last_confirmed_s: devices[devices.len() - 1].1,
@@ -188,15 +188,15 @@ mod tests {
     #[test]
     fn ways_are_told_apart() {
         let transfer = |whole_bytes, delta_bytes, peer_bytes| Transfer {
-            weights: Digest::of(b"3"),
-            size_bytes: 100,
             delta_bytes,
             whole_bytes,
             peer_bytes,
-            fallback: None,
-            gave_up: None,
+            ..Transfer::new(Digest::of(b"3"), 100, None)
         };
+        let adapter = Transfer { adapter_bytes: 2, ..transfer(0, 0, 0) };
         let told = [
+            (adapter.clone(), 4),
+            (Transfer { whole_bytes: 100, ..adapter }, 90),
             (transfer(100, 0, 0), 80),
             (transfer(0, 3, 0), 9),
             (transfer(10, 3, 0), 5),
@@ -209,10 +209,14 @@ mod tests {
             .iter()
             .map(|it| (it.way, it.devices, it.wan_bytes, it.half_confirmed_s, it.last_confirmed_s))
             .collect();
-        let expected =
-            [(Way::Whole, 1, 100, 80, 80), (Way::Delta, 3, 20, 7, 9), (Way::Site, 1, 0, 6, 6)];
+        let expected = [
+            (Way::Whole, 2, 202, 80, 90),
+            (Way::Delta, 3, 20, 7, 9),
+            (Way::Adapter, 1, 2, 4, 4),
+            (Way::Site, 1, 0, 6, 6),
+        ];
         assert_eq!(ways, expected);
-        assert_eq!((found.devices, found.ways[2].site_bytes), (5, 100));
+        assert_eq!((found.devices, found.ways[3].site_bytes), (7, 100));
         assert_eq!(transfers(&[]), Transfers::default());
     }
 }

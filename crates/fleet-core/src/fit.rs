@@ -6,7 +6,7 @@
 
 use slmops_api::VariantName;
 use slmops_api::device::DeviceFacts;
-use slmops_api::model::{ModelShape, Requirements, Variant};
+use slmops_api::model::{ADAPTERS, ModelShape, NewRelease, Variant};
 use slmops_api::runtime::{KvType, RuntimeConfig};
 use slmops_api::selector::{engine_version, version_numbers};
 use slmops_artifact::Digest;
@@ -161,8 +161,14 @@ pub fn no_fit(smallest_bytes: u64, budget_bytes: u64) -> String {
     )
 }
 
-/// What of a release's requirements a device does not meet, in words.
-pub fn unmet(requires: &Requirements, facts: &DeviceFacts) -> Option<String> {
+/// What a release requires and a device does not have, in words.
+pub fn unmet(release: &NewRelease, facts: &DeviceFacts) -> Option<String> {
+    let requires = &release.requires;
+    if release.variants.iter().any(|variant| variant.adapter.is_some())
+        && !facts.obeys.iter().any(|known| known == ADAPTERS)
+    {
+        return Some("it has an adapter, which this device's agent does not apply".to_owned());
+    }
     let least = |what: &str, least: &Option<String>, has: &str, version: Option<Vec<u64>>| {
         let least = least.as_ref()?;
         let good = version.is_some_and(|version| Some(version) >= version_numbers(least));
@@ -277,7 +283,9 @@ pub fn explain(variants: &[Variant], budget_bytes: u64, runtime: &RuntimeConfig)
 
 /// [`predict`] for a variant of a release.
 pub fn predict_variant(variant: &Variant, runtime: &RuntimeConfig) -> Prediction {
-    predict(&variant.shape, variant.size_bytes, variant.repacked_bytes, runtime)
+    let adapter_bytes = variant.adapter.map_or(0, |adapter| adapter.size_bytes);
+    let size_bytes = variant.size_bytes.saturating_add(adapter_bytes);
+    predict(&variant.shape, size_bytes, variant.repacked_bytes, runtime)
 }
 
 fn quality(variant: &Variant) -> f64 {

@@ -63,6 +63,7 @@ pub fn report(subject: Digest, kl: f64) -> EvaluationReport {
     EvaluationReport {
         version: 1,
         subject,
+        adapter: None,
         reference: Digest::of(b"reference"),
         suite: Digest::of(b"suite"),
         size_bytes: 1,
@@ -99,6 +100,7 @@ pub fn variant(model: &str, version: &str, name: &str, size_mib: u64, kl: f64) -
         manifest: Digest::of(format!("manifest {model} {version} {name}").as_bytes()),
         weights,
         size_bytes: size_mib << 20,
+        adapter: None,
         repacked_bytes: 0,
         shape: shape(),
         report: report(weights, kl),

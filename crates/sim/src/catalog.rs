@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use slmops_agent_core::{Blob, Package};
 use slmops_api::delta::{Delta, MAX_CHAIN};
-use slmops_api::model::{ModelShape, NewRelease, Variant};
+use slmops_api::model::{Adapter, ModelShape, NewRelease, Variant};
 use slmops_api::report::{Estimate, EvaluationReport, MachineFacts, MeasuredWhere};
 use slmops_artifact::Digest;
 use slmops_fleet_core::world::Releases;
@@ -57,14 +57,22 @@ impl Catalog {
             |what: &str, name: &str| Digest::of(format!("{what} {version} {name}").as_bytes());
         let mut variants = Vec::new();
         for variant in &spec.variants {
-            let (manifest, weights) = (
-                digest("manifest", variant.name.as_str()),
-                digest("weights", variant.name.as_str()),
-            );
+            let manifest = digest("manifest", variant.name.as_str());
+            // An adapter stands on the weights of the first release.
+            let adapter_bytes = variant.adapter_bytes.filter(|_| !self.versions.is_empty());
+            let weights = match adapter_bytes {
+                Some(_) => Digest::of(format!("weights {BEFORE} {}", variant.name).as_bytes()),
+                None => digest("weights", variant.name.as_str()),
+            };
+            let adapter = adapter_bytes.map(|size_bytes| Blob {
+                digest: digest("adapter", variant.name.as_str()),
+                size_bytes,
+            });
             let package = Package {
                 manifest,
                 weights: Blob { digest: weights, size_bytes: variant.size_bytes },
                 probes: Blob { digest: digest("probes", ""), size_bytes: PROBES_BYTES },
+                adapter,
             };
             let before = self.versions.last().map(|before| {
                 let digest =
@@ -90,6 +98,8 @@ impl Catalog {
                 manifest,
                 weights,
                 size_bytes: variant.size_bytes,
+                adapter: adapter
+                    .map(|blob| Adapter { digest: blob.digest, size_bytes: blob.size_bytes }),
                 repacked_bytes: 0,
                 shape: variant.shape.clone().unwrap_or_else(smollm2),
                 report: report(weights, variant),
@@ -186,6 +196,7 @@ fn report(subject: Digest, variant: &VariantSpec) -> EvaluationReport {
     EvaluationReport {
         version: 1,
         subject,
+        adapter: None,
         reference: Digest::of(b"original"),
         suite: Digest::of(b"suite"),
         size_bytes: variant.size_bytes,

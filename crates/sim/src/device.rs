@@ -399,7 +399,7 @@ impl Device {
         let have = |digest: Digest| {
             self.files.iter().find(|file| file.digest == digest).map_or(0, |file| file.have_bytes)
         };
-        package.blobs().iter().map(|blob| blob.size_bytes - have(blob.digest)).sum()
+        package.blobs().map(|blob| blob.size_bytes - have(blob.digest)).sum()
     }
 
     /// Adds bytes of a package, small files first.
@@ -439,7 +439,7 @@ impl Device {
     }
 
     fn is_whole(&self, package: &Package) -> bool {
-        package.blobs().iter().all(|blob| self.has(&blob.digest))
+        package.blobs().all(|blob| self.has(&blob.digest))
     }
 
     /// Hashes a package's files; damaged ones are deleted.
@@ -447,7 +447,7 @@ impl Device {
         if sabotage == Some(Sabotage::NeverHashes) || self.is_whole(package) {
             return Ok(());
         }
-        let named = package.blobs().map(|blob| blob.digest);
+        let named: Vec<Digest> = package.blobs().map(|blob| blob.digest).collect();
         self.files.retain(|file| {
             let whole = file.have_bytes == file.size_bytes && file.intact;
             whole || !named.contains(&file.digest)

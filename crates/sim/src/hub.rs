@@ -6,6 +6,7 @@ use std::sync::Arc;
 use slmops_agent_core::Snapshot;
 use slmops_api::device::{DesiredState, DeviceFacts, DeviceReport, Phase, Telemetry};
 use slmops_api::evidence::Evidence;
+use slmops_api::model::ADAPTERS;
 use slmops_api::rollout::{NewRollout, Outcome, Rollout, RolloutDevice, RolloutState};
 use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
@@ -676,6 +677,6 @@ fn facts(memory_budget_bytes: u64) -> DeviceFacts {
         time_zone: None,
         metered: false,
         shares_at: None,
-        obeys: DeviceRules::ALL.map(str::to_owned).to_vec(),
+        obeys: DeviceRules::ALL.into_iter().chain([ADAPTERS]).map(str::to_owned).collect(),
     }
 }

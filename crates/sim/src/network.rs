@@ -348,7 +348,14 @@ impl Simulation<'_> {
 
     fn download(&mut self, number: usize, effect: Effect) {
         let Effect::Download {
-            id, package, route, gives_up, hands_on, max_rate_bytes_per_s, ..
+            id,
+            package,
+            has_weights,
+            route,
+            gives_up,
+            hands_on,
+            max_rate_bytes_per_s,
+            ..
         } = effect
         else {
             return;
@@ -357,7 +364,8 @@ impl Simulation<'_> {
         let device = &mut self.devices[number];
         let in_place = gives_up.is_some_and(|base| device.give_up(base, package.weights, &route));
         let has_base = route.first().is_some_and(|delta| device.has(&delta.from));
-        if !route.is_empty() && !in_place && !has_base {
+        let lacks_weights = has_weights && !device.has(&package.weights.digest);
+        if lacks_weights || (!route.is_empty() && !in_place && !has_base) {
             return self.hear(number, Event::Downloaded { id, result: Err(FetchError::Deltas) });
         }
         let (missing, free) = (device.missing_bytes(&package), device.free_bytes());
@@ -461,7 +469,11 @@ impl Simulation<'_> {
         }
         let device = &self.devices[number];
         let place = Place::of(device, self.scenario, &self.links);
-        let over_line = source.wire_bytes(&package, package.total_bytes());
+        let pulled = match device.has(&package.weights.digest) {
+            true => package.small_bytes(),
+            false => package.total_bytes(),
+        };
+        let over_line = source.wire_bytes(&package, pulled);
         let over_line = if by_hub { over_line } else { 0 };
         self.watch.piece(self.now, device, place, &package, over_line);
         self.devices[number].receive(&package, bytes);
@@ -476,7 +488,8 @@ impl Simulation<'_> {
             let wrong = self.catalog.ailment(&package.manifest, device.number);
             let result = match wrong == Some(Ailment::WrongBytes) {
                 true => {
-                    device.files.retain(|file| file.digest != package.weights.digest);
+                    let wrong = package.adapter.unwrap_or(package.weights);
+                    device.files.retain(|file| file.digest != wrong.digest);
                     Err(FetchError::Digest)
                 }
                 false => Ok(()),

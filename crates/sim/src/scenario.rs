@@ -123,10 +123,14 @@ impl Scenario {
         };
         let approve_after = Time(rng.random_range(0..2 * HOUR));
         let mut variants = FleetSpec::new(1, hours, seed).variants;
-        if rng.random_bool(0.5) {
-            for variant in &mut variants {
+        match rng.random_range(0..4) {
+            0 | 1 => variants.iter_mut().for_each(|variant| {
                 variant.delta_bytes = Some(variant.size_bytes / rng.random_range(2..200));
-            }
+            }),
+            2 => variants.iter_mut().for_each(|variant| {
+                variant.adapter_bytes = Some(rng.random_range(100_000..5_000_000));
+            }),
+            _ => {}
         }
         let hub_bits_per_s = rng.random_bool(0.3).then(|| rng.random_range(5_000_000..100_000_000));
         let base = FleetSpec::new(1, hours, seed);

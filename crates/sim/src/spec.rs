@@ -147,6 +147,9 @@ pub struct VariantSpec {
     /// if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta_bytes: Option<u64>,
+    /// The size in bytes of an adapter: then each later release is one, on the first one's file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_bytes: Option<u64>,
     /// Its loss of quality: KL divergence from the reference, nats per token.
     #[serde(default)]
     pub kl_divergence: f64,
@@ -508,6 +511,7 @@ fn default_variants() -> Vec<VariantSpec> {
         name: constant(name),
         size_bytes,
         delta_bytes: None,
+        adapter_bytes: None,
         kl_divergence,
         shape: None,
     };

@@ -354,14 +354,25 @@ impl Watch {
         }
         let durable = &device.durable;
         match effect {
-            Effect::Download { package, route, gives_up, max_rate_bytes_per_s, .. } => {
+            Effect::Download {
+                package,
+                has_weights,
+                route,
+                gives_up,
+                max_rate_bytes_per_s,
+                ..
+            } => {
                 if gives_up.is_some()
                     && self.breaks(device, package.manifest, &|rules| !rules.replace)
                 {
                     self.violation(now, format!("device {number} gives up what it serves"));
                 }
                 let deltas = route.iter().map(|delta| delta.bytes).sum();
-                let bytes = if route.is_empty() { package.total_bytes() } else { deltas };
+                let bytes = match has_weights {
+                    true => package.small_bytes(),
+                    false if route.is_empty() => package.total_bytes(),
+                    false => deltas,
+                };
                 self.fetches(now, now, device, place, (package, bytes));
                 let too_fast = |cap: u64| max_rate_bytes_per_s.is_none_or(|rate| rate > cap);
                 let broken = |rules: &DeviceRules| rules.max_rate_bytes_per_s.is_some_and(too_fast);

@@ -33,7 +33,10 @@ impl<R: Rng> Core<R> {
         match result {
             Ok(Offer { package, sources }) if fits(&package, &target.model) => {
                 target.missing = 0;
-                let wait_ms = sources.wait_s.map(|wait_s| u64::from(wait_s).max(1) * 1_000);
+                let bases = self.bases();
+                target.has_weights = bases.contains(&package.weights.digest);
+                let wait_s = sources.wait_s.filter(|_| !target.has_weights);
+                let wait_ms = wait_s.map(|wait_s| u64::from(wait_s).max(1) * 1_000);
                 if let Some(wait_ms) = wait_ms
                     && target.waited_ms.saturating_add(wait_ms) <= self.config.source_wait_ms
                 {
@@ -42,7 +45,6 @@ impl<R: Rng> Core<R> {
                     self.step = Step::Pause { target, cause: None, until, resume };
                     return;
                 }
-                let bases = self.bases();
                 target.route = cheapest(&sources.deltas, &bases, package.weights);
                 target.package = Some(package);
                 target.peers = sources.peers;
@@ -116,6 +118,7 @@ impl<R: Rng> Core<R> {
             id,
             model,
             package,
+            has_weights: target.has_weights,
             route,
             peers,
             gives_up,
@@ -160,8 +163,8 @@ impl<R: Rng> Core<R> {
                 self.verify(now, target, effects);
             }
             // The whole file takes more bytes: what the rules say of them is asked anew.
-            Err(FetchError::Deltas) if !target.route.is_empty() => {
-                let target = Target { route: Vec::new(), ..target };
+            Err(FetchError::Deltas) if target.has_weights || !target.route.is_empty() => {
+                let target = Target { has_weights: false, route: Vec::new(), ..target };
                 self.proceed(now, target, Resume::Download, effects);
             }
             Err(FetchError::NoRoom { short_bytes }) => {

@@ -77,6 +77,8 @@ pub(super) struct Target {
     pub(super) runtime: RuntimeConfig,
     pub(super) confirm_ms: u64,
     pub(super) package: Option<Package>,
+    /// Whether its weights are here, as far as is known: another deployment has them.
+    pub(super) has_weights: bool,
     /// Deltas by which its weights are got; none for the whole.
     pub(super) route: Vec<Delta>,
     /// Devices of the same site that have its weights.
@@ -98,6 +100,7 @@ impl Target {
             runtime: desired.runtime.clone(),
             confirm_ms: (u64::from(desired.confirm_timeout_s) * 1_000).max(MIN_CONFIRM_MS),
             package: None,
+            has_weights: false,
             route: Vec::new(),
             peers: Vec::new(),
             waited_ms: 0,
@@ -123,6 +126,7 @@ impl Target {
             runtime: current.runtime.clone(),
             confirm_ms: MEND_CONFIRM_MS,
             package: None,
+            has_weights: false,
             route: Vec::new(),
             peers: Vec::new(),
             waited_ms: 0,
@@ -153,9 +157,10 @@ impl Target {
     /// Bytes that getting it takes, as far as that is known.
     pub(super) fn fetched_bytes(&self) -> u64 {
         match (self.package, self.route.as_slice()) {
+            (Some(package), []) if self.has_weights => package.small_bytes(),
             (Some(package), [_, ..]) => {
                 let deltas = self.route.iter().map(|delta| delta.bytes);
-                deltas.fold(package.probes.size_bytes, u64::saturating_add)
+                deltas.fold(package.small_bytes(), u64::saturating_add)
             }
             _ => self.total_bytes(),
         }

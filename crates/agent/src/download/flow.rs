@@ -19,6 +19,8 @@ pub(super) enum Part {
     Whole,
     /// The model file or a delta, from a device of the same site.
     Peer,
+    /// An adapter.
+    Adapter,
     /// A small file.
     Other,
     /// Something that is here already.
@@ -45,6 +47,7 @@ impl Flow<'_> {
             Part::Delta => transfer.delta_bytes += bytes,
             Part::Whole => transfer.whole_bytes += bytes,
             Part::Peer => transfer.peer_bytes += bytes,
+            Part::Adapter => transfer.adapter_bytes += bytes,
             Part::Other | Part::Here => {}
         });
         if self.noted.elapsed() >= NOTE_INTERVAL {

@@ -71,6 +71,8 @@ enum Peer {
 /// What weights may be got from, besides the hub's whole file.
 #[derive(Clone, Copy, Default)]
 pub struct Sources<'a> {
+    /// Whether they are thought to be here.
+    pub has_weights: bool,
     /// Deltas from a file that is here, one after the other.
     pub route: &'a [Delta],
     /// Devices of the same site that have them.
@@ -138,6 +140,16 @@ impl Downloads {
         transfer.as_mut().map(change);
     }
 
+    /// A record of how this package comes here; that of an earlier attempt at it goes on.
+    fn begin_transfer(&self, package: &Package) {
+        let (weights, adapter) = (package.weights, package.adapter.map(|blob| blob.digest));
+        let mut transfer = self.transfer.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |known: &Transfer| (known.weights, known.adapter) == (weights.digest, adapter);
+        if !transfer.as_ref().is_some_and(same) {
+            *transfer = Some(Transfer::new(weights.digest, weights.size_bytes, adapter));
+        }
+    }
+
     fn save_transfer(&self) {
         if let Some(transfer) = self.transfer() {
             self.state.save_transfer(&transfer);
@@ -162,24 +174,28 @@ impl Downloads {
         let (probes, weights) = (package.probes, package.weights);
         let total = package.total_bytes();
         self.blob(name, probes, &mut flow, |bytes| progress(bytes, total)).await?;
-        let state = self.state.clone();
-        if blocking(move || check(&state, weights).is_ok()).await {
+        let has_weights = self.has(weights).await;
+        let has_adapter = match package.adapter {
+            Some(adapter) => self.has(adapter).await,
+            None => true,
+        };
+        if has_weights && has_adapter {
             return Ok(());
         }
-        {
-            let mut transfer = self.transfer.lock().unwrap_or_else(PoisonError::into_inner);
-            if transfer.as_ref().is_none_or(|known| known.weights != weights.digest) {
-                *transfer = Some(Transfer {
-                    weights: weights.digest,
-                    size_bytes: weights.size_bytes,
-                    delta_bytes: 0,
-                    whole_bytes: 0,
-                    peer_bytes: 0,
-                    fallback: None,
-                    gave_up: None,
-                });
-            }
+        self.begin_transfer(package);
+        if let Some(adapter) = package.adapter {
+            flow.part = Part::Adapter;
+            let done = |bytes| progress(probes.size_bytes + bytes, total);
+            self.blob(name, adapter, &mut flow, done).await?;
+            flow.part = Part::Other;
         }
+        if has_weights {
+            return Ok(());
+        }
+        if sources.has_weights {
+            return Err(FetchError::Deltas);
+        }
+        let small_bytes = package.small_bytes();
         let route = sources.route;
         if let Some(base) = sources.gives_up {
             self.note(|transfer| transfer.gave_up = Some(base));
@@ -205,8 +221,8 @@ impl Downloads {
         let keeps = sources.hands_on && self.has_room_for(route);
         let kept: u64 = route.iter().map(|delta| delta.bytes).filter(|_| keeps).sum();
         let made: u64 = route.iter().map(|delta| delta.to_bytes).sum();
-        let total = probes.size_bytes + (kept + made).max(weights.size_bytes);
-        let mut before = probes.size_bytes;
+        let total = small_bytes + (kept + made).max(weights.size_bytes);
+        let mut before = small_bytes;
         // Little before much, and everything before the site's line.
         let deltas = route.iter().map(delta_blob).filter(|_| keeps).collect();
         for blobs in [deltas, vec![weights]] {
@@ -317,6 +333,12 @@ impl Downloads {
         }
     }
 
+    /// Whether a file is here and whole.
+    async fn has(&self, blob: Blob) -> bool {
+        let state = self.state.clone();
+        blocking(move || check(&state, blob).is_ok()).await
+    }
+
     /// Whether deltas fit beside what is made of them.
     fn has_room_for(&self, route: &[Delta]) -> bool {
         let bytes = route.iter().map(|delta| delta.bytes.saturating_add(delta.to_bytes));
@@ -352,9 +374,7 @@ impl Downloads {
         let writer = self.writer(blob.digest);
         for attempt in 1..=ATTEMPTS {
             let guard = Arc::clone(&writer).lock_owned().await;
-            let state = self.state.clone();
-            let whole = blocking(move || check(&state, blob).is_ok()).await;
-            if whole {
+            if self.has(blob).await {
                 return Ok(());
             }
             match self.attempt(Remote::Hub(name), blob, guard, flow, &mut progress).await {
@@ -498,7 +518,7 @@ async fn next<T>(pieces: &mut (impl futures_util::Stream<Item = T> + Unpin)) -> 
 /// # Errors
 /// As [`VerifyError`] says.
 pub fn verify(state: &StateFolder, package: &Package) -> Result<(), VerifyError> {
-    package.blobs().into_iter().try_for_each(|blob| check(state, blob))
+    package.blobs().try_for_each(|blob| check(state, blob))
 }
 
 /// Hashes one file on disk. A damaged one is deleted.

@@ -25,8 +25,8 @@ use slmops_api::rules::DeviceRules;
 use slmops_api::runtime::RuntimeConfig;
 use slmops_artifact::Digest;
 use slmops_artifact::package::{
-    Descriptor, EMPTY_CONFIG, MANIFEST_MEDIA_TYPE, MODEL_FILE, ModelConfig, Package, PackageFile,
-    signature_manifest,
+    ADAPTER_FILE, Descriptor, EMPTY_CONFIG, MANIFEST_MEDIA_TYPE, MODEL_FILE, ModelConfig, Package,
+    PackageFile, signature_manifest,
 };
 use slmops_artifact::signing::{self, BUNDLE_MEDIA_TYPE, PrivateKey, PublicKey};
 use tokio::sync::watch;
@@ -184,7 +184,9 @@ impl FakeHub {
         let size_bytes = release.claimed_bytes.unwrap_or(release.weights.len() as u64);
         let model = PackageFile::new(MODEL_FILE, Digest::of(&release.weights), size_bytes);
         let weights = model.digest;
-        let files = vec![model, PackageFile::of_bytes(PROBES_FILE, &probes)];
+        let mut files = vec![model, PackageFile::of_bytes(PROBES_FILE, &probes)];
+        let adapter = release.adapter.as_deref();
+        files.extend(adapter.map(|bytes| PackageFile::of_bytes(ADAPTER_FILE, bytes)));
         let version = release.version.parse().unwrap();
         let config = ModelConfig {
             name: "glass".to_owned(),
@@ -214,7 +216,8 @@ impl FakeHub {
             })] },
         });
         let mut world = self.lock();
-        for bytes in [release.weights.clone(), probes, bundle, EMPTY_CONFIG.to_vec()] {
+        let blobs = [release.weights.clone(), probes, bundle, EMPTY_CONFIG.to_vec()];
+        for bytes in blobs.into_iter().chain(release.adapter.clone()) {
             world.blobs.insert(Digest::of(&bytes), bytes.into());
         }
         let documents = [
@@ -367,6 +370,8 @@ impl Drop for FakeHub {
 pub struct Release {
     pub version: &'static str,
     pub weights: Vec<u8>,
+    /// A LoRA adapter of the weights.
+    pub adapter: Option<Vec<u8>>,
     pub probes: ProbeSet,
     /// Signed by a key that nobody trusts.
     pub stranger: bool,
@@ -400,12 +405,20 @@ impl Release {
         Self {
             version,
             weights,
+            adapter: None,
             probes: ProbeSet { version: 1, probes: vec![probe], replay: vec![] },
             stranger: false,
             tampered: false,
             unsigned: false,
             claimed_bytes: None,
         }
+    }
+
+    /// The weights of another release with an adapter on them.
+    pub fn adapted(base: &Self, version: &'static str) -> Self {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/glasslm/adapter.gguf");
+        let (weights, adapter) = (base.weights.clone(), Some(std::fs::read(path).unwrap()));
+        Self { weights, adapter, ..Self::good(version) }
     }
 
     /// As after training a little more: every weight has moved, but not far.

@@ -1,5 +1,6 @@
 //! The agent against a hub in this process, with a real model, real workers and real kills.
 
+mod adapters;
 mod deltas;
 mod fake_hub;
 mod kills;

@@ -29,6 +29,10 @@ pub const EMPTY_MEDIA_TYPE: &str = "application/vnd.oci.empty.v1+json";
 pub const EMPTY_CONFIG: &[u8] = b"{}";
 /// The file that holds the weights.
 pub const MODEL_FILE: &str = "model.gguf";
+/// The file that holds a LoRA adapter (GGUF) of the weights beside it.
+pub const ADAPTER_FILE: &str = "adapter.gguf";
+/// The annotation of an adapter's layer with the digest of the weights that it was made for.
+pub const ADAPTER_BASE_ANNOTATION: &str = "io.slmops.adapter.base";
 /// The file that holds the evaluation report.
 pub const REPORT_FILE: &str = "report.json";
 /// The longest manifest in bytes.
@@ -130,6 +134,11 @@ impl PackageFile {
         Self { title: title.to_owned(), media_type: media_type.to_owned(), digest, size_bytes }
     }
 
+    fn holds_weights(&self) -> bool {
+        self.title == MODEL_FILE
+            || (self.media_type == WEIGHT_MEDIA_TYPE && self.title != ADAPTER_FILE)
+    }
+
     /// A file whose bytes are at hand.
     pub fn of_bytes(title: &str, bytes: &[u8]) -> Self {
         Self::new(title, Digest::of(bytes), bytes.len() as u64)
@@ -164,14 +173,21 @@ impl Package {
 
     /// The manifest's bytes; the same package always gives the same bytes.
     pub fn manifest_bytes(&self) -> Vec<u8> {
-        let layers = self.files.iter().map(|file| Descriptor {
-            media_type: file.media_type.clone(),
-            digest: file.digest,
-            size: file.size_bytes,
-            annotations: BTreeMap::from([
+        let layers = self.files.iter().map(|file| {
+            let mut annotations = BTreeMap::from([
                 (TITLE_ANNOTATION.to_owned(), file.title.clone()),
                 (FILEPATH_ANNOTATION.to_owned(), file.title.clone()),
-            ]),
+            ]);
+            if file.title == ADAPTER_FILE {
+                let base = self.weights().digest.to_string();
+                annotations.insert(ADAPTER_BASE_ANNOTATION.to_owned(), base);
+            }
+            Descriptor {
+                media_type: file.media_type.clone(),
+                digest: file.digest,
+                size: file.size_bytes,
+                annotations,
+            }
         });
         wire::Manifest {
             schema_version: 2,
@@ -233,6 +249,7 @@ impl Package {
             return Err(PackageError::Limit { what, found: manifest.config.size, limit });
         }
         let mut files = Vec::with_capacity(manifest.layers.len());
+        let mut bases = Vec::new();
         for (index, mut layer) in manifest.layers.into_iter().enumerate() {
             let title = layer
                 .annotations
@@ -241,6 +258,9 @@ impl Package {
                 .ok_or_else(|| PackageError::Files {
                     reason: format!("layer {index} has no {FILEPATH_ANNOTATION} annotation"),
                 })?;
+            if let Some(base) = layer.annotations.remove(ADAPTER_BASE_ANNOTATION) {
+                bases.push((title.clone(), base));
+            }
             files.push(PackageFile {
                 title,
                 media_type: layer.media_type,
@@ -250,7 +270,14 @@ impl Package {
         }
         check_files(&files)?;
         let annotations = manifest.annotations;
-        Ok(Self { files, config: manifest.config, annotations, config_bytes: None })
+        let package = Self { files, config: manifest.config, annotations, config_bytes: None };
+        let weights = package.weights().digest.to_string();
+        match bases.into_iter().find(|(_, base)| *base != weights) {
+            Some((title, base)) => Err(PackageError::Files {
+                reason: format!("{title:?} is made for {base:.80}, and the weights are {weights}"),
+            }),
+            None => Ok(package),
+        }
     }
 
     /// The file with this title.
@@ -258,11 +285,17 @@ impl Package {
         self.files.iter().find(|file| file.title == title)
     }
 
-    /// The weights: [`MODEL_FILE`], or else the first file of [`WEIGHT_MEDIA_TYPE`].
+    /// The weights: [`MODEL_FILE`], or else the first file of [`WEIGHT_MEDIA_TYPE`] that is no
+    /// adapter.
     pub fn weights(&self) -> &PackageFile {
         self.file(MODEL_FILE)
-            .or_else(|| self.files.iter().find(|file| file.media_type == WEIGHT_MEDIA_TYPE))
+            .or_else(|| self.files.iter().find(|file| file.holds_weights()))
             .expect("`check_files` holds: a package has weights")
+    }
+
+    /// The LoRA adapter that is applied to the weights, if there is one.
+    pub fn adapter(&self) -> Option<&PackageFile> {
+        self.file(ADAPTER_FILE)
     }
 
     /// What [`signing::sign`] takes: every file with its digest.
@@ -372,7 +405,7 @@ fn check_files(files: &[PackageFile]) -> Result<(), PackageError> {
             return Err(PackageError::Limit { what: "file length in bytes", found, limit });
         }
     }
-    if !files.iter().any(|file| file.media_type == WEIGHT_MEDIA_TYPE || file.title == MODEL_FILE) {
+    if !files.iter().any(PackageFile::holds_weights) {
         return Err(PackageError::Files { reason: "no file holds weights".to_owned() });
     }
     Ok(())

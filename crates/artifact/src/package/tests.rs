@@ -69,6 +69,26 @@ fn a_signature_of_exactly_these_files_is_accepted() {
 }
 
 #[test]
+fn an_adapter_names_the_weights_that_it_was_made_for() {
+    let mut package = package();
+    package.files.insert(0, PackageFile::of_bytes(ADAPTER_FILE, b"low rank"));
+    let bytes = package.manifest_bytes();
+    let weights = package.weights().digest;
+    assert_ne!(weights, Digest::of(b"low rank"));
+    let read = Package::parse(&bytes).unwrap();
+    assert_eq!(read.adapter().map(|it| it.digest), Some(Digest::of(b"low rank")));
+    assert_eq!(read.manifest_bytes(), bytes);
+    // Of other weights: whoever made this mixed two packages up.
+    let text = String::from_utf8(bytes).unwrap();
+    let base = format!("\"{ADAPTER_BASE_ANNOTATION}\":\"{weights}\"");
+    assert!(text.contains(&base), "{text}");
+    let other = Digest::of(b"other weights");
+    let mixed = text.replace(&base, &format!("\"{ADAPTER_BASE_ANNOTATION}\":\"{other}\""));
+    let error = Package::parse(mixed.as_bytes()).unwrap_err().to_string();
+    assert!(error.contains(&format!("\"adapter.gguf\" is made for {other}")), "{error}");
+}
+
+#[test]
 fn a_signature_travels_as_a_referrer() {
     let subject = package().manifest_descriptor();
     let bundle = Digest::of(b"bundle");
@@ -96,6 +116,7 @@ fn unsafe_packages_are_not_made() {
     };
     check(vec![], "no file holds weights");
     check(vec![file("README.md")], "no file holds weights");
+    check(vec![file("adapter.gguf")], "no file holds weights");
     check(vec![file("model.gguf"), file("../x")], "plain relative path");
     check(vec![file("model.gguf"), file("model.gguf")], "occurs twice");
     check(vec![file("model.gguf"), file("model.sig")], "signature's own name");

@@ -116,6 +116,7 @@ fn release(key: &PublisherKey) -> Result<NewRelease> {
             manifest: Digest::of(format!("manifest {name}").as_bytes()),
             weights,
             size_bytes: size_mib << 20,
+            adapter: None,
             repacked_bytes: 0,
             shape: shape(),
             report: report(weights, size_mib << 20, kl),
@@ -155,6 +156,7 @@ fn report(subject: Digest, size_bytes: u64, kl: f64) -> EvaluationReport {
     EvaluationReport {
         version: 1,
         subject,
+        adapter: None,
         reference: Digest::of(b"original"),
         suite: Digest::of(b"suite"),
         size_bytes,

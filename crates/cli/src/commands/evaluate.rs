@@ -24,6 +24,9 @@ pub struct Evaluate {
     /// The file to compare with [default: the model's own 16-bit form]
     #[arg(long, value_name = "FILE")]
     pub reference: Option<PathBuf>,
+    /// A LoRA adapter (GGUF) that is applied to the model and to what it is compared with
+    #[arg(long, value_name = "FILE")]
+    pub adapter: Option<PathBuf>,
     /// How it is measured
     #[command(flatten)]
     pub measuring: engine::MeasuringArgs,
@@ -46,10 +49,12 @@ impl Evaluate {
             }
         };
         let measuring = self.measuring.load()?;
-        let base =
-            engine::evaluate(session, "the reference", &reference, &reference, &measuring).await?;
-        let measured =
-            engine::evaluate(session, "the model", &model, &reference, &measuring).await?;
+        let adapter = self.adapter.as_deref().map(source::adapter).transpose()?;
+        let measure = async |label, file| {
+            engine::evaluate(session, label, file, &reference, adapter.as_ref(), &measuring).await
+        };
+        let base = measure("the reference", &reference).await?;
+        let measured = measure("the model", &model).await?;
         if let Some(out) = &self.out {
             let what = || format!("write `{}`", out.display());
             let json = serde_json::to_vec_pretty(&measured).internal(what)?;

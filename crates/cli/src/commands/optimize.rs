@@ -119,7 +119,7 @@ impl Optimize {
         if self.evaluate {
             let measuring = self.measuring.load()?;
             let evaluate = async |label: &str, file: &source::File| {
-                engine::evaluate(session, label, file, &reference, &measuring).await
+                engine::evaluate(session, label, file, &reference, None, &measuring).await
             };
             report.reference = Some(evaluate("the reference", &reference).await?);
             if let Some(base) = &base {

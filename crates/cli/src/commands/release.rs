@@ -181,8 +181,11 @@ fn show(release: &ReleaseFacts) -> String {
     }
     text.push_str("\n\nManifests in the hub's registry:");
     for variant in &release.release.variants {
+        let adapter = variant.adapter.map_or_else(String::new, |adapter| {
+            format!(" and {} of an adapter", units::bytes(adapter.size_bytes))
+        });
         text.push_str(&format!(
-            "\n  {}@{}  {} ({})",
+            "\n  {}@{}  {} ({}{adapter})",
             release.release.model,
             variant.manifest,
             variant.name,

@@ -22,6 +22,7 @@ use crate::ship::engine::MeasuringArgs;
     after_help = "Examples:
   $ slm ship model.gguf --to 'class=small|large'
   $ slm ship ./hf-folder --to site=berlin-3 --name helper --version 2.1.0 --waves 1,25%,rest
+  $ slm ship model.gguf --adapter till.gguf --to class=small
   $ slm ship model.gguf --until gate        measure and judge, release nothing
 
 Exit code 3: the gate says worse, or the rollout was halted."
@@ -29,6 +30,9 @@ Exit code 3: the gate says worse, or the rollout was halted."
 pub struct Ship {
     /// A GGUF file, or a Hugging Face folder of a Llama-architecture model
     pub model: PathBuf,
+    /// A LoRA adapter (GGUF) of the model: devices that have the model fetch the adapter alone
+    #[arg(long, value_name = "FILE")]
+    pub adapter: Option<PathBuf>,
     /// Which devices, and how
     #[command(flatten)]
     pub policy: Box<PolicyArgs>,

@@ -155,6 +155,9 @@ struct ReleaseArgs {
     /// Deltas from the release before, of this share of each variant's size
     #[arg(long, value_name = "SHARE", value_parser = parse_share)]
     delta: Option<f64>,
+    /// An adapter of this size on the release before, instead of other model files
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes, conflicts_with = "delta")]
+    adapter: Option<u64>,
     /// What is wrong with the release, and on which share of the devices
     #[arg(
         long,
@@ -441,6 +444,7 @@ impl ReleaseArgs {
                     name: variant.name,
                     size_bytes: variant.size_bytes,
                     delta_bytes: None,
+                    adapter_bytes: None,
                     kl_divergence: variant.report.kl_divergence.mean,
                     shape: Some(variant.shape),
                 })
@@ -452,9 +456,19 @@ impl ReleaseArgs {
                 let kl_divergence = place as f64 / 100.0;
                 let name = name.clone();
                 let size_bytes = *size_bytes;
-                VariantSpec { name, size_bytes, delta_bytes: None, kl_divergence, shape: None }
+                VariantSpec {
+                    name,
+                    size_bytes,
+                    delta_bytes: None,
+                    adapter_bytes: None,
+                    kl_divergence,
+                    shape: None,
+                }
             };
             spec.variants = self.variant.iter().enumerate().map(variant).collect();
+        }
+        for variant in &mut spec.variants {
+            variant.adapter_bytes = self.adapter.or(variant.adapter_bytes);
         }
         if let Some(share) = self.delta {
             for variant in &mut spec.variants {

@@ -13,7 +13,7 @@ use slmops_evaluate::probes::{self, Golden};
 use slmops_evaluate::suite::Suite;
 use slmops_evaluate::{Evaluation, Stage as Measured};
 
-use super::source::File;
+use super::source::{AdapterFile, File};
 use crate::commands::Session;
 use crate::error::{Context, Result};
 use crate::progress::Stage;
@@ -54,17 +54,25 @@ impl MeasuringArgs {
     }
 }
 
-/// Measures a file against the reference; the same pair, suite and engine are measured once.
+/// Measures a file against the reference, with an adapter on both if there is one; the same pair,
+/// adapter, suite and engine are measured once.
 pub async fn evaluate(
     session: &Session,
     label: &str,
     file: &File,
     reference: &File,
+    adapter: Option<&AdapterFile>,
     measuring: &Measuring,
 ) -> Result<EvaluationReport> {
     let engine = slmops_inference::llama::engine_version();
     let Measuring { suite, threads } = measuring;
-    let key = format!("{} {} {} {threads} {engine}", file.digest, reference.digest, suite.digest());
+    let key = format!(
+        "{} {}{} {} {threads} {engine}",
+        file.digest,
+        reference.digest,
+        adapted(adapter),
+        suite.digest()
+    );
     let name = &Digest::of(key.as_bytes()).hex()[..32];
     let kept = session.home.cache("reports")?.join(format!("{name}.json"));
     let stage = session.progress.stage(format!("measure {label}"));
@@ -76,7 +84,8 @@ pub async fn evaluate(
     }
     let runtime = RuntimeConfig { threads: *threads, ..RuntimeConfig::default() };
     let cache = session.home.cache("evaluations")?;
-    let evaluation = Evaluation { runtime, ..Evaluation::new(suite.clone(), cache) };
+    let adapter = adapter.map(|file| file.path.clone());
+    let evaluation = Evaluation { runtime, adapter, ..Evaluation::new(suite.clone(), cache) };
     let on_progress = |slmops_evaluate::Progress { stage: part, fraction }| {
         stage.note(&part.to_string());
         // The parts take about these shares of the time.
@@ -99,6 +108,11 @@ pub async fn evaluate(
         report.perplexity, report.kl_divergence.mean, report.decode_tokens_per_s
     ));
     Ok(report)
+}
+
+/// An adapter's part of a key.
+fn adapted(adapter: Option<&AdapterFile>) -> String {
+    adapter.map_or_else(String::new, |file| format!("+{}", file.adapter.digest))
 }
 
 /// Compares with the reference and, if there is one, the previous release's variant.
@@ -140,18 +154,23 @@ pub async fn quantise(from: &Path, to: &Path, file_type: &str, stage: &Stage) ->
 pub struct Probes<'a> {
     session: &'a Session,
     reference: &'a File,
+    adapter: Option<&'a AdapterFile>,
     golden: Option<Golden>,
 }
 
 impl<'a> Probes<'a> {
-    /// Of this reference; nothing is asked yet.
-    pub fn new(session: &'a Session, reference: &'a File) -> Self {
-        Self { session, reference, golden: None }
+    /// Of this reference, with an adapter if there is one; nothing is asked yet.
+    pub fn new(
+        session: &'a Session,
+        reference: &'a File,
+        adapter: Option<&'a AdapterFile>,
+    ) -> Self {
+        Self { session, reference, adapter, golden: None }
     }
 
     /// The probes with the floors of one variant; the same pair is asked once.
     pub async fn of(&mut self, variant: &File, label: &str) -> Result<ProbeSet> {
-        let key = format!("{} {}", self.reference.digest, variant.digest);
+        let key = format!("{} {}{}", self.reference.digest, variant.digest, adapted(self.adapter));
         let name = &Digest::of(key.as_bytes()).hex()[..32];
         let kept = self.session.home.cache("probes")?.join(format!("{name}.json"));
         let known = std::fs::read(&kept).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -161,11 +180,13 @@ impl<'a> Probes<'a> {
         let stage = self.session.progress.stage(format!("make the golden probes of {label}"));
         let what = || format!("make the probes of {label}");
         let runtime = RuntimeConfig::default();
+        let adapter = self.adapter.map(|file| file.path.as_path());
         let golden = match self.golden.take() {
             Some(golden) => golden,
-            None => probes::ask(&self.reference.path, &runtime).await.user(what)?,
+            None => probes::ask(&self.reference.path, adapter, &runtime).await.user(what)?,
         };
-        let set = probes::for_variant(&golden, &variant.path, &runtime).await.user(what)?;
+        let set = probes::for_variant(&golden, &variant.path, adapter, &runtime).await;
+        let set = set.user(what)?;
         self.golden = Some(golden);
         let json = serde_json::to_vec(&set).internal(what)?;
         crate::home::write_private(&kept, &json)?;

@@ -26,7 +26,7 @@ use crate::error::{Context, Exit, Failure, Result};
 use crate::registry::Repository;
 use crate::units;
 use report::Row;
-use source::{File, Original};
+use source::{AdapterFile, File, Original};
 
 /// A variant with all that is known of it.
 struct Candidate {
@@ -50,7 +50,9 @@ pub async fn run(ship: &Ship, session: &Session) -> Result<()> {
     let mut releases: Vec<Release> = hub.list("/v1/releases", "list the releases").await?;
     releases.retain(|one| one.release.model == name);
     releases.sort_by(|a, b| a.release.version.cmp(&b.release.version));
-    let version = choose_version(ship.version.clone(), &releases, &original)?;
+    let adapter = ship.adapter.as_deref().map(source::adapter).transpose()?;
+    let adapter = adapter.as_ref();
+    let version = choose_version(ship.version.clone(), &releases, &original, adapter)?;
 
     let registered = releases.iter().find(|one| one.release.version == version);
     if let Some(release) = registered {
@@ -60,7 +62,8 @@ pub async fn run(ship: &Ship, session: &Session) -> Result<()> {
         }
     } else {
         let previous = releases.iter().rfind(|one| one.release.version < version);
-        let work = Work { ship, session, hub: &hub, name: &name, version: &version, previous };
+        let work =
+            Work { ship, session, hub: &hub, name: &name, version: &version, adapter, previous };
         if !work.release(&original).await? {
             return Ok(());
         }
@@ -69,13 +72,19 @@ pub async fn run(ship: &Ship, session: &Session) -> Result<()> {
 }
 
 /// The version that is meant: the one that was asked for; else that of the newest release if it
-/// was made from this very original; else the next minor one.
+/// was made from this very original and adapter; else the next minor one.
 fn choose_version(
     asked: Option<Version>,
     releases: &[Release],
     original: &Original,
+    adapter: Option<&AdapterFile>,
 ) -> Result<Version> {
-    let same = |release: &Release| release.release.original == original.file.digest;
+    let adapter = adapter.map(|file| file.adapter);
+    let same = |release: &Release| {
+        let release = &release.release;
+        release.original == original.file.digest
+            && release.variants.first().and_then(|variant| variant.adapter) == adapter
+    };
     let Some(asked) = asked else {
         return Ok(match releases.last() {
             None => Version::new(1, 0, 0),
@@ -89,12 +98,13 @@ fn choose_version(
     match releases.iter().find(|release| release.release.version == asked) {
         Some(other) if !same(other) => {
             let next = Version::new(asked.major, asked.minor + 1, 0);
-            Err(Failure::user(format!(
-                "{} {asked} was released already, from another file ({})",
-                other.release.model,
-                other.release.original.short()
-            ))
-            .hint(format!("a release never changes: choose another version, such as {next}")))
+            let from = match other.release.original == original.file.digest {
+                true => "with another adapter, or none".to_owned(),
+                false => format!("from another file ({})", other.release.original.short()),
+            };
+            let model = &other.release.model;
+            Err(Failure::user(format!("{model} {asked} was released already, {from}"))
+                .hint(format!("a release never changes: choose another version, such as {next}")))
         }
         _ => Ok(asked),
     }
@@ -127,6 +137,7 @@ struct Work<'a> {
     hub: &'a Hub,
     name: &'a ModelName,
     version: &'a Version,
+    adapter: Option<&'a AdapterFile>,
     previous: Option<&'a Release>,
 }
 
@@ -172,13 +183,10 @@ impl Work<'_> {
 
         let measuring = self.ship.measuring.load()?;
         let original_report =
-            engine::evaluate(self.session, "the reference", &reference, &reference, &measuring)
-                .await?;
+            self.measure("the reference", &reference, &reference, &measuring).await?;
         for candidate in &mut candidates {
             let label = candidate.quantisation.clone();
-            let measured =
-                engine::evaluate(self.session, &label, &candidate.file, &reference, &measuring)
-                    .await?;
+            let measured = self.measure(&label, &candidate.file, &reference, &measuring).await?;
             let earlier = self.earlier(candidate);
             let gate = engine::gate(&measured, &original_report, &label, earlier)?;
             candidate.report = Some(measured);
@@ -193,6 +201,16 @@ impl Work<'_> {
         Ok(true)
     }
 
+    async fn measure(
+        &self,
+        label: &str,
+        file: &File,
+        reference: &File,
+        measuring: &engine::Measuring,
+    ) -> Result<EvaluationReport> {
+        engine::evaluate(self.session, label, file, reference, self.adapter, measuring).await
+    }
+
     async fn candidate(
         &self,
         original: &Original,
@@ -205,7 +223,15 @@ impl Work<'_> {
             .to_lowercase()
             .parse()
             .user(|| format!("name a variant after `{quantisation}`"))?;
-        let lineage = source::lineage(self.name, self.version, &name, original, reference, &file);
+        let lineage = source::lineage(
+            self.name,
+            self.version,
+            &name,
+            original,
+            reference,
+            &file,
+            self.adapter,
+        );
         Ok(Candidate {
             name,
             quantisation,
@@ -306,7 +332,7 @@ impl Work<'_> {
         let publisher = self.publisher(&signer).await?;
         let repository = Repository::new(hub, self.name);
         let earlier = self.earlier_probes(&repository).await?;
-        let mut golden = engine::Probes::new(session, reference);
+        let mut golden = engine::Probes::new(session, reference, self.adapter);
         let mut variants = Vec::new();
         let mut sent_bytes = 0;
         for candidate in candidates {
@@ -333,6 +359,7 @@ impl Work<'_> {
                 model: &candidate.file.path,
                 weights: candidate.file.digest,
                 size_bytes: candidate.file.size_bytes,
+                adapter: self.adapter,
                 probes: &probes,
                 lineage: &candidate.lineage,
                 report: &measured,
@@ -356,6 +383,7 @@ impl Work<'_> {
                 manifest: pushed.manifest,
                 weights: candidate.file.digest,
                 size_bytes: candidate.file.size_bytes,
+                adapter: self.adapter.map(|file| file.adapter),
                 repacked_bytes: candidate.file.repacked_bytes,
                 shape: candidate.file.shape,
                 report: measured,

@@ -8,13 +8,14 @@ use slmops_api::report::EvaluationReport;
 use slmops_artifact::Digest;
 use slmops_artifact::lineage::{LINEAGE_FILE, Lineage};
 use slmops_artifact::package::{
-    self, Descriptor, EMPTY_CONFIG, MANIFEST_MEDIA_TYPE, MODEL_FILE, ModelConfig, Package,
-    PackageFile, REPORT_FILE,
+    self, ADAPTER_FILE, Descriptor, EMPTY_CONFIG, MANIFEST_MEDIA_TYPE, MODEL_FILE, ModelConfig,
+    Package, PackageFile, REPORT_FILE,
 };
 use slmops_artifact::signing::{self, PrivateKey};
 
 use crate::error::{Context, Result};
 use crate::registry::Repository;
+use crate::ship::source::AdapterFile;
 
 /// What goes into one package.
 pub struct Contents<'a> {
@@ -24,6 +25,8 @@ pub struct Contents<'a> {
     pub weights: Digest,
     /// Its length in bytes.
     pub size_bytes: u64,
+    /// The adapter that is applied to it.
+    pub adapter: Option<&'a AdapterFile>,
     /// What every device that runs it must reproduce.
     pub probes: &'a ProbeSet,
     /// Where it comes from.
@@ -60,12 +63,20 @@ pub async fn push(
         (REPORT_FILE, json(REPORT_FILE, serde_json::to_vec_pretty(contents.report))?),
     ];
     let mut files = vec![PackageFile::new(MODEL_FILE, contents.weights, contents.size_bytes)];
+    files.extend(
+        contents.adapter.map(|file| {
+            PackageFile::new(ADAPTER_FILE, file.adapter.digest, file.adapter.size_bytes)
+        }),
+    );
     files.extend(documents.iter().map(|(title, bytes)| PackageFile::of_bytes(title, bytes)));
     let package = Package::new(files, contents.config).internal(|| format!("pack {name} {tag}"))?;
     let bundle = signing::sign(name.as_str(), &package.signed_files(), key)
         .internal(|| format!("sign {name} {tag}"))?;
 
     let mut sent = repository.push_file(contents.model, contents.weights, on_progress).await?;
+    if let Some(file) = contents.adapter {
+        sent += repository.push_file(&file.path, file.adapter.digest, |_, _| ()).await?;
+    }
     for (_, bytes) in documents {
         sent += repository.push_bytes(bytes).await?;
     }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use semver::Version;
 use serde::{Deserialize, Serialize};
+use slmops_api::model::Adapter;
 use slmops_api::{ModelName, VariantName};
 use slmops_artifact::lineage::{Lineage, Step};
 use slmops_artifact::shape::ModelShape;
@@ -33,6 +34,30 @@ pub struct File {
     /// What made it from its parent, as far as this program did.
     #[serde(default)]
     pub steps: Vec<Step>,
+}
+
+/// A LoRA adapter file whose digest is known.
+#[derive(Clone, Debug)]
+pub struct AdapterFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is.
+    pub adapter: Adapter,
+}
+
+/// Reads an adapter's header and digest. Whether it goes with a model is for the engine to say.
+pub fn adapter(path: &Path) -> Result<AdapterFile> {
+    let what = || format!("read `{}`", path.display());
+    let opened = gguf::open(path).user(what)?;
+    if opened.header().text("general.type") != Some("adapter") {
+        return Err(Failure::user(format!("`{}` is no LoRA adapter", path.display())).hint(
+            "llama.cpp's convert_lora_to_gguf.py makes one; a whole model is shipped without \
+             --adapter",
+        ));
+    }
+    let size_bytes = opened.bytes().len() as u64;
+    let adapter = Adapter { digest: Digest::of(opened.bytes()), size_bytes };
+    Ok(AdapterFile { path: path.to_owned(), adapter })
 }
 
 /// What is shipped.
@@ -203,6 +228,7 @@ pub fn lineage(
     original: &Original,
     reference: &File,
     variant: &File,
+    adapter: Option<&AdapterFile>,
 ) -> Lineage {
     let mut lineage =
         Lineage::original(model.as_str(), version.clone(), "original", original.file.digest);
@@ -211,6 +237,10 @@ pub fn lineage(
     }
     for step in &variant.steps {
         lineage = lineage.child(name.as_str(), reference.digest, step.clone());
+    }
+    if let Some(file) = adapter {
+        let step = Step::new("apply adapter", [("digest", file.adapter.digest.to_string())]);
+        lineage = lineage.child(name.as_str(), variant.digest, step);
     }
     lineage.tools = slmops_optimize::tools();
     lineage

@@ -1,5 +1,6 @@
 use super::*;
 use clap::Parser;
+use slmops_api::model::Adapter;
 use slmops_artifact::Digest;
 use slmops_artifact::shape::ModelShape;
 
@@ -56,7 +57,7 @@ fn version(text: &str) -> Version {
 fn a_version_is_chosen_or_refused() {
     let check = |asked: Option<&str>, content: &[u8]| {
         let releases = [release("1.0.0", b"first"), release("1.4.2", b"second")];
-        choose_version(asked.map(version), &releases, &original(content, None, "m"))
+        choose_version(asked.map(version), &releases, &original(content, None, "m"), None)
     };
     assert_eq!(check(None, b"third").unwrap(), version("1.5.0"), "the next minor one");
     assert_eq!(check(None, b"second").unwrap(), version("1.4.2"), "the same file goes on");
@@ -64,8 +65,18 @@ fn a_version_is_chosen_or_refused() {
     assert_eq!(check(Some("2.0.0"), b"first").unwrap(), version("2.0.0"));
     let refused = check(Some("1.0.0"), b"third").unwrap_err().to_string();
     assert!(refused.contains("released already") && refused.contains("hint: "), "{refused}");
-    let first = choose_version(None, &[], &original(b"x", None, "m")).unwrap();
+    let first = choose_version(None, &[], &original(b"x", None, "m"), None).unwrap();
     assert_eq!(first, version("1.0.0"));
+    // An adapter on the same file is something else.
+    let adapter = Adapter { digest: Digest::of(b"adapter"), size_bytes: 7 };
+    let adapter = AdapterFile { path: "adapter.gguf".into(), adapter };
+    let check = |asked: Option<&str>| {
+        let (releases, file) = ([release("1.0.0", b"first")], original(b"first", None, "m"));
+        choose_version(asked.map(version), &releases, &file, Some(&adapter))
+    };
+    assert_eq!(check(None).unwrap(), version("1.1.0"));
+    let refused = check(Some("1.0.0")).unwrap_err().to_string();
+    assert!(refused.contains("with another adapter, or none"), "{refused}");
 }
 
 #[test]

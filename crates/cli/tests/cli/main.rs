@@ -1,6 +1,7 @@
 //! The program as a whole: help, errors and exit codes as snapshots; a hub, a release and a device
 //! with the tiny model of `testdata/`; and what ARCHITECTURE.md says of the workspace's crates.
 
+mod adapters;
 mod architecture;
 mod bench;
 mod deltas;

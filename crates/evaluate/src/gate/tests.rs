@@ -16,6 +16,7 @@ fn report(name: &str, nll: f64, kl: f64, right: usize) -> EvaluationReport {
     EvaluationReport {
         version: 1,
         subject: Digest::of(name.as_bytes()),
+        adapter: None,
         reference: original,
         suite: Digest::of(b"suite"),
         size_bytes: 1,

@@ -341,7 +341,7 @@ fn sticky(
 /// The pinned release, unless nothing of it fits or it failed here: then the device keeps what it has.
 fn pinned(world: &World<'_>, device: &FleetDevice, pin: &Pin) -> Option<DesiredState> {
     let release = world.release(&pin.model, &pin.version)?;
-    if unmet(&release.requires, &device.facts).is_some() {
+    if unmet(release, &device.facts).is_some() {
         return None;
     }
     let (fit, runtime) = fit_device(device, release);
@@ -380,7 +380,7 @@ pub fn check_pin(
         why,
         hint,
     };
-    if let Some(why) = unmet(&release.requires, &device.facts) {
+    if let Some(why) = unmet(release, &device.facts) {
         return Err(refused(why, "update the device's agent first".to_owned()));
     }
     match fit_device(device, release).0 {
@@ -412,7 +412,7 @@ fn newest(
     rollout: &CompletedRollout,
 ) -> Option<DesiredState> {
     let release = world.release(&rollout.model, &rollout.version)?;
-    if unmet(&release.requires, &device.facts).is_some() {
+    if unmet(release, &device.facts).is_some() {
         return None;
     }
     let (fit, runtime) = fit_device(device, release);

@@ -285,7 +285,7 @@ pub(super) fn leave_out(
     }
     match &device.config.model {
         Some(model) if *model != asked.model => Some(format!("its blueprint names model {model}")),
-        _ => unmet(&release.requires, &device.facts),
+        _ => unmet(release, &device.facts),
     }
 }
 

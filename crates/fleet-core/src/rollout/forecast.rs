@@ -266,9 +266,12 @@ fn planned_device(
         let mut files = models.into_iter().flatten().map(|model| model.weights);
         variant.is_some_and(|variant| files.any(|file| file == variant.weights))
     });
-    let size_bytes = variant.map_or(0, |variant| variant.size_bytes);
+    let adapter = variant.and_then(|variant| variant.adapter);
+    let adapter_bytes = adapter.map_or(0, |adapter| adapter.size_bytes);
+    let weights_bytes = variant.filter(|_| !has).map_or(0, |variant| variant.size_bytes);
+    let size_bytes = weights_bytes.saturating_add(adapter_bytes);
     let transfer_bytes = match report.map(|report| &report.phase) {
-        _ if has || !is_open(part) => 0,
+        _ if !is_open(part) => 0,
         Some(
             Phase::Downloaded
             | Phase::Verified

@@ -218,7 +218,7 @@ fn earlier_release(
             && device.is_among(rollout)
     })?;
     let release = world.release(&older.model, &older.version)?;
-    if crate::fit::unmet(&release.requires, &device.facts).is_some() {
+    if crate::fit::unmet(release, &device.facts).is_some() {
         return None;
     }
     let (fit, runtime) = super::assign::fit_device(device, release);

@@ -276,9 +276,7 @@ pub async fn explain(
             runtime.context_tokens, runtime.parallel
         ));
         let budget = device.facts.memory_budget_bytes;
-        lines.extend(
-            fit::unmet(&release.requires, &device.facts).map(|why| format!("left out: {why}")),
-        );
+        lines.extend(fit::unmet(release, &device.facts).map(|why| format!("left out: {why}")));
         lines.extend(fit::explain(&release.variants, budget, &runtime));
         if let Ok((chosen, _)) = fit::best(&release.variants, budget, &runtime) {
             let chosen = &release.variants[chosen];

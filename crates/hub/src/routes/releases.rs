@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use jiff::Timestamp;
 use slmops_api::delta::DeltaJob;
-use slmops_api::model::{NewRelease, Release, Requirements, Variant};
+use slmops_api::model::{Adapter, NewRelease, Release, Requirements, Variant};
 use slmops_api::problem::Problem;
 use slmops_api::report::Verdict;
 use slmops_api::selector::version_numbers;
@@ -90,6 +90,12 @@ fn check_shape(release: &NewRelease) -> Result<(), ApiError> {
                     variant.weights.short()
                 ),
                 "evaluate the very file that is released: `slm evaluate`",
+            ));
+        }
+        if variant.report.adapter != variant.adapter.map(|adapter| adapter.digest) {
+            return Err(refuse(
+                format!("variant {}: its report is about another adapter, or none", variant.name),
+                "evaluate it with the adapter that is released: `slm evaluate --adapter`",
             ));
         }
         // The reference is usually the original dequantised: another file, but one for all.
@@ -212,6 +218,14 @@ async fn check_variant(
                 variant.weights.short(),
                 variant.size_bytes
             )),
+            "register what was packed",
+        ));
+    }
+    let adapter =
+        package.adapter().map(|file| Adapter { digest: file.digest, size_bytes: file.size_bytes });
+    if adapter != variant.adapter {
+        return Err(refuse(
+            at("its adapter is not the one that the release names".to_owned()),
             "register what was packed",
         ));
     }

@@ -217,6 +217,7 @@ pub(crate) fn release(version: &str, seed: &str) -> NewRelease {
     let report = EvaluationReport {
         version: 1,
         subject: weights,
+        adapter: None,
         reference: Digest::of(b"original"),
         suite: Digest::of(b"suite"),
         size_bytes: 7,
@@ -267,6 +268,7 @@ pub(crate) fn release(version: &str, seed: &str) -> NewRelease {
             manifest: Digest::of(format!("manifest {version} {seed}").as_bytes()),
             weights,
             size_bytes: 7,
+            adapter: None,
             repacked_bytes: 0,
             shape,
             report,

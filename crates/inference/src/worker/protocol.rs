@@ -39,6 +39,14 @@ impl WorkerSpec {
     pub fn new(model_path: PathBuf, runtime: RuntimeConfig) -> Self {
         Self { model_path, runtime, adapters: Vec::new() }
     }
+
+    /// The model with an adapter in its full strength in every answer.
+    #[must_use]
+    pub fn adapted(mut self, name: &str, path: PathBuf) -> Self {
+        let id = self.adapters.len() as u32;
+        self.adapters.push(AdapterFile { id, name: name.to_owned(), path, scale: 1.0 });
+        self
+    }
 }
 
 /// A LoRA adapter beside a model.

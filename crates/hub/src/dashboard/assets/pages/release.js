@@ -194,6 +194,7 @@ function chartBlock(variants) {
 function origin(release, variants) {
   const report = variants[0]?.report;
   const shape = variants[0]?.shape;
+  const adapter = variants[0]?.adapter;
   const where = [...new Set(variants.map((it) => it.report.machine.measured))]
     .map(words)
     .join(", ");
@@ -203,6 +204,7 @@ function origin(release, variants) {
     facts([
       ["Signed by key", h("code", null, release.key)],
       ["Original", digest(release.original)],
+      adapter && ["Adapter", digest(adapter.digest), `LoRA, ${bytes(adapter.size_bytes)}`],
       report && ["Suite", digest(report.suite)],
       shape && [
         "Model",

@@ -301,6 +301,7 @@ function waveBoard(rollout) {
 const WAYS = {
   whole: "whole files",
   delta: "deltas",
+  adapter: "adapters alone",
   site: "from their site",
 };
 
