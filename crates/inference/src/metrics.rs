@@ -127,6 +127,7 @@ struct Counters {
     refused: u64,
     prompt_tokens: u64,
     cached_tokens: u64,
+    context_shifts: u64,
     generated_tokens: u64,
     worker_crashes: u64,
     sleeps: u64,
@@ -156,6 +157,7 @@ impl Default for Metrics {
             refused: 0,
             prompt_tokens: 0,
             cached_tokens: 0,
+            context_shifts: 0,
             generated_tokens: 0,
             worker_crashes: 0,
             sleeps: 0,
@@ -355,6 +357,11 @@ impl Metrics {
             for (name, help, value) in [
                 ("prompt_tokens", "Prompt tokens of answered requests.", counters.prompt_tokens),
                 ("cached_prompt_tokens", "Of these, tokens found in the cache.", counters.cached_tokens),
+                (
+                    "context_shifts",
+                    "Times that an answer's context was full and a part of it was forgotten.",
+                    counters.context_shifts,
+                ),
                 ("generated_tokens", "Tokens generated.", counters.generated_tokens),
                 ("worker_crashes", "Worker processes that ended unasked.", counters.worker_crashes),
                 ("sleeps", "Times that an idle model's memory was freed.", counters.sleeps),
@@ -511,6 +518,7 @@ impl GenerationMeter {
             counters.count_tokens(rest);
             counters.prompt_tokens += u64::from(finish.prompt_tokens);
             counters.cached_tokens += u64::from(finish.cached_tokens);
+            counters.context_shifts += u64::from(finish.context_shifts);
             let series = counters.series(operation, &model);
             series.whole.add(elapsed.as_secs_f64());
             series.input_tokens.add(f64::from(finish.prompt_tokens));

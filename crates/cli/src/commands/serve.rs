@@ -9,7 +9,7 @@ use serde::Serialize;
 use slmops_api::runtime::{EffectiveConfig, KvType, RuntimeConfig};
 use slmops_inference::host::ModelSpec;
 use slmops_inference::server::{self, Keys, ServerOptions};
-use slmops_inference::worker::{AdapterFile, Worker, WorkerSpec};
+use slmops_inference::worker::{AdapterFile, Extras, Worker, WorkerSpec};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Session;
@@ -67,6 +67,10 @@ pub struct Serve {
     /// it again
     #[arg(long, value_name = "DURATION", value_parser = units::parse_seconds)]
     pub idle_after: Option<u64>,
+    /// Go on where an answer fills the context, and forget half of what follows its first message; else
+    /// the answer ends there
+    #[arg(long)]
+    pub context_shift: bool,
     /// The name under which it answers [default: the file's name]
     #[arg(long)]
     pub name: Option<String>,
@@ -108,7 +112,8 @@ impl Serve {
         })?;
         let address = listener.local_addr().internal(|| "read the address".to_owned())?;
         let model_path = original.file.path.clone();
-        let worker = WorkerSpec { model_path, runtime, adapters: named(self.lora)? };
+        let extras = Extras { context_shift: self.context_shift };
+        let worker = WorkerSpec { model_path, runtime, adapters: named(self.lora)?, extras };
         let model = ModelSpec { id: id.clone(), aliases: Vec::new(), worker };
         let stage = session.progress.stage(format!("load {}", self.model.display()));
         let (out, progress) = (session.out, session.progress.clone());

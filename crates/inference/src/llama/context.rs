@@ -427,6 +427,27 @@ impl Context {
         unsafe { sys::llama_memory_seq_rm(memory, sequence, position, -1) }
     }
 
+    /// Whether [`Context::remove`] is possible with this model.
+    pub fn can_shift(&self) -> bool {
+        let memory = self.memory();
+        // SAFETY: the memory belongs to this context.
+        !memory.is_null() && unsafe { sys::llama_memory_can_shift(memory) }
+    }
+
+    /// Forgets the positions `from` to `to` of a sequence (`to` not included); those after them take
+    /// their place.
+    pub fn remove(&mut self, sequence: u32, from: u32, to: u32) {
+        assert!(self.can_shift() && sequence < self.sequences() && from <= to, "nothing to shift");
+        let [sequence, from, to] = [sequence, from, to].map(u32::cast_signed);
+        let memory = self.memory();
+        // SAFETY: the memory belongs to this context and can be shifted, and the sequence exists.
+        unsafe {
+            if sys::llama_memory_seq_rm(memory, sequence, from, to) {
+                sys::llama_memory_seq_add(memory, sequence, to, -1, from - to);
+            }
+        }
+    }
+
     /// Copies a whole sequence to another, replacing it. Attention to copied tokens is exact.
     pub fn copy(&mut self, from: u32, to: u32) {
         let memory = self.memory();

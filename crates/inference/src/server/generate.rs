@@ -165,6 +165,7 @@ pub(super) fn timings(finish: &Finish) -> Value {
         "predicted_ms": finish.decode_ms,
         "predicted_per_second": rate(decoded, finish.decode_ms),
         "queue_ms": finish.queue_ms,
+        "context_shifts": finish.context_shifts,
     })
 }
 

@@ -383,6 +383,7 @@ async fn properties(State(app): State<App>) -> Result<Response, ApiError> {
     Ok(axum::Json(json!({
         "model": spec.id,
         "effective": worker.effective(),
+        "extras": worker.spec().extras,
         "defaults": Sampling::default(),
         "chat_template": info.chat_template,
         "bos_token": info.beginning_text,

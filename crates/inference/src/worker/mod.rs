@@ -4,6 +4,9 @@
 //! ([`Worker::ended`]) and a clear error of each request that was under way.
 
 mod adapters;
+mod error;
+mod generation;
+mod keeper;
 mod outbox;
 mod preparing;
 mod process;
@@ -12,135 +15,38 @@ mod sampler;
 mod scheduler;
 mod text;
 
+pub use error::WorkerError;
+pub use generation::{Generation, Output};
+pub use keeper::Ending;
 pub(crate) use process::run;
 pub use protocol::{
-    AdapterChoice, AdapterFile, AdapterUse, Embedding, Finish, FinishReason, GenerateRequest,
-    ModelInfo, Piece, Prompt, RequestError, Sampling, Score, ScoreRequest, TokenLogprob,
-    WorkerSpec,
+    AdapterChoice, AdapterFile, AdapterUse, Embedding, Extras, Finish, FinishReason,
+    GenerateRequest, ModelInfo, Piece, Prompt, RequestError, Sampling, Score, ScoreRequest,
+    TokenLogprob, WorkerSpec,
 };
 
-use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use slmops_api::runtime::EffectiveConfig;
-use tokio::io::{AsyncWriteExt as _, BufReader};
-use tokio::process::{Child, ChildStdin, ChildStdout};
+use tokio::io::BufReader;
 use tokio::sync::{mpsc, watch};
 
-use crate::chat::{ChatMessage, ChatTemplate, TemplateError};
-use crate::child::{self, ChildError, StderrTail};
+use crate::chat::{ChatMessage, ChatTemplate};
+use crate::child::{self, StderrTail};
 use crate::llama::Token;
 use crate::tools::Choice;
 use adapters::Adapters;
-use protocol::{Command, Event, LoadFailure, MAX_LINE_BYTES};
+use error::load_error;
+use generation::Answer;
+use keeper::{Keeper, Order, Requests, next_event, send_line};
+use protocol::{Command, Event};
 
 /// The job name of a worker.
 pub(crate) const JOB: &str = "worker";
 /// The longest that loading a model may take.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(600);
-/// The longest that a worker whose stdin closed may take to leave before it is killed.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Why a worker did not start, or did not do what it was asked.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// Its process could not be started.
-    #[error("{0}")]
-    Start(#[source] Arc<ChildError>),
-    /// The engine could not load the model.
-    #[error(
-        "load {}: {message}\nhint: check that it is a whole GGUF file of a kind the engine knows",
-        path.display()
-    )]
-    Load {
-        /// The model file.
-        path: PathBuf,
-        /// The engine's words.
-        message: String,
-    },
-    /// The model was trained for less context than was asked.
-    #[error(
-        "load {}: context_tokens = {asked} is more than the {trained} tokens this model was trained for\nhint: set context_tokens to {trained} or less",
-        path.display()
-    )]
-    TrainedContext {
-        /// The model file.
-        path: PathBuf,
-        /// What was asked.
-        asked: u32,
-        /// What the model can.
-        trained: u32,
-    },
-    /// An adapter could not be loaded with the model.
-    #[error(
-        "{message}\nhint: check that it is a LoRA adapter in GGUF, made for {}",
-        path.display()
-    )]
-    Adapter {
-        /// The model file.
-        path: PathBuf,
-        /// Which adapter, and the engine's words.
-        message: String,
-    },
-    /// The engine would not run with exactly the settings that were asked.
-    #[error(
-        "load {}: the engine does not follow the configuration: {}\nhint: set these to what the engine does",
-        path.display(),
-        differences(settings)
-    )]
-    Settings {
-        /// The model file.
-        path: PathBuf,
-        /// `(name, asked, effective)` of each setting that differs.
-        settings: Vec<(String, String, String)>,
-    },
-    /// The worker process died while loading.
-    #[error("load {}: {cause}", path.display())]
-    CrashedLoading {
-        /// The model file.
-        path: PathBuf,
-        /// How it ended.
-        cause: Arc<ChildError>,
-    },
-    /// The worker process died; this request was under way or came too late.
-    #[error(
-        "the process that runs the model ended ({how})\nhint: it is being restarted; try again in a moment"
-    )]
-    Died {
-        /// How it ended.
-        how: String,
-    },
-    /// The worker takes no more requests, because another one takes its place.
-    #[error("this worker is being replaced\nhint: try again")]
-    Draining,
-    /// The worker refused or failed this request.
-    #[error("{0}")]
-    Request(#[from] RequestError),
-    /// The chat could not be made into a prompt.
-    #[error("{0}")]
-    Template(#[from] TemplateError),
-}
-
-fn differences(settings: &[(String, String, String)]) -> String {
-    let each = settings
-        .iter()
-        .map(|(name, asked, effective)| format!("{name} (asked {asked}, effective {effective})"));
-    each.collect::<Vec<_>>().join(", ")
-}
-
-/// How a worker's process ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ending {
-    /// Whether it was asked to.
-    pub expected: bool,
-    /// In words: an exit code, or a signal.
-    pub how: String,
-    /// The last lines of its stderr.
-    pub stderr: String,
-}
 
 /// Resident memory of a process, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -169,64 +75,6 @@ struct Shared {
     /// To the process; also how its keeper learns that it should leave.
     orders: mpsc::UnboundedSender<Order>,
     ending: watch::Receiver<Option<Ending>>,
-}
-
-enum Order {
-    Send(Box<Command>),
-    /// Close its stdin and let it leave.
-    Leave,
-    Kill,
-}
-
-/// The requests under way.
-#[derive(Default)]
-struct Requests {
-    state: Mutex<RequestState>,
-    /// Counts every change of their number.
-    changed: watch::Sender<u64>,
-}
-
-#[derive(Default)]
-struct RequestState {
-    pending: HashMap<u64, mpsc::UnboundedSender<Result<Event, WorkerError>>>,
-    draining: bool,
-    ended: Option<Ending>,
-}
-
-impl Requests {
-    fn lock(&self) -> std::sync::MutexGuard<'_, RequestState> {
-        self.state.lock().expect("no holder panics")
-    }
-
-    fn remove(&self, id: u64) -> bool {
-        let known = self.lock().pending.remove(&id).is_some();
-        if known {
-            self.changed.send_modify(|count| *count += 1);
-        }
-        known
-    }
-
-    fn deliver(&self, event: Event) {
-        let Some(id) = event.id() else { return };
-        let last = event.is_last();
-        if let Some(sender) = self.lock().pending.get(&id) {
-            // A receiver that is gone has sent its cancellation.
-            let _ = sender.send(Ok(event));
-        }
-        if last {
-            self.remove(id);
-        }
-    }
-
-    fn end(&self, ending: Ending) {
-        let mut state = self.lock();
-        for (_, sender) in state.pending.drain() {
-            let _ = sender.send(Err(WorkerError::Died { how: ending.how.clone() }));
-        }
-        state.ended = Some(ending);
-        drop(state);
-        self.changed.send_modify(|count| *count += 1);
-    }
 }
 
 impl Worker {
@@ -361,7 +209,7 @@ impl Worker {
         request.sampling.check()?;
         let adapters = AdapterChoice::These(self.applied(&request.adapters)?);
         let request = GenerateRequest { adapters, ..request };
-        self.submit(|id| Command::Generate { id, request }).map(|answer| Generation { answer })
+        self.submit(|id| Command::Generate { id, request }).map(Generation::of)
     }
 
     /// The log-probabilities of a continuation.
@@ -438,7 +286,7 @@ impl Worker {
         shared.requests.changed.send_modify(|count| *count += 1);
         // If the process ends before it reads this, the request's error comes from its ending.
         let _ = shared.orders.send(Order::Send(Box::new(command(id))));
-        Ok(Answer { id, events, worker: self.clone() })
+        Ok(Answer::new(id, events, self.clone()))
     }
 
     /// Takes no more requests, waits until those under way are done, and lets the process leave.
@@ -506,22 +354,6 @@ impl Worker {
     }
 }
 
-fn load_error(failure: LoadFailure, path: PathBuf) -> WorkerError {
-    match failure {
-        LoadFailure::Model { message } => {
-            // The engine names the file too.
-            let prefix = format!("load model {}: ", path.display());
-            let message = message.strip_prefix(&prefix).unwrap_or(&message).to_owned();
-            WorkerError::Load { path, message }
-        }
-        LoadFailure::Settings { settings } => WorkerError::Settings { path, settings },
-        LoadFailure::TrainedContext { asked, trained } => {
-            WorkerError::TrainedContext { path, asked, trained }
-        }
-        LoadFailure::Adapter { message } => WorkerError::Adapter { path, message },
-    }
-}
-
 fn unexpected(event: &Event) -> WorkerError {
     let message = format!("an answer of another kind came: {event:?}");
     WorkerError::Request(RequestError::Engine { message: message.chars().take(200).collect() })
@@ -536,174 +368,4 @@ pub fn memory_of(pid: u32) -> Memory {
         number.and_then(|number| number.trim().parse::<u64>().ok()).unwrap_or(0) * 1024
     };
     Memory { resident_bytes: field("VmRSS:"), peak_bytes: field("VmHWM:") }
-}
-
-async fn send_line(stdin: &mut ChildStdin, mut line: Vec<u8>) -> std::io::Result<()> {
-    line.push(b'\n');
-    stdin.write_all(&line).await?;
-    stdin.flush().await
-}
-
-/// The next event; absent when the process closed its stdout. What is no event is skipped.
-async fn next_event(stdout: &mut BufReader<ChildStdout>) -> Option<Event> {
-    let mut line = Vec::new();
-    loop {
-        match child::read_line(stdout, &mut line, MAX_LINE_BYTES).await {
-            Ok(true) => {}
-            Ok(false) | Err(_) => return None,
-        }
-        match serde_json::from_slice(&line) {
-            Ok(event) => return Some(event),
-            Err(error) => tracing::warn!("a worker's line is not understood: {error}"),
-        }
-    }
-}
-
-/// Owns a worker's process: feeds it, hears it, and sees it end.
-struct Keeper {
-    child: Child,
-    tail: StderrTail,
-    follower: tokio::task::JoinHandle<()>,
-    requests: Arc<Requests>,
-    ended: watch::Sender<Option<Ending>>,
-}
-
-impl Keeper {
-    async fn run(
-        mut self,
-        stdin: ChildStdin,
-        mut stdout: BufReader<ChildStdout>,
-        mut orders: mpsc::UnboundedReceiver<Order>,
-    ) {
-        let requests = Arc::clone(&self.requests);
-        let hear = async {
-            while let Some(event) = next_event(&mut stdout).await {
-                requests.deliver(event);
-            }
-        };
-        let feed = async {
-            let mut stdin = stdin;
-            loop {
-                match orders.recv().await {
-                    Some(Order::Send(command)) => {
-                        let line = serde_json::to_vec(&command).expect("commands are plain data");
-                        if send_line(&mut stdin, line).await.is_err() {
-                            // It is dying: `hear` ends next.
-                            std::future::pending::<()>().await;
-                        }
-                    }
-                    Some(Order::Leave) => {
-                        drop(stdin);
-                        tokio::time::sleep(LEAVE_TIMEOUT).await;
-                        return;
-                    }
-                    // All handles are gone.
-                    Some(Order::Kill) | None => return,
-                }
-            }
-        };
-        let mut asked = false;
-        tokio::select! {
-            () = hear => {}
-            () = feed => asked = true,
-        }
-        asked |= self.requests.lock().draining;
-        // Where it still runs it has closed its stdout, or was asked to leave: it is of no more use.
-        let _ = self.child.start_kill();
-        let status = self.child.wait().await.unwrap_or_default();
-        let _ = self.follower.await;
-        let how = match child::ended(JOB, status, String::new()) {
-            ChildError::Crashed { signal, .. } => {
-                format!("signal {signal}, {}", child::signal_name(signal))
-            }
-            _ => format!("exit code {}", status.code().unwrap_or(-1)),
-        };
-        let ending = Ending { expected: asked, how, stderr: self.tail.text() };
-        self.requests.end(ending.clone());
-        self.ended.send_replace(Some(ending));
-    }
-}
-
-/// What comes back for one request.
-struct Answer {
-    id: u64,
-    events: mpsc::UnboundedReceiver<Result<Event, WorkerError>>,
-    worker: Worker,
-}
-
-impl Answer {
-    async fn next(&mut self) -> Result<Event, WorkerError> {
-        match self.events.recv().await {
-            Some(Ok(Event::Failed { error, .. })) => Err(error.into()),
-            Some(event) => event,
-            None => Err(WorkerError::Died { how: "it gave no answer".to_owned() }),
-        }
-    }
-
-    async fn result(mut self) -> Result<Event, WorkerError> {
-        loop {
-            match self.next().await? {
-                Event::Started { .. } => {}
-                event => return Ok(event),
-            }
-        }
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        let shared = &self.worker.shared;
-        if shared.requests.remove(self.id) {
-            let _ = shared.orders.send(Order::Send(Box::new(Command::Cancel { id: self.id })));
-        }
-    }
-}
-
-/// What a generation puts out.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Output {
-    /// The request got a sequence; its prompt is being processed.
-    Started,
-    /// The prompt, as it was asked for; before the first piece.
-    Echo(Piece),
-    /// More of the answer.
-    Piece(Piece),
-    /// The end; nothing follows.
-    Finished(Finish),
-}
-
-/// An answer under way. Dropping it cancels the request and frees its sequence.
-pub struct Generation {
-    answer: Answer,
-}
-
-impl Generation {
-    /// The next output. After [`Output::Finished`] or an error there is none. Cancellation-safe.
-    ///
-    /// # Errors
-    /// The request was refused, or the worker failed or died.
-    pub async fn next(&mut self) -> Result<Output, WorkerError> {
-        match self.answer.next().await? {
-            Event::Started { .. } => Ok(Output::Started),
-            Event::Echo { piece, .. } => Ok(Output::Echo(piece)),
-            Event::Piece { piece, .. } => Ok(Output::Piece(piece)),
-            Event::Finished { finish, .. } => Ok(Output::Finished(finish)),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// The whole answer.
-    ///
-    /// # Errors
-    /// The request was refused, or the worker failed or died.
-    pub async fn finish(mut self) -> Result<(Piece, Finish), WorkerError> {
-        let mut whole = Piece::default();
-        loop {
-            match self.next().await? {
-                Output::Started => {}
-                Output::Echo(piece) | Output::Piece(piece) => whole.append(piece),
-                Output::Finished(finish) => return Ok((whole, finish)),
-            }
-        }
-    }
 }

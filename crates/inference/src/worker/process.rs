@@ -118,6 +118,12 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
     };
     let mut context = Context::new(&model, &options).map_err(|e| failed(e.to_string()))?;
     let effective = read_back(&context, runtime)?;
+    let shifts = spec.extras.context_shift;
+    if shifts && !(model.forgets_parts() && context.can_shift()) {
+        let impossible = "false: this model's memory cannot be shifted".to_owned();
+        let settings = vec![("context_shift".to_owned(), "true".to_owned(), impossible)];
+        return Err(LoadFailure::Settings { settings });
+    }
     warm_up(&mut context).map_err(failed)?;
     let info = ModelInfo {
         shape: model.shape(),
@@ -129,8 +135,13 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
         adds_beginning: model.adds_beginning(),
         load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
     };
-    let mut scheduler =
-        Scheduler::new(context, runtime.context_tokens, runtime.queue_limit, Outbox::default());
+    let mut scheduler = Scheduler::new(
+        context,
+        runtime.context_tokens,
+        runtime.queue_limit,
+        shifts,
+        Outbox::default(),
+    );
     for adapter in &spec.adapters {
         scheduler
             .load_adapter(adapter.id, &adapter.path)

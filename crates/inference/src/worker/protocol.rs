@@ -32,12 +32,24 @@ pub struct WorkerSpec {
     /// Adapters that are loaded with it.
     #[serde(default)]
     pub adapters: Vec<AdapterFile>,
+    /// What is off unless somebody asks for it.
+    #[serde(default)]
+    pub extras: Extras,
+}
+
+/// What a worker does beyond answering; each is off by default, and refused where the model cannot do it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Extras {
+    /// Whether an answer goes on where the context is full: half of what follows the prompt's first
+    /// message (or its first tokens) is then forgotten.
+    pub context_shift: bool,
 }
 
 impl WorkerSpec {
     /// A model without adapters.
     pub fn new(model_path: PathBuf, runtime: RuntimeConfig) -> Self {
-        Self { model_path, runtime, adapters: Vec::new() }
+        Self { model_path, runtime, adapters: Vec::new(), extras: Extras::default() }
     }
 
     /// The model with an adapter in its full strength in every answer.
@@ -316,6 +328,8 @@ pub struct Finish {
     pub cached_tokens: u32,
     /// Tokens generated.
     pub completion_tokens: u32,
+    /// How often the context was full, and a part of it was forgotten.
+    pub context_shifts: u32,
     /// Milliseconds spent waiting for a free sequence.
     pub queue_ms: f64,
     /// Milliseconds from then to the first token.

@@ -5,6 +5,7 @@ mod adapters;
 mod child;
 mod clients;
 mod constrained;
+mod context_shift;
 mod hostile;
 mod lm_eval;
 mod page;
