@@ -362,6 +362,8 @@ fn stage_error(error: &WorkerError) -> StageError {
         WorkerError::Load { .. }
         | WorkerError::Adapter { .. }
         | WorkerError::Request(_)
+        | WorkerError::PromptCache { .. }
+        | WorkerError::Draft { .. }
         | WorkerError::Template(_) => StageError::Load,
     }
 }

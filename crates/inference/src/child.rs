@@ -259,6 +259,10 @@ pub(crate) async fn spawn(job: &str) -> Result<Child, ChildError> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    if job == crate::worker::JOB {
+        // Ctrl-C is for its parent, which lets it leave when its requests are done.
+        command.process_group(0);
+    }
     let (reply, answer) = tokio::sync::oneshot::channel();
     spawner
         .send((command, tokio::runtime::Handle::current(), reply))

@@ -127,7 +127,10 @@ struct Counters {
     refused: u64,
     prompt_tokens: u64,
     cached_tokens: u64,
+    restored_tokens: u64,
     context_shifts: u64,
+    drafted_tokens: u64,
+    accepted_tokens: u64,
     generated_tokens: u64,
     worker_crashes: u64,
     sleeps: u64,
@@ -157,7 +160,10 @@ impl Default for Metrics {
             refused: 0,
             prompt_tokens: 0,
             cached_tokens: 0,
+            restored_tokens: 0,
             context_shifts: 0,
+            drafted_tokens: 0,
+            accepted_tokens: 0,
             generated_tokens: 0,
             worker_crashes: 0,
             sleeps: 0,
@@ -358,10 +364,17 @@ impl Metrics {
                 ("prompt_tokens", "Prompt tokens of answered requests.", counters.prompt_tokens),
                 ("cached_prompt_tokens", "Of these, tokens found in the cache.", counters.cached_tokens),
                 (
+                    "restored_prompt_tokens",
+                    "Of these, tokens that came from the disk.",
+                    counters.restored_tokens,
+                ),
+                (
                     "context_shifts",
                     "Times that an answer's context was full and a part of it was forgotten.",
                     counters.context_shifts,
                 ),
+                ("drafted_tokens", "Tokens guessed ahead.", counters.drafted_tokens),
+                ("accepted_tokens", "Of these, tokens that were right.", counters.accepted_tokens),
                 ("generated_tokens", "Tokens generated.", counters.generated_tokens),
                 ("worker_crashes", "Worker processes that ended unasked.", counters.worker_crashes),
                 ("sleeps", "Times that an idle model's memory was freed.", counters.sleeps),
@@ -518,6 +531,9 @@ impl GenerationMeter {
             counters.count_tokens(rest);
             counters.prompt_tokens += u64::from(finish.prompt_tokens);
             counters.cached_tokens += u64::from(finish.cached_tokens);
+            counters.restored_tokens += u64::from(finish.restored_tokens);
+            counters.drafted_tokens += u64::from(finish.drafted_tokens);
+            counters.accepted_tokens += u64::from(finish.accepted_tokens);
             counters.context_shifts += u64::from(finish.context_shifts);
             let series = counters.series(operation, &model);
             series.whole.add(elapsed.as_secs_f64());

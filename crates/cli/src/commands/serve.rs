@@ -9,7 +9,7 @@ use serde::Serialize;
 use slmops_api::runtime::{EffectiveConfig, KvType, RuntimeConfig};
 use slmops_inference::host::ModelSpec;
 use slmops_inference::server::{self, Keys, ServerOptions};
-use slmops_inference::worker::{AdapterFile, Extras, Worker, WorkerSpec};
+use slmops_inference::worker::{AdapterFile, Extras, PromptCache, Speculation, Worker, WorkerSpec};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Session;
@@ -19,6 +19,8 @@ use crate::units;
 
 /// Context of each parallel request, unless the model was trained with less.
 const DEFAULT_CONTEXT_TOKENS: u32 = 2048;
+/// Tokens that are guessed at once, at most.
+const DEFAULT_GUESSED_TOKENS: u32 = 8;
 
 /// One model on this machine.
 #[derive(Debug, clap::Args)]
@@ -71,6 +73,27 @@ pub struct Serve {
     /// the answer ends there
     #[arg(long)]
     pub context_shift: bool,
+    /// Keep what prompts became in the engine's memory in this folder over the end of the process, so that
+    /// they need not be computed again. Puts what users wrote on the disk, readable for your user alone
+    #[arg(long, value_name = "FOLDER")]
+    pub prompt_cache: Option<PathBuf>,
+    /// The most that the prompt cache may take; what was not used for longest goes first
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "256MiB",
+        requires = "prompt_cache",
+        value_parser = units::parse_bytes
+    )]
+    pub prompt_cache_size: u64,
+    /// Guess the next tokens from what stands in the prompt and the answer already, up to so many at once
+    /// [default: 8], and check them in one step; answers stay the same
+    #[arg(long, value_name = "ngram[:COUNT]", value_parser = ngram, conflicts_with = "draft")]
+    pub speculate: Option<u32>,
+    /// Guess the next tokens with this smaller model (GGUF) of the same vocabulary, and check them in one
+    /// step; answers stay the same
+    #[arg(long, value_name = "MODEL")]
+    pub draft: Option<PathBuf>,
     /// The name under which it answers [default: the file's name]
     #[arg(long)]
     pub name: Option<String>,
@@ -112,7 +135,13 @@ impl Serve {
         })?;
         let address = listener.local_addr().internal(|| "read the address".to_owned())?;
         let model_path = original.file.path.clone();
-        let extras = Extras { context_shift: self.context_shift };
+        let limit_bytes = self.prompt_cache_size;
+        let prompt_cache = self.prompt_cache.map(|folder| PromptCache { folder, limit_bytes });
+        let tokens = self.speculate.unwrap_or(DEFAULT_GUESSED_TOKENS);
+        let ngram = self.speculate.map(|tokens| Speculation::Ngram { tokens });
+        let draft = self.draft.map(|model_path| Speculation::Draft { model_path, tokens });
+        let speculation = draft.or(ngram);
+        let extras = Extras { context_shift: self.context_shift, prompt_cache, speculation };
         let worker = WorkerSpec { model_path, runtime, adapters: named(self.lora)?, extras };
         let model = ModelSpec { id: id.clone(), aliases: Vec::new(), worker };
         let stage = session.progress.stage(format!("load {}", self.model.display()));
@@ -139,6 +168,16 @@ fn adapter(given: &str) -> std::result::Result<(PathBuf, f32), String> {
         Ok(scale) if f32::is_finite(scale) => Ok((path.into(), scale)),
         _ => Err(format!("`{scale}` is no number")),
     }
+}
+
+/// `ngram`, or `ngram:COUNT`.
+fn ngram(given: &str) -> std::result::Result<u32, String> {
+    let count = match given.split_once(':') {
+        None if given == "ngram" => return Ok(DEFAULT_GUESSED_TOKENS),
+        Some(("ngram", count)) => count.parse().ok(),
+        _ => None,
+    };
+    count.ok_or_else(|| "expected `ngram` or `ngram:COUNT`, such as `ngram:8`".to_owned())
 }
 
 /// Adapters under the names of their files.

@@ -11,6 +11,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use llama_cpp_sys_2 as sys;
+use slmops_artifact::Digest;
 use slmops_artifact::gguf::{self, TensorInfo, TensorType};
 
 use super::{EngineError, Model, log};
@@ -22,6 +23,7 @@ use super::{EngineError, Model, log};
 pub struct Adapter {
     raw: NonNull<sys::llama_adapter_lora>,
     model: Arc<Model>,
+    digest: Digest,
 }
 
 // SAFETY: an adapter has no ties to the thread that made it; that it is used on one at a time is the
@@ -45,7 +47,7 @@ impl Adapter {
     /// The file is missing, damaged, no LoRA adapter, or one of another model.
     pub fn load(model: &Arc<Model>, path: &Path) -> Result<Self, EngineError> {
         let failed = |cause: String| EngineError::Adapter { path: path.to_owned(), cause };
-        check(path).map_err(failed)?;
+        let digest = check(path).map_err(failed)?;
         let c_path = CString::new(path.as_os_str().as_bytes())
             .map_err(|_| failed("its path has a NUL byte".to_owned()))?;
         let (raw, lines) = log::capture(None, || {
@@ -56,13 +58,18 @@ impl Adapter {
             let words = log::errors(&lines, "the engine gives no reason");
             failed(words.replace("failed to apply lora adapter: ", ""))
         })?;
-        let adapter = Self { raw, model: Arc::clone(model) };
+        let adapter = Self { raw, model: Arc::clone(model), digest };
         // SAFETY: `raw` is a live adapter.
         if unsafe { sys::llama_adapter_get_alora_n_invocation_tokens(raw.as_ptr()) } > 0 {
             let cause = "it counts only after certain tokens (aLoRA), which is not supported";
             return Err(failed(cause.to_owned()));
         }
         Ok(adapter)
+    }
+
+    /// The digest of its file.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
     }
 
     pub(super) fn raw(&self) -> *mut sys::llama_adapter_lora {
@@ -75,8 +82,8 @@ impl Adapter {
 }
 
 /// Refuses what the engine would abort the process over: matrices that do not go together, and
-/// numbers that are none.
-fn check(path: &Path) -> Result<(), String> {
+/// numbers that are none. Returns the file's digest.
+fn check(path: &Path) -> Result<Digest, String> {
     let file = gguf::open(path).map_err(|error| error.to_string())?;
     let header = file.header();
     if header.text("general.type") != Some("adapter") {
@@ -130,7 +137,7 @@ fn check(path: &Path) -> Result<(), String> {
             return Err(format!("the two matrices of `{base}` do not go together"));
         }
     }
-    Ok(())
+    Ok(Digest::of(file.bytes()))
 }
 
 fn is_finite(halves: &[u8], exponent: u16) -> bool {

@@ -448,6 +448,49 @@ impl Context {
         }
     }
 
+    /// How many bytes [`Context::state`] of a sequence has.
+    pub fn state_bytes(&self, sequence: u32) -> u64 {
+        assert!(sequence < self.sequences(), "there is no sequence {sequence}");
+        // SAFETY: `raw` is a live context, and the sequence exists.
+        unsafe { sys::llama_state_seq_get_size(self.raw.as_ptr(), sequence.cast_signed()) as u64 }
+    }
+
+    /// What is in memory of a sequence, for [`Context::set_state`] of a context with the same model and
+    /// formats on the same build of the engine; absent where the engine cannot tell.
+    pub fn state(&self, sequence: u32) -> Option<Vec<u8>> {
+        let mut state = vec![0; usize::try_from(self.state_bytes(sequence)).ok()?];
+        // SAFETY: the buffer is valid for its length, and the sequence exists.
+        let written = unsafe {
+            sys::llama_state_seq_get_data(
+                self.raw.as_ptr(),
+                state.as_mut_ptr(),
+                state.len(),
+                sequence.cast_signed(),
+            )
+        };
+        (written > 0 && written == state.len()).then_some(state)
+    }
+
+    /// Puts the state of a sequence of so many tokens in the place of a sequence. False where the engine
+    /// does not take it; then nothing is certain of the sequence.
+    pub fn set_state(&mut self, sequence: u32, state: &[u8], tokens: usize) -> bool {
+        assert!(sequence < self.sequences(), "there is no sequence {sequence}");
+        let memory = self.memory();
+        // SAFETY: the bytes are valid for their length, which the library does not read beyond; the
+        // sequence exists, and the memory belongs to this context.
+        let (read, last) = unsafe {
+            let sequence = sequence.cast_signed();
+            let read = sys::llama_state_seq_set_data(
+                self.raw.as_ptr(),
+                state.as_ptr(),
+                state.len(),
+                sequence,
+            );
+            (read, sys::llama_memory_seq_pos_max(memory, sequence))
+        };
+        read == state.len() && i64::from(last) + 1 == tokens as i64
+    }
+
     /// Copies a whole sequence to another, replacing it. Attention to copied tokens is exact.
     pub fn copy(&mut self, from: u32, to: u32) {
         let memory = self.memory();

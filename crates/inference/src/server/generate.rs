@@ -158,6 +158,7 @@ pub(super) fn timings(finish: &Finish) -> Value {
     let rate = |tokens: u32, ms: f64| if ms > 0.0 { f64::from(tokens) * 1e3 / ms } else { 0.0 };
     json!({
         "cache_n": finish.cached_tokens,
+        "restored_n": finish.restored_tokens,
         "prompt_n": computed,
         "prompt_ms": finish.prompt_ms,
         "prompt_per_second": rate(computed, finish.prompt_ms),
@@ -165,6 +166,8 @@ pub(super) fn timings(finish: &Finish) -> Value {
         "predicted_ms": finish.decode_ms,
         "predicted_per_second": rate(decoded, finish.decode_ms),
         "queue_ms": finish.queue_ms,
+        "draft_n": finish.drafted_tokens,
+        "draft_n_accepted": finish.accepted_tokens,
         "context_shifts": finish.context_shifts,
     })
 }

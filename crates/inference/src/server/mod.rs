@@ -47,6 +47,8 @@ pub use keys::{KeyLimits, Keys, KeysError};
 pub const MAX_BODY_BYTES: usize = 16 << 20;
 /// How long requests under way may take after the server was asked to stop.
 pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
+/// How long the worker may take to leave then.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 
 /// After how long without anything else a stream gets a comment, by default.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -216,7 +218,8 @@ pub async fn serve_host(
         served = server => served,
         () = limit => Ok(()),
     };
-    host.shut_down(Duration::from_secs(1)).await;
+    // A worker without requests has nothing left to do but to write its prompt cache.
+    host.shut_down(LEAVE_LIMIT).await;
     served
 }
 

@@ -48,6 +48,22 @@ pub enum WorkerError {
         /// Which adapter, and the engine's words.
         message: String,
     },
+    /// The prompt cache cannot be used.
+    #[error("load {}: {message}", path.display())]
+    PromptCache {
+        /// The model file.
+        path: PathBuf,
+        /// Which folder, and why.
+        message: String,
+    },
+    /// The draft model cannot guess for this one.
+    #[error("load {}: {message}", path.display())]
+    Draft {
+        /// The model file.
+        path: PathBuf,
+        /// Which draft model, and why.
+        message: String,
+    },
     /// The engine would not run with exactly the settings that were asked.
     #[error(
         "load {}: the engine does not follow the configuration: {}\nhint: set these to what the engine does",
@@ -107,5 +123,7 @@ pub(super) fn load_error(failure: LoadFailure, path: PathBuf) -> WorkerError {
             WorkerError::TrainedContext { path, asked, trained }
         }
         LoadFailure::Adapter { message } => WorkerError::Adapter { path, message },
+        LoadFailure::Draft { message } => WorkerError::Draft { path, message },
+        LoadFailure::PromptCache { message } => WorkerError::PromptCache { path, message },
     }
 }

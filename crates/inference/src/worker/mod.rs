@@ -10,6 +10,7 @@ mod keeper;
 mod outbox;
 mod preparing;
 mod process;
+mod prompt_cache;
 pub mod protocol;
 mod sampler;
 mod scheduler;
@@ -21,8 +22,8 @@ pub use keeper::Ending;
 pub(crate) use process::run;
 pub use protocol::{
     AdapterChoice, AdapterFile, AdapterUse, Embedding, Extras, Finish, FinishReason,
-    GenerateRequest, ModelInfo, Piece, Prompt, RequestError, Sampling, Score, ScoreRequest,
-    TokenLogprob, WorkerSpec,
+    GenerateRequest, ModelInfo, Piece, Prompt, PromptCache, RequestError, Sampling, Score,
+    ScoreRequest, Speculation, TokenLogprob, WorkerSpec,
 };
 
 use std::sync::atomic::{AtomicU64, Ordering};

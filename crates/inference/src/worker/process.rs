@@ -7,15 +7,21 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Instant;
 
 use slmops_api::runtime::{EffectiveConfig, RuntimeConfig};
+use slmops_artifact::Digest;
 
 use super::outbox::Outbox;
 use super::preparing::Preparing;
+use super::prompt_cache::PromptStore;
 use super::protocol::{
-    AdapterChoice, AdapterUse, Command, Event, GenerateRequest, LoadFailure, MAX_LINE_BYTES,
-    MAX_LOGIT_BIASES, MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS, MAX_TOP_LOGPROBS, ModelInfo,
-    Piece, Prompt, RequestError, Score, ScoreRequest, TokenLogprob, WorkerSpec,
+    AdapterChoice, AdapterUse, Command, Event, GenerateRequest, LoadFailure, MAX_DRAFTED,
+    MAX_LINE_BYTES, MAX_LOGIT_BIASES, MAX_PROMPT_BYTES, MAX_STOP_BYTES, MAX_STOPS,
+    MAX_TOP_LOGPROBS, ModelInfo, Piece, Prompt, PromptCache, RequestError, Score, ScoreRequest,
+    Speculation, TokenLogprob, WorkerSpec,
 };
-use super::scheduler::{Embedding64, Generating, Scheduler, Scoring, Task, Work};
+use super::scheduler::{
+    DraftModel, Drafter, Embedding64, Generating, Saving, Scheduler, Scoring, Task, Work,
+    same_vocabulary,
+};
 use crate::child::print_line;
 use crate::constraint::Guide;
 use crate::llama::{
@@ -62,7 +68,8 @@ pub(crate) fn run() -> i32 {
         }
     }
     // Nobody listens any more: what runs has no reader.
-    0
+    let _ = sender.send(Order::Leave);
+    i32::from(engine.join().is_err())
 }
 
 /// Answers a command that cannot be read, so that nobody waits for it for ever.
@@ -95,6 +102,8 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
     let runtime = &spec.runtime;
     let failed = |message: String| LoadFailure::Model { message };
     check_runtime(runtime)?;
+    check_speculation(spec)?;
+    let guesses = spec.extras.speculation.as_ref().map_or(0, Speculation::tokens);
     let options = LoadOptions { check_tensors: true, ..LoadOptions::default() };
     let model = Model::load(&spec.model_path, &options).map_err(|e| failed(e.to_string()))?;
     if !model.generates() {
@@ -109,7 +118,7 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
         context_tokens: runtime.context_tokens,
         sequences: runtime.parallel,
         batch_tokens: runtime.batch_tokens,
-        outputs: runtime.parallel.saturating_add(EXTRA_OUTPUTS),
+        outputs: (runtime.parallel * (1 + guesses)).max(runtime.parallel + EXTRA_OUTPUTS),
         threads: runtime.threads,
         kv_type: runtime.kv_type,
         flash_attention: runtime.flash_attention,
@@ -135,11 +144,14 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
         adds_beginning: model.adds_beginning(),
         load_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
     };
+    let saving = spec.extras.prompt_cache.as_ref().map(|cache| open_cache(cache, spec, &model));
     let mut scheduler = Scheduler::new(
         context,
         runtime.context_tokens,
         runtime.queue_limit,
         shifts,
+        saving.transpose()?,
+        drafter(spec, &model, &options)?,
         Outbox::default(),
     );
     for adapter in &spec.adapters {
@@ -150,6 +162,85 @@ fn load(spec: &WorkerSpec) -> Result<(Scheduler, Arc<Model>), LoadFailure> {
     memory::give_back();
     emit(&Event::Loaded { effective, info: Box::new(info) });
     Ok((scheduler, model))
+}
+
+/// Refuses guesses that would not fit into a batch.
+fn check_speculation(spec: &WorkerSpec) -> Result<(), LoadFailure> {
+    let Some(speculation) = &spec.extras.speculation else { return Ok(()) };
+    let RuntimeConfig { parallel, batch_tokens, .. } = spec.runtime;
+    let (tokens, room) = (speculation.tokens(), batch_tokens / parallel);
+    if (1..=MAX_DRAFTED).contains(&tokens) && tokens < room {
+        return Ok(());
+    }
+    let most = MAX_DRAFTED.min(room.saturating_sub(1));
+    let wanted = format!("1 to {most} (batch_tokens / parallel - 1, {MAX_DRAFTED} at most)");
+    let settings = vec![("speculation.tokens".to_owned(), tokens.to_string(), wanted)];
+    Err(LoadFailure::Settings { settings })
+}
+
+/// Makes ready whatever guesses; `options` are those of the model that answers.
+fn drafter(
+    spec: &WorkerSpec,
+    model: &Arc<Model>,
+    options: &ContextOptions,
+) -> Result<Option<Drafter>, LoadFailure> {
+    let Some(speculation) = &spec.extras.speculation else { return Ok(None) };
+    let failed = |message: String| LoadFailure::Draft { message };
+    let forgets = |model: &Model, whose: &str| match model.forgets_parts() {
+        true => Ok(()),
+        false => Err(failed(format!("{whose} memory cannot be cut back to before a wrong guess"))),
+    };
+    forgets(model, "speculation: this model's")?;
+    let limit = speculation.tokens() as usize;
+    let Speculation::Draft { model_path, .. } = speculation else {
+        return Ok(Some(Drafter::Ngram { limit }));
+    };
+    let named = |what: &str| failed(format!("draft model {}: {what}", model_path.display()));
+    let loading = LoadOptions { check_tensors: true, ..LoadOptions::default() };
+    let draft = Model::load(model_path, &loading).map_err(|error| named(&error.to_string()))?;
+    let draft = Arc::new(draft);
+    if !same_vocabulary(&draft, model) {
+        let what = "its vocabulary is another one
+hint: use a smaller model of the same family";
+        return Err(named(what));
+    }
+    forgets(&draft, &format!("draft model {}: its", model_path.display()))?;
+    let (trained, asked) = (draft.trained_context(), spec.runtime.context_tokens);
+    if trained < asked {
+        let what = format!("it was trained for {trained} tokens of context, fewer than {asked}");
+        return Err(named(&what));
+    }
+    let outputs = options.sequences;
+    let context = Context::new(&draft, &ContextOptions { outputs, ..options.clone() });
+    let mut context = context.map_err(|error| named(&error.to_string()))?;
+    warm_up(&mut context).map_err(|cause| named(&cause))?;
+    Ok(Some(Drafter::Model(Box::new(DraftModel::new(context, limit)))))
+}
+
+/// Opens the prompt cache for what this worker computes.
+fn open_cache(
+    cache: &PromptCache,
+    spec: &WorkerSpec,
+    model: &Model,
+) -> Result<Saving, LoadFailure> {
+    let failed = |message: String| LoadFailure::PromptCache { message };
+    if !model.forgets_parts() {
+        let effective = "none: this model's memory cannot be cut to a prefix".to_owned();
+        let folder = cache.folder.display().to_string();
+        let settings = vec![("prompt_cache".to_owned(), folder, effective)];
+        return Err(LoadFailure::Settings { settings });
+    }
+    let (file, _) = std::fs::File::open(&spec.model_path)
+        .and_then(Digest::of_reader)
+        .map_err(|error| failed(format!("read {}: {error}", spec.model_path.display())))?;
+    // The same numbers come of the same engine alone, on a processor of the same kind.
+    let runtime = &spec.runtime;
+    let base =
+        format!("{} {file} {:?} {}", engine_version(), runtime.kv_type, runtime.flash_attention);
+    let store = PromptStore::open(cache).map_err(|error| {
+        failed(format!("open prompt cache {}: {error}", cache.folder.display()))
+    })?;
+    Ok(Saving::new(store, Digest::of(base.as_bytes())))
 }
 
 /// Refuses settings that no engine could follow.
@@ -219,22 +310,31 @@ pub(super) enum Order {
     Cancel(u64),
     LoadAdapter { id: u64, adapter: u32, path: PathBuf },
     UnloadAdapter { id: u64, adapter: u32 },
+    Leave,
 }
 
 fn run_engine(mut scheduler: Scheduler, orders: &Receiver<Order>) {
     loop {
-        if scheduler.is_idle() {
-            match orders.recv() {
-                Ok(order) => follow(&mut scheduler, order),
-                Err(_) => return,
-            }
+        let idle = scheduler.is_idle();
+        let mut next = orders.try_recv();
+        // What is worth keeping is written while there is nothing else to do.
+        while idle && matches!(next, Err(TryRecvError::Empty)) && scheduler.save_one() {
+            next = orders.try_recv();
+        }
+        if idle && matches!(next, Err(TryRecvError::Empty)) {
+            next = orders.recv().map_err(|_| TryRecvError::Disconnected);
         }
         loop {
-            match orders.try_recv() {
-                Ok(order) => follow(&mut scheduler, order),
+            match next {
+                Ok(order) => {
+                    if !follow(&mut scheduler, order) {
+                        return scheduler.leave();
+                    }
+                }
+                Err(TryRecvError::Disconnected) => return scheduler.leave(),
                 Err(TryRecvError::Empty) => break,
-                Err(TryRecvError::Disconnected) => return,
             }
+            next = orders.try_recv();
         }
         scheduler.step();
     }
@@ -247,8 +347,10 @@ fn done(id: u64, outcome: Result<(), RequestError>) {
     }
 }
 
-fn follow(scheduler: &mut Scheduler, order: Order) {
+/// Does what it is told; false where that is to leave.
+fn follow(scheduler: &mut Scheduler, order: Order) -> bool {
     match order {
+        Order::Leave => return false,
         Order::Submit(task) => scheduler.submit(task),
         Order::Cancel(id) => scheduler.cancel(id),
         Order::LoadAdapter { id, adapter, path } => {
@@ -261,6 +363,7 @@ fn follow(scheduler: &mut Scheduler, order: Order) {
             done(id, Ok(()));
         }
     }
+    true
 }
 
 /// Prepares a command on the reader's thread, beside the engine's.

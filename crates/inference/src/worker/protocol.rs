@@ -19,6 +19,8 @@ pub const MAX_STOPS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 512;
 /// The most alternatives listed beside each token.
 pub const MAX_TOP_LOGPROBS: u32 = 20;
+/// The most tokens that are guessed at once.
+pub const MAX_DRAFTED: u32 = 16;
 /// The most biased tokens of one request.
 pub const MAX_LOGIT_BIASES: usize = 1024;
 
@@ -44,6 +46,46 @@ pub struct Extras {
     /// Whether an answer goes on where the context is full: half of what follows the prompt's first
     /// message (or its first tokens) is then forgotten.
     pub context_shift: bool,
+    /// Where sequences are kept over the end of the process.
+    pub prompt_cache: Option<PromptCache>,
+    /// Where guesses of the next tokens come from, which the model checks several at a time.
+    pub speculation: Option<Speculation>,
+}
+
+/// Speculative decoding: where guesses come from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Speculation {
+    /// From what stands in the prompt and the answer already.
+    Ngram {
+        /// Tokens guessed at once, at most.
+        tokens: u32,
+    },
+    /// From a smaller model of the same vocabulary.
+    Draft {
+        /// Its GGUF file.
+        model_path: PathBuf,
+        /// Tokens guessed at once, at most.
+        tokens: u32,
+    },
+}
+
+impl Speculation {
+    /// Tokens guessed at once, at most.
+    pub(crate) fn tokens(&self) -> u32 {
+        match self {
+            Self::Ngram { tokens } | Self::Draft { tokens, .. } => *tokens,
+        }
+    }
+}
+
+/// A folder for what prompts became in the engine's memory. It says what users wrote.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptCache {
+    /// The folder, which only its owner may read.
+    pub folder: PathBuf,
+    /// The most bytes of it.
+    pub limit_bytes: u64,
 }
 
 impl WorkerSpec {
@@ -326,10 +368,16 @@ pub struct Finish {
     pub prompt_tokens: u32,
     /// Of these, tokens that an earlier request had left in the cache.
     pub cached_tokens: u32,
+    /// Of these, tokens that came from the disk.
+    pub restored_tokens: u32,
     /// Tokens generated.
     pub completion_tokens: u32,
     /// How often the context was full, and a part of it was forgotten.
     pub context_shifts: u32,
+    /// Tokens that were guessed ahead.
+    pub drafted_tokens: u32,
+    /// Of these, tokens that were right.
+    pub accepted_tokens: u32,
     /// Milliseconds spent waiting for a free sequence.
     pub queue_ms: f64,
     /// Milliseconds from then to the first token.
@@ -392,6 +440,8 @@ pub(crate) enum LoadFailure {
     Settings { settings: Vec<(String, String, String)> },
     TrainedContext { asked: u32, trained: u32 },
     Adapter { message: String },
+    PromptCache { message: String },
+    Draft { message: String },
 }
 
 /// What the worker is told.

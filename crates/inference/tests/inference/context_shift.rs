@@ -33,8 +33,12 @@ fn request(tokens: Vec<i32>, max_tokens: Option<u32>) -> GenerateRequest {
 #[tokio::test]
 async fn an_answer_goes_on_as_in_a_loop_that_shifts() {
     let worker = worker(true).await;
-    let (piece, finish) =
-        worker.generate(request(PROMPT_TOKENS.to_vec(), Some(150))).unwrap().finish().await.unwrap();
+    let (piece, finish) = worker
+        .generate(request(PROMPT_TOKENS.to_vec(), Some(150)))
+        .unwrap()
+        .finish()
+        .await
+        .unwrap();
     let input = json!({
         "model": glass(), "prompt": PROMPT, "tokens": 150, "shift_at": CONTEXT_TOKENS, "shift_keeps": 4,
     });

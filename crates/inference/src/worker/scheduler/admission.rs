@@ -41,7 +41,9 @@ impl Slot {
 pub(super) struct Running {
     pub(super) task: Task,
     pub(super) started: Instant,
+    /// Tokens of its prompt that were there, and how many of them came from the disk.
     pub(super) cached_tokens: usize,
+    pub(super) restored_tokens: usize,
 }
 
 impl Scheduler {
@@ -65,14 +67,18 @@ impl Scheduler {
                 Work::Score(scoring) => scoring.from - 1,
                 Work::Embed(_) => 0,
             };
-            let mut cached = shared(slot).min(needed);
+            let own = shared(slot).min(needed);
             // Any other sequence, also one that is under way, may hold more of it.
             let others = self.slots.iter().enumerate().filter(|(at, _)| *at != index);
             let richest = others.map(|(at, slot)| (shared(slot).min(needed), at)).max();
+            let richest = richest.filter(|(held, _)| *held >= own + self.copy_saves);
             let (task, adapters) = self.queue.pop_front().expect("it is not empty");
-            if let Some((held, from)) =
-                richest.filter(|(held, _)| *held >= cached + self.copy_saves)
-            {
+            self.save_before_loss(index, own);
+            let at_hand = richest.map_or(own, |(held, _)| held);
+            let restored = self.restore(index, &task.tokens[..needed], &adapters, at_hand);
+            // What could not be read may have taken the place of what was there.
+            let mut cached = restored.unwrap_or(own.min(self.slots[index].held.len()));
+            if let (None, Some((held, from))) = (restored, richest) {
                 self.context.copy(from as u32, index as u32);
                 self.slots[index].held = self.slots[from].held.clone();
                 self.slots[index].shifted_from = self.slots[from].shifted_from;
@@ -89,7 +95,12 @@ impl Scheduler {
             }
             slot.adapters = adapters;
             self.outbox.push(&Event::Started { id: task.id });
-            slot.running = Some(Running { task, started: Instant::now(), cached_tokens: cached });
+            slot.running = Some(Running {
+                task,
+                started: Instant::now(),
+                cached_tokens: cached,
+                restored_tokens: restored.unwrap_or(0).min(cached),
+            });
         }
     }
 }

@@ -6,6 +6,7 @@ use super::super::protocol::{Finish, FinishReason, GenerateRequest, Piece, Reque
 use super::super::sampler::{Sampler, entropy, logprob};
 use super::super::text::TextAssembler;
 use super::Outcome;
+use super::drafting::Drafts;
 use crate::constraint::Guide;
 use crate::llama::{Model, Token};
 
@@ -31,6 +32,7 @@ pub(in super::super) struct Generating {
     pub(super) keep: Option<usize>,
     /// How often its context was full.
     pub(super) shifts: u32,
+    pub(super) drafts: Drafts,
     generated: u32,
     first_token_at: Option<Instant>,
     entropy_tokens: u32,
@@ -56,6 +58,7 @@ impl Generating {
             prompt_tokens,
             keep: None,
             shifts: 0,
+            drafts: Drafts::default(),
             generated: 0,
             first_token_at: None,
             entropy_tokens: 0,
@@ -70,14 +73,23 @@ impl Generating {
             reason,
             prompt_tokens: number(self.prompt_tokens),
             cached_tokens: number(stage.cached_tokens),
+            restored_tokens: number(stage.restored_tokens),
             completion_tokens: self.generated,
             context_shifts: self.shifts,
+            drafted_tokens: self.drafts.drafted,
+            accepted_tokens: self.drafts.accepted,
             queue_ms: (stage.started - stage.arrived).as_secs_f64() * 1e3,
             prompt_ms: (first_token_at - stage.started).as_secs_f64() * 1e3,
             decode_ms: first_token_at.elapsed().as_secs_f64() * 1e3,
             entropy_tokens: self.entropy_tokens,
             entropy_nats: self.entropy_nats,
         }
+    }
+
+    /// Tokens that may still come, at most.
+    pub(super) fn most_left(&self) -> usize {
+        let left = |max: u32| max.saturating_sub(self.generated) as usize;
+        self.request_max_tokens.map_or(usize::MAX, left)
     }
 
     /// Whether the log-probability of the token after `place` of the prompt is wanted.
@@ -93,6 +105,7 @@ pub(super) struct Stage<'a> {
     pub(super) started: Instant,
     pub(super) arrived: Instant,
     pub(super) cached_tokens: usize,
+    pub(super) restored_tokens: usize,
 }
 
 /// Chooses the next token of an answer, appends it to `tokens` and hands out its text.

@@ -3,7 +3,9 @@
 
 mod admission;
 mod answer;
+mod drafting;
 mod embedding;
+mod saving;
 mod shift;
 mod turns;
 
@@ -18,7 +20,9 @@ use crate::llama::{Adapter, Batch, Context, Model, Token};
 use admission::{Running, Slot};
 pub(super) use answer::Generating;
 use answer::{Stage, next_token};
+pub(super) use drafting::{DraftModel, Drafter, same_vocabulary};
 pub(super) use embedding::Embedding64;
+pub(super) use saving::Saving;
 use turns::AdapterSet;
 
 /// Prompt tokens in one step beside answers under way.
@@ -60,6 +64,8 @@ struct Output {
     index: usize,
     /// Index of the token in its sequence.
     place: usize,
+    /// The token, where it is a guess.
+    guess: Option<Token>,
 }
 
 /// Decides what is computed next, and computes it.
@@ -71,6 +77,10 @@ pub(super) struct Scheduler {
     queue_limit: usize,
     /// Whether answers go on past the end of the context.
     shifts: bool,
+    /// The sequences on the disk, where there are any.
+    saving: Option<Saving>,
+    /// Where guesses come from, if there are any.
+    drafter: Option<Drafter>,
     slots: Vec<Slot>,
     queue: VecDeque<(Task, AdapterSet)>,
     adapters: HashMap<u32, Arc<Adapter>>,
@@ -90,6 +100,8 @@ impl Scheduler {
         context_tokens: u32,
         queue_limit: u32,
         shifts: bool,
+        saving: Option<Saving>,
+        drafter: Option<Drafter>,
         outbox: Outbox,
     ) -> Self {
         let slots = (0..context.sequences()).map(|_| Slot::default()).collect();
@@ -99,6 +111,8 @@ impl Scheduler {
             batch_tokens: context.batch_tokens() as usize,
             queue_limit: queue_limit as usize,
             shifts,
+            saving,
+            drafter,
             slots,
             queue: VecDeque::new(),
             adapters: HashMap::new(),
@@ -202,9 +216,12 @@ impl Scheduler {
                     for (slot, count) in fed {
                         self.advance(slot, count);
                     }
-                    for output in outputs {
-                        self.read(&output);
+                    for output in &outputs {
+                        if self.holds(output) {
+                            self.read(output);
+                        }
                     }
+                    self.settle_drafts(&outputs);
                 }
                 Err(error) => {
                     for (slot, _) in fed {
@@ -216,6 +233,7 @@ impl Scheduler {
         self.step_embeddings();
         self.admit();
         self.outbox.send();
+        self.save_if_due();
     }
 
     /// Fills the batch: one token of each answer under way, then prompts in equal parts.
@@ -240,9 +258,12 @@ impl Scheduler {
                 .is_some_and(|running| matches!(running.task.work, Work::Generate(_)));
             generates && left(slot) == 1
         };
-        for index in 0..self.slots.len() {
-            if answering(&self.slots[index]) {
-                self.feed(index, 1, &mut output_room, &mut outputs, &mut fed);
+        let speaking: Vec<usize> =
+            (0..self.slots.len()).filter(|index| answering(&self.slots[*index])).collect();
+        let guesses = self.draft(&speaking);
+        for (index, guesses) in speaking.iter().zip(&guesses) {
+            if self.feed(*index, 1, &mut output_room, &mut outputs, &mut fed) == 1 {
+                self.feed_draft(*index, guesses, &mut output_room, &mut outputs);
             }
         }
         let mut room = self.batch_tokens - self.batch.len();
@@ -295,7 +316,7 @@ impl Scheduler {
             let position = u32::try_from(place).expect("a context is shorter");
             let at = self.batch.push(tokens[place], position, index as u32, wanted);
             if wanted {
-                outputs.push(Output { slot: index, index: at, place });
+                outputs.push(Output { slot: index, index: at, place, guess: None });
             }
             taken += 1;
         }
@@ -362,6 +383,7 @@ impl Scheduler {
                     started: running.started,
                     arrived: running.task.arrived,
                     cached_tokens: running.cached_tokens,
+                    restored_tokens: running.restored_tokens,
                 };
                 next_token(generating, tokens, logits, &stage, |piece| {
                     self.outbox.push(&Event::Piece { id, piece });
