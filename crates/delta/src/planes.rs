@@ -1,13 +1,21 @@
 //! Coding blocks of quantised types against the old ones, field by field.
 
+mod guess;
+mod shift;
+mod start;
+
 use half::f16;
 use slmops_artifact::gguf::{TensorType, dequantise_into};
 
 use crate::coder::{Coder, Slot};
-use crate::layout::{Fields, IQ4_LEVELS, Layout, MAX_ELEMENTS, MAX_GROUPS, Minimum, number};
+use crate::layout::{Fields, Layout, MAX_ELEMENTS, MAX_GROUPS, Minimum, number};
 use crate::model::{
     self, FRACTIONS, Model, Number, SLOTS, UNARY, at, octave_halves, signed_octaves, with_inverse,
 };
+use guess::{Guess, guessed_small};
+pub(crate) use shift::place;
+use shift::{Predicted, Shift, nearest, predict, ratio, round};
+pub(crate) use start::{Start, measure};
 
 /// Codes that share one flag for "nothing here changed".
 const CELL: usize = 8;
@@ -19,43 +27,6 @@ const RATES: (f32, f32) = (1e-5, 0.5);
 const NOISE_RATE: f32 = 1.0 / 96.0;
 /// The same for numbers of blocks and of groups.
 const NUMBER_RATE: f32 = 1.0 / 48.0;
-
-/// What a segment starts from, chosen by the encoder.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Start {
-    /// How far weights moved, as a power of 2: `2^(level / 4 - 48)`, 0 for not at all.
-    pub(crate) noise: u8,
-    /// How much less often the lowest and the highest code change than others: `2^(-level / 4)`.
-    pub(crate) edges: [u8; 2],
-}
-
-impl Start {
-    pub(crate) fn of(noise: f32) -> Self {
-        if noise.is_nan() || noise <= 0.0 {
-            return Self::default();
-        }
-        let level = (noise.log2() + 48.0) * 4.0;
-        Self { noise: level.round().clamp(1.0, 255.0) as u8, ..Self::default() }
-    }
-
-    pub(crate) fn noise(self) -> f32 {
-        if self.noise == 0 {
-            return 1e-12;
-        }
-        quarter_power(i32::from(self.noise) - 48 * 4)
-    }
-
-    fn edges(self) -> [f32; 2] {
-        self.edges.map(|level| quarter_power(-i32::from(level)))
-    }
-}
-
-/// `2^(level / 4)` for levels from -255 to 255, by multiplication alone: the same on all machines.
-fn quarter_power(level: i32) -> f32 {
-    const QUARTERS: [f32; 4] = [1.0, 1.189_207_1, std::f32::consts::SQRT_2, 1.681_792_8];
-    let exponent = level.div_euclid(4);
-    f32::from_bits(((exponent + 127) as u32) << 23) * QUARTERS[level.rem_euclid(4) as usize]
-}
 
 /// The state of one segment's coding.
 struct Segment<'a> {
@@ -181,16 +152,6 @@ fn sign_state(difference: i32) -> usize {
     (difference.signum() + 1) as usize
 }
 
-/// Rounds to the nearest whole number, halves to even; exact below 2^22.
-#[inline(always)]
-fn round(number: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0;
-    (number + SHIFT) - SHIFT
-}
-
-/// Added to a whole number from 0 to 255, it leaves that number in the lowest byte.
-const WHOLE: f32 = 8_388_608.0;
-
 /// How much of what the minimum suggests the scale does: a running regression.
 #[derive(Clone, Copy, Default)]
 struct Pull {
@@ -213,21 +174,6 @@ impl Pull {
             self.products +=
                 (product.clamp(-square * 2.0, square * 2.0) - self.products) * NUMBER_RATE;
         }
-    }
-}
-
-/// Predictions of a group's codes.
-struct Predicted {
-    code: [u8; 32],
-    /// How far the predicted number lies from the middle of its bin, in bins.
-    fraction: [f32; 32],
-    /// How likely each code is to change.
-    rates: [f32; 32],
-}
-
-impl Default for Predicted {
-    fn default() -> Self {
-        Self { code: [0; 32], fraction: [0.0; 32], rates: [0.0; 32] }
     }
 }
 
@@ -612,13 +558,6 @@ fn sums([a, b, c, d, e, f, g, h]: &[f32; CELL]) -> f32 {
     ((a + e) + (b + f)) + ((c + g) + (d + h))
 }
 
-/// A scale's old value in units of the new one; 1 where that makes no sense.
-#[inline(always)]
-fn ratio(old: f32, new: f32) -> f32 {
-    let ratio = old / new;
-    if ratio.abs() < 64.0 { ratio } else { 1.0 }
-}
-
 /// Codes the scales or minima of a block's groups against the old ones.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "one inner loop, used four times")]
@@ -646,270 +585,4 @@ fn small<C: Coder>(
         *new = predicted.wrapping_add(found).rem_euclid(levels as i32) as u8;
         changed += usize::from(found != 0);
     }
-}
-
-/// Codes the scales or minima of a block's groups against what the old numbers suggest.
-#[allow(clippy::too_many_arguments, reason = "one inner loop, used twice")]
-fn guessed_small<C: Coder>(
-    coder: &mut C,
-    slots: &mut [Slot; SLOTS],
-    state: &mut Number,
-    wanted: &[f32],
-    new: &mut [u8; MAX_GROUPS],
-    levels: usize,
-    zero: i32,
-    unit: f32,
-) {
-    let units = (unit.abs(), 1.0 / unit.abs());
-    for (&wanted, new) in wanted.iter().zip(new) {
-        let steps = wanted / unit;
-        let steps = if steps.abs() < 1024.0 { steps } else { 0.0 };
-        let (predicted, fraction) = nearest(steps + zero as f32, levels);
-        let known = if C::ENCODES { i32::from(*new) - predicted } else { 0 };
-        let found = state.code(coder, slots, units, fraction, 0, known);
-        *new = predicted.wrapping_add(found).rem_euclid(levels as i32) as u8;
-    }
-}
-
-/// The nearest of `levels` whole numbers, and how far from it.
-#[inline(always)]
-fn nearest(number: f32, levels: usize) -> (i32, f32) {
-    let code = round(number).max(0.0).min((levels - 1) as f32);
-    let fraction = (number - code).clamp(-1.0, 1.0);
-    (code as i32, fraction)
-}
-
-/// Where a number falls among a group's codes.
-pub(crate) fn place(layout: &Layout, number: f32, step: f32, base: f32) -> (u8, f32) {
-    let position = (number - base) / step;
-    let position = if position.abs() < 1e4 { position } else { 0.0 };
-    if layout.indexed {
-        return nearest_level(position);
-    }
-    let (code, fraction) = nearest(position + layout.zero, layout.levels);
-    (code as u8, fraction)
-}
-
-/// The nearest of the non-linear levels, and how far from it as a share of the gap.
-fn nearest_level(position: f32) -> (u8, f32) {
-    let above = IQ4_LEVELS.partition_point(|&level| level < position);
-    if above == 0 {
-        return (0, ((position - IQ4_LEVELS[0]) / 23.0).max(-1.0));
-    }
-    if above == 16 {
-        return (15, ((position - IQ4_LEVELS[15]) / 24.0).min(1.0));
-    }
-    let (low, high) = (IQ4_LEVELS[above - 1], IQ4_LEVELS[above]);
-    let share = (position - low) / (high - low);
-    if share < 0.5 { (above as u8 - 1, share) } else { (above as u8, share - 1.0) }
-}
-
-/// How the numbers of a group's old codes lie on its new line.
-enum Shift {
-    /// Levels are even: the new position of a code less the code is a line over the codes.
-    Line { slope: f32, offset: f32 },
-    /// Levels are not: the ratio of the lines' steps.
-    Ratio(f32),
-}
-
-impl Shift {
-    #[inline(always)]
-    fn of(layout: &Layout, old: (f32, f32), new: (f32, f32)) -> Self {
-        if old == new {
-            return Self::Line { slope: 0.0, offset: 0.0 };
-        }
-        if layout.indexed {
-            return Self::Ratio(ratio(old.0, new.0));
-        }
-        let per_step = 1.0 / new.0;
-        let slope = old.0 * per_step - 1.0;
-        let offset = (old.1 - new.1) * per_step;
-        if slope.abs() < 64.0 && offset.abs() < 4096.0 {
-            Self::Line { slope, offset }
-        } else {
-            Self::Line { slope: 0.0, offset: 0.0 }
-        }
-    }
-
-    /// Whether no code's number falls into another bin.
-    #[inline(always)]
-    fn is_small(&self, layout: &Layout) -> bool {
-        let &Self::Line { slope, offset } = self else { return false };
-        let low = offset - slope * layout.zero;
-        let high = low + slope * (layout.levels - 1) as f32;
-        low.abs().max(high.abs()) < 0.49
-    }
-
-    /// How likely a code is to change, on the average of three.
-    #[inline(always)]
-    fn typical(&self, layout: &Layout, rate: f32) -> f32 {
-        let &Self::Line { slope, offset } = self else { return rate };
-        let at = |share: f32| {
-            let shift = slope * (share * layout.levels as f32 - layout.zero) + offset;
-            (shift * shift + rate * rate).sqrt()
-        };
-        (at(0.25) + at(0.5) + at(0.75)) * (1.0 / 3.0)
-    }
-}
-
-/// Where a group's old codes fall on its new line.
-#[inline(always)]
-fn predict(layout: &Layout, shift: &Shift, codes: &[u8], out: &mut Predicted) {
-    let (slope, offset) = match *shift {
-        Shift::Line { slope, offset } => (slope, offset),
-        Shift::Ratio(ratio) => {
-            let mut table = [(0_u8, 0.0_f32); 16];
-            for (level, place) in IQ4_LEVELS.iter().zip(&mut table) {
-                *place = nearest_level(level * ratio);
-            }
-            for (index, &code) in codes.iter().enumerate() {
-                (out.code[index], out.fraction[index]) = table[usize::from(code & 15)];
-            }
-            return;
-        }
-    };
-    let highest = (layout.levels - 1) as f32;
-    let len = codes.len();
-    for ((&code, predicted), fraction) in
-        codes.iter().zip(&mut out.code[..len]).zip(&mut out.fraction[..len])
-    {
-        let position = f32::from(code);
-        let shift = slope * (position - layout.zero) + offset;
-        let place = round(position + shift).max(0.0).min(highest);
-        // The whole number stands in the lower bits: a cast would saturate, one by one.
-        *predicted = (place + WHOLE).to_bits() as u8;
-        *fraction = (shift - (place - position)).clamp(-1.0, 1.0);
-    }
-}
-
-/// What the old numbers suggest for a block's scales.
-#[derive(Default)]
-struct Guess {
-    scale: f32,
-    minimum: f32,
-    steps: [f32; MAX_GROUPS],
-    minima: [f32; MAX_GROUPS],
-    offsets: [Offset; 2],
-}
-
-impl Guess {
-    fn look(&mut self, layout: &Layout, numbers: &[f32]) {
-        let mut highest_step = 0.0_f32;
-        let mut highest_minimum = 0.0_f32;
-        for (group, numbers) in numbers.chunks_exact(layout.group).enumerate() {
-            let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
-            for &number in numbers {
-                low = low.min(number);
-                high = high.max(number);
-            }
-            let (step, minimum) = match layout.minimum {
-                Minimum::None if layout.indexed => (low.abs().max(high) / 127.0, 0.0),
-                // The number farthest from zero gets the lowest code, which may be negative.
-                Minimum::None if layout.levels == 256 => (low.abs().max(high) / 127.0, 0.0),
-                Minimum::None => {
-                    let extreme = if high.abs() > low.abs() { high } else { low };
-                    (extreme / -layout.zero, 0.0)
-                }
-                Minimum::Added => ((high - low) / (layout.levels - 1) as f32, low),
-                Minimum::Subtracted => {
-                    let low = low.min(0.0);
-                    ((high - low) / (layout.levels - 1) as f32, -low)
-                }
-            };
-            self.steps[group] = step;
-            self.minima[group] = minimum;
-            if step.abs() > highest_step.abs() {
-                highest_step = step;
-            }
-            highest_minimum = highest_minimum.max(minimum);
-        }
-        let most = |sub: crate::layout::Sub| match sub.zero {
-            0 => (sub.levels - 1) as f32,
-            // The largest scale gets the lowest code here too.
-            zero => -zero as f32,
-        };
-        self.scale = layout.sub.map_or(highest_step, |sub| highest_step / most(sub));
-        self.minimum = match layout.minimum {
-            Minimum::None => 0.0,
-            Minimum::Added => self.minima[0],
-            Minimum::Subtracted => highest_minimum / layout.sub.map_or(63.0, most),
-        };
-    }
-}
-
-/// How far guesses are off as a rule.
-#[derive(Clone, Copy, Default)]
-struct Offset {
-    mean: f32,
-}
-
-impl Offset {
-    fn code<C: Coder>(
-        &mut self,
-        coder: &mut C,
-        slots: &mut [Slot; SLOTS],
-        state: &mut Number,
-        guess: u16,
-        new: u16,
-    ) -> u16 {
-        let expected = ordinal(guess).wrapping_add(round(self.mean) as i32 as u16);
-        let known =
-            if C::ENCODES { i32::from(ordinal(new).wrapping_sub(expected) as i16) } else { 0 };
-        // Counted in neighbours; `state` was started in another unit, and adapts.
-        let found = state.code(coder, slots, (1.0, 1.0), 0.0, 1, known);
-        let ordinal_found = expected.wrapping_add(found as u16);
-        let off = f32::from(ordinal_found.wrapping_sub(ordinal(guess)) as i16);
-        self.mean += (off - self.mean).clamp(-64.0, 64.0) / 32.0;
-        from_ordinal(ordinal_found)
-    }
-}
-
-/// The mean size of a change of the weights from `old` to `new`, blocks of one type, as far as
-/// their codes show it: what the encoder starts a segment with.
-pub(crate) fn measure(layout: &Layout, old: &[u8], new: &[u8]) -> Start {
-    let (mut before, mut after) = (Fields::default(), Fields::default());
-    let (mut sum, mut count) = (0.0_f64, 0_u64);
-    // Changes and codes: of the lowest code, of the highest, of the others.
-    let mut seen = [[0_u64; 2]; 3];
-    let highest = (layout.levels - 1) as u8;
-    let blocks = old.chunks_exact(layout.bytes).zip(new.chunks_exact(layout.bytes));
-    // A sample is enough.
-    let skip = (old.len() / layout.bytes / 2048).max(1);
-    for (old, new) in blocks.step_by(skip) {
-        before.unpack(layout, old);
-        after.unpack(layout, new);
-        for group in 0..layout.groups() {
-            let (old_step, old_base) = before.line(layout, group);
-            let (step, base) = after.line(layout, group);
-            if !step.is_finite() {
-                continue;
-            }
-            let range = group * layout.group..(group + 1) * layout.group;
-            let mut predicted = Predicted::default();
-            let shift = Shift::of(layout, (old_step, old_base), (step, base));
-            predict(layout, &shift, &before.codes[range.clone()], &mut predicted);
-            let drift: f32 = predicted.fraction[..layout.group].iter().map(|it| it.abs()).sum();
-            if drift > 0.5 {
-                continue;
-            }
-            let mut changed = 0;
-            for (&new, &old) in after.codes[range].iter().zip(&predicted.code) {
-                let class = if old == 0 { 0 } else { 2 - usize::from(old == highest) };
-                seen[class][0] += u64::from(new != old);
-                seen[class][1] += 1;
-                changed += u64::from(new != old);
-            }
-            let width = step.abs() * if layout.indexed { 16.0 } else { 1.0 };
-            sum += changed as f64 * f64::from(width);
-            count += layout.group as u64;
-        }
-    }
-    let [edges @ .., others] = seen;
-    let often = (others[0] as f64 + 1.0) / (others[1] as f64 + 1.0);
-    // As if one half as often as the others had been seen to begin with.
-    let level = |[changes, codes]: [u64; 2]| {
-        let less = (changes as f64 + 1.0) / (codes as f64 * often + 2.0);
-        (-4.0 * less.log2()).round().clamp(0.0, 80.0) as u8
-    };
-    Start { edges: edges.map(level), ..Start::of((sum / count.max(1) as f64) as f32) }
 }

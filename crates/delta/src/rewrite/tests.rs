@@ -7,6 +7,7 @@ use std::rc::Rc;
 use proptest::prelude::*;
 use slmops_artifact::Digest;
 
+use super::course::{SIZES, Sizes};
 use super::*;
 use crate::apply::{Models, code};
 use crate::coder::Encoder;
