@@ -515,10 +515,7 @@ impl Simulation<'_> {
             // The new file is torn, and was not renamed yet: the old one stays in force.
             return self.cut_power(number);
         }
-        if let Effect::Activate { .. } = &effect {
-            let place = Place::of(device, self.scenario, &self.links);
-            self.watch.effect(self.now, device, place, &effect);
-        }
+        self.watch.activates(self.now, device, &effect);
         let saves = kind == Some(EffectKind::SaveLedger);
         let activates = kind == Some(EffectKind::Activate);
         if activates {

@@ -399,20 +399,29 @@ impl Watch {
                 if early {
                     self.violation(now, format!("device {number} switches before its time"));
                 }
-                let tried = durable.candidate == Some((manifest, true)) && worker.probed;
-                if !worker.genuine {
-                    self.violation(now, format!("device {number} activates unverified bytes"));
-                }
-                if !device.signed.contains(&manifest) {
-                    self.violation(now, format!("device {number} activates what nobody signed"));
-                }
-                if !kept(device, manifest) && !tried {
-                    let what = format!("device {number} activates what its ledger does not allow");
-                    self.violation(now, what);
-                }
+                self.activates(now, device, effect);
             }
             Effect::Report { snapshot, .. } => self.report(now, device, snapshot),
             _ => {}
+        }
+    }
+
+    /// A model is being switched to, or was now. What began is finished, whatever the rules have come
+    /// to be meanwhile.
+    pub(crate) fn activates(&mut self, now: Time, device: &Device, effect: &Effect) {
+        let Effect::Activate { worker, .. } = effect else { return };
+        let Some(worker) = device.worker(*worker) else { return };
+        let (number, manifest) = (device.number, worker.deployment.package.manifest);
+        let tried = device.durable.candidate == Some((manifest, true)) && worker.probed;
+        if !worker.genuine {
+            self.violation(now, format!("device {number} activates unverified bytes"));
+        }
+        if !device.signed.contains(&manifest) {
+            self.violation(now, format!("device {number} activates what nobody signed"));
+        }
+        if !kept(device, manifest) && !tried {
+            let what = format!("device {number} activates what its ledger does not allow");
+            self.violation(now, what);
         }
     }
 
