@@ -20,7 +20,7 @@ use crate::units;
 /// Context of each parallel request, unless the model was trained with less.
 const DEFAULT_CONTEXT_TOKENS: u32 = 2048;
 /// Tokens that are guessed at once, at most.
-const DEFAULT_GUESSED_TOKENS: u32 = 8;
+const DEFAULT_GUESSED_TOKENS: u32 = 7;
 
 /// One model on this machine.
 #[derive(Debug, clap::Args)]
@@ -87,7 +87,7 @@ pub struct Serve {
     )]
     pub prompt_cache_size: u64,
     /// Guess the next tokens from what stands in the prompt and the answer already, up to so many at once
-    /// [default: 8], and check them in one step; answers stay the same
+    /// [default: 7], and check them in one step; answers stay the same
     #[arg(long, value_name = "ngram[:COUNT]", value_parser = ngram, conflicts_with = "draft")]
     pub speculate: Option<u32>,
     /// Guess the next tokens with this smaller model (GGUF) of the same vocabulary, and check them in one
@@ -177,7 +177,7 @@ fn ngram(given: &str) -> std::result::Result<u32, String> {
         Some(("ngram", count)) => count.parse().ok(),
         _ => None,
     };
-    count.ok_or_else(|| "expected `ngram` or `ngram:COUNT`, such as `ngram:8`".to_owned())
+    count.ok_or_else(|| "expected `ngram` or `ngram:COUNT`, such as `ngram:7`".to_owned())
 }
 
 /// Adapters under the names of their files.

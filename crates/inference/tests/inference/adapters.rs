@@ -2,14 +2,17 @@
 //! changed by the same matrices.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use slmops_api::runtime::RuntimeConfig;
 use slmops_artifact::gguf::{self, TensorType, Writer};
-use slmops_inference::host::{HostEvent, ModelSpec};
+use slmops_inference::host::{HostEvent, ModelHost, ModelSpec};
 use slmops_inference::server::ServerOptions;
 use slmops_inference::worker::{
-    AdapterChoice, AdapterUse, GenerateRequest, Piece, Prompt, Worker, WorkerSpec,
+    AdapterChoice, AdapterUse, Extras, GenerateRequest, Piece, Prompt, PromptCache, Worker,
+    WorkerSpec,
 };
 
 use crate::server::Endpoint;
@@ -264,6 +267,67 @@ async fn adapters_come_and_go_over_http_and_outlive_the_worker() {
         endpoint.post("/v1/completions", json!({ "prompt": "a", "model": "glass:b" })).await;
     assert_eq!((status, &gone["error"]["code"]), (404, &json!("model_not_found")));
     endpoint.stop().await;
+}
+
+#[tokio::test]
+async fn adapters_outlive_the_models_sleep() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("till.gguf");
+    Lora::random(1).write(&path, "llama");
+    let host = ModelHost::that_sleeps(Duration::from_millis(300));
+    let options = ServerOptions { changes_adapters: true, ..ServerOptions::default() };
+    let endpoint = Endpoint::of(Arc::clone(&host), options).await;
+    let mut events = host.events();
+    endpoint.load(model(Vec::new())).await;
+    let (status, _) = endpoint.post("/lora-adapters", json!({ "path": path, "scale": 0.5 })).await;
+    assert_eq!(status, 201);
+    let adapted = text(&endpoint, json!({})).await;
+    let asleep = HostEvent::Asleep { model: "glass".to_owned() };
+    while events.recv().await.expect("an event") != asleep {}
+    assert_eq!(text(&endpoint, json!({})).await, adapted);
+    assert_ne!(text(&endpoint, json!({ "lora": [] })).await, adapted);
+    endpoint.stop().await;
+}
+
+/// What was computed under an adapter comes back from the disk for that adapter at that scale alone.
+#[tokio::test]
+async fn prompts_on_the_disk_are_those_of_their_adapters() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let [one, same, other] =
+        ["one.gguf", "same.gguf", "other.gguf"].map(|it| folder.path().join(it));
+    Lora::random(1).write(&one, "llama");
+    Lora::random(1).write(&same, "llama");
+    Lora::random(2).write(&other, "llama");
+    set_up();
+    let start = async |adapter: &Path| {
+        let cache = PromptCache { folder: folder.path().join("prompts"), limit_bytes: 64 << 20 };
+        let extras = Extras { prompt_cache: Some(cache), ..Extras::default() };
+        let spec = WorkerSpec { extras, ..WorkerSpec::new(glass(), one_thread()) };
+        Worker::spawn(spec.adapted("it", adapter.to_owned())).await.expect("the worker starts")
+    };
+    let ask = async |worker: &Worker, adapters: AdapterChoice| {
+        let tokens = (0..90).map(|at| 40 + at * 7).collect();
+        let request =
+            GenerateRequest { adapters, ..GenerateRequest::greedy(Prompt::Tokens(tokens), 20) };
+        let (piece, finish) = worker.generate(request).unwrap().finish().await.unwrap();
+        (piece.tokens, finish.restored_tokens)
+    };
+    let first = start(&one).await;
+    let (wanted, restored) = ask(&first, AdapterChoice::Common).await;
+    assert_eq!(restored, 0);
+    first.drain().await;
+    for (path, scale, restored) in
+        [(&other, 1.0, 0), (&one, 0.5, 0), (&one, 0.0, 0), (&same, 1.0, 89)]
+    {
+        let next = start(path).await;
+        let choice = AdapterChoice::These(vec![AdapterUse { id: 0, scale }]);
+        let (tokens, found) = ask(&next, choice).await;
+        assert_eq!(found, restored, "{} at {scale}", path.display());
+        if restored > 0 {
+            assert_eq!(tokens, wanted);
+        }
+        next.drain().await;
+    }
 }
 
 #[tokio::test]
