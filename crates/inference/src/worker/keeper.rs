@@ -12,8 +12,9 @@ use super::protocol::{Command, Event, MAX_LINE_BYTES};
 use super::{JOB, WorkerError};
 use crate::child::{self, ChildError, StderrTail};
 
-/// The longest that a worker whose stdin closed may take to leave before it is killed.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest that a worker whose stdin closed may take to leave before it is killed: it may have a prompt
+/// cache to write to a slow disk.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How a worker's process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

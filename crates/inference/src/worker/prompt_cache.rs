@@ -26,6 +26,8 @@ const PARTIAL_LEFT: Duration = Duration::from_secs(600);
 const HEADER_BYTES: usize = 16 + 32 + 4 + 8;
 /// The most files that are known at the same time.
 const MAX_FILES: usize = 4096;
+/// The part of a file that must be of use for it to be read: one token in so many.
+const LEAST_READ_PART: usize = 16;
 /// The time in which as many bytes may be written as the folder may hold.
 const REFILL: Duration = Duration::from_secs(3600);
 
@@ -125,20 +127,22 @@ impl PromptStore {
         self.known.iter().enumerate().filter(move |(_, known)| known.key == *key)
     }
 
-    /// The file that has the most of these tokens, with at most `limit` of its own: how many of them it
-    /// has, and its place.
+    /// The file that has the most of these tokens, with at most `limit` of its own and not much beside
+    /// them: how many of them it has, and its place.
     pub(super) fn find(
         &self,
         key: &Digest,
         tokens: &[Token],
         limit: usize,
     ) -> Option<(usize, usize)> {
-        let fitting = self.of(key).filter(|(_, known)| known.tokens.len() <= limit);
-        // Of two that have as many, the shorter one is read faster.
-        let best = fitting.max_by_key(|(_, known)| {
-            (shared(&known.tokens, tokens), std::cmp::Reverse(known.tokens.len()))
+        let fitting = self.of(key).filter_map(|(place, known)| {
+            let (length, shared) = (known.tokens.len(), shared(&known.tokens, tokens));
+            (length <= limit && shared >= length / LEAST_READ_PART)
+                .then_some((shared, length, place))
         });
-        best.map(|(place, known)| (shared(&known.tokens, tokens), place))
+        // Of two that have as many, the shorter one is read faster.
+        let best = fitting.max_by_key(|(shared, length, _)| (*shared, std::cmp::Reverse(*length)));
+        best.map(|(shared, _, place)| (shared, place))
     }
 
     /// The tokens and the state in a file; absent where it is not what was written, and then gone.

@@ -16,8 +16,6 @@ const LEAST_SAVED_TOKENS: usize = 64;
 const LEAST_SAVED_PART: usize = 4;
 /// Tokens that reading a sequence must save.
 const RESTORE_SAVES_TOKENS: usize = 32;
-/// The part of what is read that must be of use, too: one in so many.
-const LEAST_RESTORED_PART: usize = 16;
 /// While there is always something to compute, one sequence is written in such a time.
 const SAVE_EVERY: Duration = Duration::from_secs(30);
 
@@ -140,9 +138,6 @@ impl Scheduler {
             }
             // One that is damaged is gone now: another may do.
             let Some((held, state)) = saving.store.load(place) else { continue };
-            if shared < held.len() / LEAST_RESTORED_PART {
-                return None;
-            }
             let slot = &mut self.slots[index];
             slot.keep_first(0);
             self.context.truncate(index as u32, 0);
