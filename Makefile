@@ -55,6 +55,8 @@ nextest:
 	@scripts/interop-lm-eval.sh --install-only
 	@# It is asked by the usual client, and by its own OpenAPI document.
 	@scripts/interop-endpoint.sh --install-only
+	@# What it pushes is decoded by OpenTelemetry's own messages.
+	@scripts/interop-otlp.sh --install-only
 	@# The blob store is tested against a server of the S3 protocol.
 	@scripts/s3-server.sh
 	SLMOPS_SMOLLM2="$$(scripts/fetch-model.sh)" cargo nextest run --release --workspace
@@ -85,6 +87,12 @@ bench-delta: build ## Measures deltas between versions of the model, next to oth
 	@scripts/setup.sh bench
 	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
 	  exec $(BIN)/slm bench delta "$$model" --weights 24000000
+
+.PHONY: bench-serve
+bench-serve: build ## Measures the endpoint next to the engine's own loop and other servers (docs/benchmarks.md)
+	@scripts/bench-peers.sh
+	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
+	  exec $(BIN)/slm bench serve "$$model"
 
 .PHONY: gate-curves
 gate-curves: ## Measures how soon the gate between waves sees an effect (docs/gates.md)

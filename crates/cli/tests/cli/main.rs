@@ -4,6 +4,7 @@
 mod adapters;
 mod architecture;
 mod bench;
+mod bench_serve;
 mod deltas;
 mod demo;
 mod disks_and_clocks;

@@ -24,8 +24,8 @@ pub struct Answer {
     pub first_s: f64,
     /// From the first text to the last, in seconds.
     pub rest_s: f64,
-    /// Tokens of the prompt that had to be computed.
-    pub prompt_tokens: u64,
+    /// Tokens of the prompt that had to be computed, where it says so.
+    pub prompt_tokens: Option<u64>,
     /// Tokens generated.
     pub tokens: u64,
     /// When each text came.
@@ -52,14 +52,14 @@ impl Endpoint {
         let what = || format!("ask {}", self.url);
         let body = json!({
             "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": true,
-            "stream_options": { "include_usage": true },
+            "ignore_eos": true, "stream_options": { "include_usage": true },
         });
         let started = Instant::now();
         let request = self.client.post(format!("{}/v1/completions", self.url)).json(&body);
         let response = request.send().await.user(what)?.error_for_status().user(what)?;
         let mut pieces = response.bytes_stream();
         let (mut buffer, mut texts) = (Vec::new(), Vec::new());
-        let (mut prompt_tokens, mut tokens) = (0, 0);
+        let (mut prompt_tokens, mut tokens) = (None, 0);
         while let Some(piece) = pieces.next().await {
             buffer.extend_from_slice(&piece.user(what)?);
             while let Some(end) = buffer.windows(2).position(|pair| pair == b"\n\n") {
@@ -72,7 +72,7 @@ impl Endpoint {
                 let usage = &event["usage"];
                 let cached = usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
                 if let Some(known) = usage["prompt_tokens"].as_u64() {
-                    prompt_tokens = known.saturating_sub(cached);
+                    prompt_tokens = Some(known.saturating_sub(cached));
                 }
                 tokens = usage["completion_tokens"].as_u64().unwrap_or(tokens);
             }
@@ -80,6 +80,10 @@ impl Endpoint {
         let (Some(first), Some(last)) = (texts.first(), texts.last()) else {
             return Err(Failure::user(format!("{} gave no text", self.url)));
         };
+        if tokens == 0 {
+            // It does not count them; what is not one character of its own is rare.
+            tokens = texts.len() as u64;
+        }
         Ok(Answer {
             first_s: (*first - started).as_secs_f64(),
             rest_s: (*last - *first).as_secs_f64(),
@@ -87,6 +91,25 @@ impl Endpoint {
             tokens,
             pieces: texts,
         })
+    }
+
+    /// The beginning of a text that has `most` tokens, or all of it where it has no more.
+    pub async fn text_of(&self, text: &str, most: usize) -> Result<String> {
+        let what = || format!("ask {}", self.url);
+        let mut letters: Vec<char> = text.chars().collect();
+        loop {
+            let text: String = letters.iter().collect();
+            let body = json!({ "content": text, "add_special": true });
+            let request = self.client.post(format!("{}/tokenize", self.url)).json(&body);
+            let answer = request.send().await.user(what)?.error_for_status().user(what)?;
+            let answer: Value = answer.json().await.user(what)?;
+            let count = answer["tokens"].as_array().map_or(0, Vec::len);
+            if count <= most || letters.len() <= 1 {
+                return Ok(text);
+            }
+            // As many as it should be, by what a letter takes, and fewer each time.
+            letters.truncate((letters.len() * most / count).min(letters.len() - 1).max(1));
+        }
     }
 
     /// One token after a text, whole.
@@ -105,13 +128,22 @@ impl Endpoint {
     }
 
     /// Several answers at the same time; tokens per second of all together, while all of them run: from
-    /// the moment at which each has its first until the first of them ends.
+    /// the moment at which each has its first until the first of them ends. Where they never all run,
+    /// from the first of all to the last.
     pub async fn streams(&self, prompts: &[String], max_tokens: u64) -> Result<f64> {
         let answers = join_all(prompts.iter().map(|prompt| self.stream(prompt, max_tokens))).await;
         let answers = answers.into_iter().collect::<Result<Vec<_>>>()?;
         let begin = answers.iter().filter_map(|answer| answer.pieces.first()).max();
         let end = answers.iter().filter_map(|answer| answer.pieces.last()).min();
         let (Some(begin), Some(end)) = (begin, end) else { return Ok(0.0) };
+        if begin >= end {
+            let begin = answers.iter().filter_map(|answer| answer.pieces.first()).min();
+            let end = answers.iter().filter_map(|answer| answer.pieces.last()).max();
+            let (Some(begin), Some(end)) = (begin, end) else { return Ok(0.0) };
+            let seconds = end.saturating_duration_since(*begin).as_secs_f64();
+            let tokens: u64 = answers.iter().map(|answer| answer.tokens).sum();
+            return Ok(tokens as f64 / seconds.max(1e-9));
+        }
         let of = |answer: &Answer| {
             let within = |at: &&Instant| *at > begin && *at <= end;
             // A character may be made of several tokens.

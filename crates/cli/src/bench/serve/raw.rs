@@ -47,6 +47,8 @@ pub struct Prompts {
 /// What was measured.
 #[derive(Serialize, Deserialize)]
 pub struct Figures {
+    /// Tokens of the long prompt.
+    pub prompt_tokens: usize,
     /// Prompt processing, tokens per second.
     pub prompt_per_s: f64,
     /// Decoding of one sequence, tokens per second.
@@ -55,6 +57,8 @@ pub struct Figures {
     pub streams_per_s: f64,
     /// From a short prompt to its first token, in milliseconds.
     pub first_token_ms: Vec<f64>,
+    /// The same where all of it but its last token is known.
+    pub cached_first_token_ms: Vec<f64>,
     /// Resident memory in the end, in bytes.
     pub resident_bytes: u64,
 }
@@ -85,20 +89,26 @@ fn run(input: Value) -> anyhow::Result<Value> {
     let started = Instant::now();
     engine.prompt(0, &long)?;
     let prompt_per_s = long.len() as f64 / started.elapsed().as_secs_f64();
-    let mut first_token_ms = Vec::new();
+    let (mut first_token_ms, mut cached_first_token_ms) = (Vec::new(), Vec::new());
     for short in &prompts.short {
         let started = Instant::now();
         engine.prompt(0, &tokens(short)?)?;
         first_token_ms.push(started.elapsed().as_secs_f64() * 1e3);
+        let started = Instant::now();
+        let known = tokens(short)?;
+        engine.prompt_from(known.len() - 1, 0, &known)?;
+        cached_first_token_ms.push(started.elapsed().as_secs_f64() * 1e3);
     }
     let decode_per_s = engine.decode(&[tokens(&prompts.alone)?], work.decode_tokens)?;
     let together: Vec<_> = prompts.together.iter().map(tokens).collect::<Result<_, _>>()?;
     let streams_per_s = engine.decode(&together, work.decode_tokens)?;
     let figures = Figures {
+        prompt_tokens: long.len(),
         prompt_per_s,
         decode_per_s,
         streams_per_s,
         first_token_ms,
+        cached_first_token_ms,
         resident_bytes: memory_of(std::process::id()).resident_bytes,
     };
     Ok(serde_json::to_value(figures)?)
@@ -112,10 +122,20 @@ struct Loop {
 impl Loop {
     /// Computes a prompt from nothing; gives the most probable next token.
     fn prompt(&mut self, sequence: u32, tokens: &[Token]) -> anyhow::Result<Token> {
-        self.context.truncate(sequence, 0);
-        let (mut place, last) = (0, tokens.len() - 1);
+        self.prompt_from(0, sequence, tokens)
+    }
+
+    /// The same from where `known` tokens of it are computed already.
+    fn prompt_from(
+        &mut self,
+        known: usize,
+        sequence: u32,
+        tokens: &[Token],
+    ) -> anyhow::Result<Token> {
+        self.context.truncate(sequence, u32::try_from(known)?);
+        let (mut place, last) = (known, tokens.len() - 1);
         let mut next = None;
-        for piece in tokens.chunks(self.context.batch_tokens() as usize) {
+        for piece in tokens[known..].chunks(self.context.batch_tokens() as usize) {
             self.batch.clear();
             for token in piece {
                 let at = self.batch.push(*token, u32::try_from(place)?, sequence, place == last);
