@@ -497,6 +497,7 @@ impl World {
             kv_type: asked.kv_type,
             flash_attention: asked.flash_attention,
             queue_limit: asked.queue_limit,
+            idle_after_s: asked.idle_after_s,
             engine: "simulated".to_owned(),
         };
         let mut memory_bytes = 500;

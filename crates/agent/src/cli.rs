@@ -16,7 +16,7 @@ use crate::error::AgentError;
 use crate::hub::Hub;
 use crate::identity::{self, DeviceKey, Identity, MAX_INVITATION_BYTES, MeteredLink, Settings};
 use crate::outbox::{self, Outbox};
-use crate::shell::Agent;
+use crate::shell::{self, Agent};
 use crate::state::{ENDPOINT_KEYS_FILE, StateFolder};
 use crate::status::StatusFile;
 use crate::tls::{PinnedAuthority, SystemClock};
@@ -154,6 +154,10 @@ struct Run {
     /// Changes whether every byte over this device's link costs
     #[arg(long, value_enum)]
     metered: Option<MeteredLink>,
+    /// From now on pushes what the local endpoint counts to this OpenTelemetry collector, such as
+    /// http://collector:4318; `none` ends that
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -264,7 +268,8 @@ async fn join(join: Join) -> Result<ExitCode, AgentError> {
         });
     }
     let memory_budget_bytes = join.memory_budget.unwrap_or_else(|| facts::memory_bytes() / 2);
-    let settings = Settings { memory_budget_bytes, listen: join.listen, metered: join.metered };
+    let settings =
+        Settings { memory_budget_bytes, listen: join.listen, metered: join.metered, otlp: None };
     let key = DeviceKey::open(state.root())?;
     let authority = PinnedAuthority::new(invitation.ca, None);
     let outbox = Arc::new(Outbox::open(state.root()));
@@ -329,6 +334,11 @@ async fn run(run: Run) -> Result<ExitCode, AgentError> {
     if let Some(metered) = run.metered {
         identity.settings.metered = metered;
     }
+    if let Some(url) = run.otlp {
+        identity.settings.otlp = (url != "none").then_some(url);
+    }
+    // What cannot be followed is not kept.
+    shell::collector(&identity)?;
     if identity.settings != before {
         let _lock = state.lock()?;
         identity.save(state.root())?;

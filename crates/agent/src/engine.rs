@@ -15,6 +15,7 @@ use slmops_api::probe::{MAX_PROBES, MAX_REPLAY, ProbeResult, ProbeSet};
 use slmops_artifact::Digest;
 use slmops_inference::child::ChildError;
 use slmops_inference::host::{HostEvent, ModelHost, ModelSpec, Staged};
+use slmops_inference::otlp::{self, Collector};
 use slmops_inference::probe;
 use slmops_inference::server::{Keys, ServerOptions};
 use slmops_inference::worker::{Worker, WorkerError, WorkerSpec};
@@ -78,6 +79,16 @@ impl Engine {
         let options = ServerOptions { keys: keys.clone(), ..ServerOptions::default() };
         let _ = self.endpoint.set((url.to_owned(), keys));
         slmops_inference::server::router(Arc::clone(&self.host), options)
+    }
+
+    /// Tells `collector` what is counted until `stop` is done; `sent` hears all that leaves.
+    pub async fn push(
+        self: Arc<Self>,
+        collector: Collector,
+        stop: impl Future<Output = ()>,
+        sent: impl Fn(&serde_json::Value),
+    ) {
+        otlp::push(collector, Arc::clone(&self.host), stop, sent).await;
     }
 
     /// Loads a model beside the one that serves, from files whose digests are checked.
@@ -308,6 +319,8 @@ async fn watch(
     mut heard: broadcast::Receiver<HostEvent>,
     events: mpsc::Sender<Event>,
 ) {
+    // A model that sleeps serves, unless it does not wake up.
+    let (mut asleep, mut lost) = (false, false);
     loop {
         let event = match heard.recv().await {
             Ok(event) => event,
@@ -321,11 +334,27 @@ async fn watch(
                 Event::WorkerDied { worker, death: death(&ending.how) }
             }
             HostEvent::Restarted { .. } => Event::WorkerRestarted { worker },
-            HostEvent::Activated { .. }
-            | HostEvent::Drained { .. }
-            | HostEvent::Asleep { .. }
-            | HostEvent::Awake { .. }
-            | HostEvent::RestartFailed { .. } => continue,
+            HostEvent::Asleep { .. } => {
+                (asleep, lost) = (true, false);
+                continue;
+            }
+            // It was loaded from these very bytes before: what it lacks now is no fault of the model.
+            HostEvent::RestartFailed { .. } if asleep && !lost => {
+                lost = true;
+                Event::WorkerDied { worker, death: Death::Killed }
+            }
+            HostEvent::Awake { .. } => {
+                asleep = false;
+                match std::mem::take(&mut lost) {
+                    true => Event::WorkerRestarted { worker },
+                    false => continue,
+                }
+            }
+            HostEvent::Activated { .. } => {
+                (asleep, lost) = (false, false);
+                continue;
+            }
+            HostEvent::Drained { .. } | HostEvent::RestartFailed { .. } => continue,
         };
         if events.send(event).await.is_err() {
             return;

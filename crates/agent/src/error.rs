@@ -137,6 +137,9 @@ pub enum AgentError {
     /// The keys of the endpoint cannot be used.
     #[error("{0}")]
     Keys(#[from] slmops_inference::server::KeysError),
+    /// Metrics cannot be pushed as asked.
+    #[error("push metrics: {0}")]
+    Otlp(#[from] slmops_inference::otlp::OtlpError),
     /// The engine did not come up.
     #[error("{0}")]
     Engine(#[source] slmops_inference::worker::WorkerError),

@@ -53,6 +53,9 @@ pub struct Settings {
     /// Whether every byte over the link costs.
     #[serde(default)]
     pub metered: MeteredLink,
+    /// The OpenTelemetry collector that is told what the local endpoint counts; nobody is if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub otlp: Option<String>,
 }
 
 /// Whether every byte over a link costs.

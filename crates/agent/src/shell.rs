@@ -14,9 +14,10 @@ use slmops_agent_core::{
 };
 use slmops_api::device::{DeviceFacts, DeviceReport, Phase, Telemetry};
 use slmops_api::evidence::EvidenceCounts;
+use slmops_inference::otlp::Collector;
 use slmops_inference::server::{Keys, at_once};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
 use crate::clock::Clock;
@@ -92,6 +93,8 @@ struct Running {
     engine: Arc<Engine>,
     server: tokio::task::JoinHandle<()>,
     stop_server: Arc<tokio::sync::Notify>,
+    /// Pushes metrics where somebody is told; ends with its sender.
+    pushed: Option<(tokio::task::JoinHandle<()>, oneshot::Sender<()>)>,
     facts: DeviceFacts,
     sequence: Sequence,
     earlier: Telemetry,
@@ -122,6 +125,19 @@ impl Running {
 
         let (events, received) = mpsc::channel(QUEUED_EVENTS);
         let engine = Engine::new(state.clone(), events.clone());
+        let pushed = collector(&identity)?.map(|collector| {
+            tracing::info!("metrics go to {}", collector.url());
+            let (going, gone) = oneshot::channel::<()>();
+            let (engine, outbox) = (Arc::clone(&engine), Arc::clone(&outbox));
+            let place = format!("POST {}", collector.url());
+            let push = async move {
+                let stop = async {
+                    let _ = gone.await;
+                };
+                engine.push(collector, stop, |all| outbox.sent(&place, all)).await;
+            };
+            (tokio::spawn(push), going)
+        });
         let listener = listen(&state, identity.settings.listen).await?;
         let address = listener
             .local_addr()
@@ -172,6 +188,7 @@ impl Running {
             engine,
             server,
             stop_server,
+            pushed,
             facts,
             events,
             received,
@@ -458,9 +475,23 @@ impl Running {
             tracing::warn!("requests were still under way after {} s", DRAIN_TIMEOUT_MS / 1_000);
             server.abort();
         }
+        if let Some((push, going)) = self.pushed {
+            drop(going);
+            let _ = push.await;
+        }
         self.engine.shut_down().await;
         tracing::info!("stopped");
     }
+}
+
+/// Whom the owner wants told what the local endpoint counts.
+///
+/// # Errors
+/// The address or OpenTelemetry's environment variables cannot be followed.
+pub fn collector(identity: &Identity) -> Result<Option<Collector>, AgentError> {
+    let Some(url) = &identity.settings.otlp else { return Ok(None) };
+    let instance = identity.device.to_string();
+    Ok(Some(Collector::new(url, "slm-agent", &instance, |name| std::env::var(name).ok())?))
 }
 
 /// Looks for new publisher keys now and then, so that none is missed between two releases.

@@ -113,6 +113,7 @@ mod tests {
                 memory_budget_bytes: 1,
                 listen: "127.0.0.1:0".parse().unwrap(),
                 metered: MeteredLink::No,
+                otlp: None,
             },
         };
         Trust::new(state, identity, Arc::new(Clock::open(folder))).unwrap()

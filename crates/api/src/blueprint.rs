@@ -65,6 +65,8 @@ pub struct RuntimeLayer {
     pub flash_attention: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_limit: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_after_s: Option<u32>,
 }
 
 /// The policy settings of one layer.

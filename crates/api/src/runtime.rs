@@ -33,6 +33,15 @@ pub struct RuntimeConfig {
     pub flash_attention: bool,
     /// Requests that may wait for a free sequence; more are answered 429.
     pub queue_limit: u32,
+    /// Seconds without a request after which the model's memory is freed until the next one; 0 means
+    /// that it is kept.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub idle_after_s: u32,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes it so")]
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 impl Default for RuntimeConfig {
@@ -45,6 +54,7 @@ impl Default for RuntimeConfig {
             kv_type: KvType::F16,
             flash_attention: true,
             queue_limit: 64,
+            idle_after_s: 0,
         }
     }
 }
@@ -66,6 +76,9 @@ pub struct EffectiveConfig {
     pub flash_attention: bool,
     /// Requests that may wait.
     pub queue_limit: u32,
+    /// Seconds without a request after which the model's memory is freed; 0 means that it is kept.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub idle_after_s: u32,
     /// Engine name and version, such as `llama.cpp b7100 (AVX2 FMA F16C)`.
     pub engine: String,
 }
@@ -97,6 +110,7 @@ impl EffectiveConfig {
             self.flash_attention.to_string(),
         );
         compare("queue_limit", asked.queue_limit.to_string(), self.queue_limit.to_string());
+        compare("idle_after_s", asked.idle_after_s.to_string(), self.idle_after_s.to_string());
         found
     }
 }

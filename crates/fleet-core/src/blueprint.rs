@@ -20,10 +20,12 @@ pub const THREADS: (u32, u32) = (0, 256);
 pub const BATCH_TOKENS: (u32, u32) = (1, 8192);
 /// Bounds of `runtime.queue_limit`.
 pub const QUEUE_LIMIT: (u32, u32) = (0, 4096);
+/// Bounds of `runtime.idle_after_s`; 0 means that the model's memory is kept.
+pub const IDLE_AFTER_S: (u32, u32) = (0, 2_592_000);
 /// Bounds of `policy.confirm_timeout_s`.
 pub const CONFIRM_TIMEOUT_S: (u32, u32) = (5, 604_800);
 /// Every key, in the order in which they are explained.
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "model",
     "channel",
     "runtime.context_tokens",
@@ -33,6 +35,7 @@ const KEYS: [&str; 18] = [
     "runtime.kv_type",
     "runtime.flash_attention",
     "runtime.queue_limit",
+    "runtime.idle_after_s",
     "policy.confirm_timeout_s",
     "policy.frozen",
     "policy.activate_in",
@@ -116,7 +119,7 @@ impl BlueprintError {
         match self {
             Self::Syntax { .. } => {
                 "keys are overridable, model, channel, runtime.{context_tokens, parallel, threads, batch_tokens, kv_type, \
-                 flash_attention, queue_limit} and policy.{confirm_timeout_s, frozen, activate_in, \
+                 flash_attention, queue_limit, idle_after_s} and policy.{confirm_timeout_s, frozen, activate_in, \
                  download_in, time_zone, metered, max_rate_bytes_per_s, \
                  share_bytes_per_s, replace_in_place}"
             }
@@ -166,6 +169,7 @@ pub fn parse(layer: &Layer, text: &str) -> Result<Blueprint, BlueprintError> {
         ("threads", "runtime.threads", runtime.threads, THREADS),
         ("batch_tokens", "runtime.batch_tokens", runtime.batch_tokens, BATCH_TOKENS),
         ("queue_limit", "runtime.queue_limit", runtime.queue_limit, QUEUE_LIMIT),
+        ("idle_after_s", "runtime.idle_after_s", runtime.idle_after_s, IDLE_AFTER_S),
         (
             "confirm_timeout_s",
             "policy.confirm_timeout_s",
@@ -317,6 +321,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
     let mut kv_type = Setting::new("runtime.kv_type", kv_name(runtime.kv_type));
     let mut flash = Setting::new("runtime.flash_attention", runtime.flash_attention);
     let mut queue = Setting::new("runtime.queue_limit", runtime.queue_limit);
+    let mut idle = Setting::new("runtime.idle_after_s", runtime.idle_after_s);
     let mut confirm = Setting::new("policy.confirm_timeout_s", confirm_timeout_s);
     let mut frozen_is = Setting::new("policy.frozen", frozen);
     let mut activate_is = Setting::new("policy.activate_in", quoted(&activate_in));
@@ -379,6 +384,12 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
             &layer,
             number(asked.queue_limit),
         );
+        idle.set(
+            &mut runtime.idle_after_s,
+            asked.idle_after_s.as_ref(),
+            &layer,
+            number(asked.idle_after_s),
+        );
         let policy = &given.policy;
         confirm.set(
             &mut confirm_timeout_s,
@@ -436,6 +447,7 @@ pub fn resolve(layers: &[(Layer, String)]) -> Result<Resolved, BlueprintError> {
         kv_type,
         flash,
         queue,
+        idle,
         confirm,
         frozen_is,
         activate_is,

@@ -170,8 +170,6 @@ pub struct ModelHost {
     events: broadcast::Sender<HostEvent>,
     metrics: Metrics,
     waiting: AtomicUsize,
-    /// After how long without a request the worker is let go.
-    idle_after: Option<Duration>,
 }
 
 #[derive(Default)]
@@ -206,7 +204,6 @@ impl Default for ModelHost {
             events: broadcast::channel(EVENT_CAPACITY).0,
             metrics: Metrics::default(),
             waiting: AtomicUsize::new(0),
-            idle_after: None,
         }
     }
 }
@@ -215,11 +212,6 @@ impl ModelHost {
     /// A host without a model.
     pub fn new() -> Arc<Self> {
         Arc::new(Self::default())
-    }
-
-    /// A host without a model that frees the memory of one that had no request for so long.
-    pub fn that_sleeps(idle_after: Duration) -> Arc<Self> {
-        Arc::new(Self { idle_after: Some(idle_after), ..Self::default() })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -461,10 +453,11 @@ impl ModelHost {
         Watch { ended: Box::pin(worker.ended()), idle: self.idle(worker) }
     }
 
+    /// Waits until a worker had no request for as long as its configuration says.
     fn idle(&self, worker: &Worker) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-        match self.idle_after {
-            Some(limit) => Box::pin(worker.idle(limit)),
-            None => Box::pin(std::future::pending()),
+        match worker.effective().idle_after_s {
+            0 => Box::pin(std::future::pending()),
+            limit_s => Box::pin(worker.idle(Duration::from_secs(limit_s.into()))),
         }
     }
 

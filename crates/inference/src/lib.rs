@@ -13,6 +13,7 @@ pub mod llama;
 #[allow(unsafe_code)]
 mod memory;
 mod metrics;
+pub mod otlp;
 pub mod probe;
 pub mod server;
 mod shape;

@@ -554,6 +554,7 @@ impl Device {
             kv_type: asked.kv_type,
             flash_attention: asked.flash_attention,
             queue_limit: asked.queue_limit,
+            idle_after_s: asked.idle_after_s,
             engine: String::new(),
         };
         let mut memory_bytes = deployment.package.weights.size_bytes;

@@ -51,6 +51,10 @@ impl Running {
         Self(agent(folder, &["run"]).spawn().unwrap())
     }
 
+    pub fn of(child: Child) -> Self {
+        Self(child)
+    }
+
     pub fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();

@@ -8,6 +8,7 @@ mod program;
 mod replace;
 mod rollouts;
 mod site;
+mod sleep;
 mod tls;
 
 use std::path::Path;
@@ -66,6 +67,7 @@ impl Device {
             memory_budget_bytes: 2 << 30,
             listen: "127.0.0.1:0".parse().unwrap(),
             metered: MeteredLink::No,
+            otlp: None,
         };
         let identity = Identity {
             device: response.device,

@@ -109,6 +109,7 @@ impl Device {
             kv_type: asked.kv_type,
             flash_attention: asked.flash_attention,
             queue_limit: asked.queue_limit,
+            idle_after_s: asked.idle_after_s,
             engine: self.facts.engine.clone(),
         });
         let report = DeviceReport {

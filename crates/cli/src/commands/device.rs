@@ -489,13 +489,17 @@ fn show(device: &DeviceFacts, history: &[DeviceEvent]) -> String {
             head.push((
                 "engine says",
                 format!(
-                    "context {}, {} parallel, {} threads, batch {}, KV {}, flash attention {}",
+                    "context {}, {} parallel, {} threads, batch {}, KV {}, flash attention {}{}",
                     effective.context_tokens,
                     effective.parallel,
                     effective.threads,
                     effective.batch_tokens,
                     super::word(&effective.kv_type),
                     if effective.flash_attention { "on" } else { "off" },
+                    match effective.idle_after_s {
+                        0 => String::new(),
+                        seconds => format!(", sleeps after {seconds} s without a request"),
+                    },
                 ),
             ));
         }

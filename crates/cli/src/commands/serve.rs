@@ -3,11 +3,11 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde::Serialize;
 use slmops_api::runtime::{EffectiveConfig, KvType, RuntimeConfig};
 use slmops_inference::host::ModelSpec;
+use slmops_inference::otlp::Collector;
 use slmops_inference::server::{self, Keys, ServerOptions};
 use slmops_inference::worker::{AdapterFile, Extras, PromptCache, Speculation, Worker, WorkerSpec};
 use tokio::signal::unix::{SignalKind, signal};
@@ -67,8 +67,8 @@ pub struct Serve {
     pub lora: Vec<(PathBuf, f32)>,
     /// Free the model's memory after so long without a request, such as `10m`; the next request loads
     /// it again
-    #[arg(long, value_name = "DURATION", value_parser = units::parse_seconds)]
-    pub idle_after: Option<u64>,
+    #[arg(long, value_name = "DURATION", value_parser = idle_seconds)]
+    pub idle_after: Option<u32>,
     /// Go on where an answer fills the context, and forget half of what follows its first message; else
     /// the answer ends there
     #[arg(long)]
@@ -94,6 +94,10 @@ pub struct Serve {
     /// step; answers stay the same
     #[arg(long, value_name = "MODEL")]
     pub draft: Option<PathBuf>,
+    /// Push metrics to this OpenTelemetry collector, such as `http://localhost:4318` (OTLP over HTTP,
+    /// protobuf)
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    pub otlp: Option<String>,
     /// The name under which it answers [default: the file's name]
     #[arg(long)]
     pub name: Option<String>,
@@ -106,13 +110,17 @@ impl Serve {
     pub(crate) async fn run(self, session: &Session) -> Result<()> {
         let keys = self.keys.as_deref().map(Keys::open).transpose();
         let keys = keys.user(|| "read the keys".to_owned())?.map(Arc::new);
+        let collector = self.otlp.as_deref().filter(|url| !url.is_empty()).map(|url| {
+            let instance = format!("{:016x}", rand::random::<u64>());
+            Collector::new(url, "slm-serve", &instance, |name| std::env::var(name).ok())
+        });
+        let otlp = collector.transpose().user(|| "push metrics".to_owned())?;
+        if let Some(collector) = &otlp {
+            session.progress.say(format!("  Metrics go to {}.", collector.url()));
+        }
         // What runs here is its user's own choice, and nobody else's was verified.
-        let options = ServerOptions {
-            keys,
-            changes_adapters: true,
-            idle_after: self.idle_after.map(Duration::from_secs),
-            ..ServerOptions::default()
-        };
+        let options =
+            ServerOptions { keys, changes_adapters: true, otlp, ..ServerOptions::default() };
         let original = source::original(session, &self.model).await?;
         let trained = original.file.shape.trained_context;
         let runtime = RuntimeConfig {
@@ -123,6 +131,7 @@ impl Serve {
             kv_type: self.kv_type.into(),
             flash_attention: self.flash_attention,
             queue_limit: self.queue,
+            idle_after_s: self.idle_after.unwrap_or(0),
         };
         let id = match &self.name {
             Some(name) => name.clone(),
@@ -157,6 +166,15 @@ impl Serve {
         };
         let served = server::serve(listener, model, options, on_ready, stopped());
         served.await.user(|| format!("serve `{}`", self.model.display()))
+    }
+}
+
+/// A duration of a second or more.
+fn idle_seconds(given: &str) -> std::result::Result<u32, String> {
+    match units::parse_seconds(given)?.try_into() {
+        Ok(0) => Err("a model that sleeps at once answers nobody: give 1s or more".to_owned()),
+        Ok(seconds) => Ok(seconds),
+        Err(_) => Err("no model is left alone for so long".to_owned()),
     }
 }
 

@@ -1,5 +1,7 @@
 //! `POST /v1/embeddings`: the mean of the last layer's output over a text's tokens, of length 1.
 
+use std::time::Instant;
+
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
@@ -11,8 +13,6 @@ use super::adapters::asked;
 use super::completions::prompts;
 use super::error::ApiError;
 use super::{App, read_fields};
-use crate::host::HostError;
-use crate::metrics::is_our_fault;
 
 /// The most texts of one request.
 const MAX_TEXTS: usize = 256;
@@ -46,23 +46,21 @@ async fn answer(app: &App, body: Body) -> Result<Response, ApiError> {
     let (host, adapters) = (&app.host, &asked.adapters);
     let embedded: Vec<_> = stream::iter(texts)
         .map(|text| async move {
-            host.with_worker(|_, worker| {
+            let started = Instant::now();
+            let embedded = host.with_worker(|_, worker| {
                 let text = text.clone();
                 async move { worker.embed(text, adapters).await }
-            })
-            .await
+            });
+            (embedded.await, started.elapsed())
         })
         .buffered(TEXTS_AT_ONCE)
         .collect()
         .await;
     let mut data = Vec::with_capacity(embedded.len());
     let mut prompt_tokens = 0;
-    for (index, outcome) in embedded.into_iter().enumerate() {
-        match &outcome {
-            Ok(embedding) => host.metrics().count_embedding(Some(embedding.prompt_tokens)),
-            Err(HostError::Worker(error)) if !is_our_fault(error) => {}
-            Err(_) => host.metrics().count_embedding(None),
-        }
+    for (index, (outcome, took)) in embedded.into_iter().enumerate() {
+        let tokens = outcome.as_ref().map(|embedding| embedding.prompt_tokens);
+        host.metrics().count_embedding(&asked.spec.id, took, tokens);
         let embedding = outcome?;
         prompt_tokens += u64::from(embedding.prompt_tokens);
         let values: Value = if base64 {

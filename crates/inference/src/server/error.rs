@@ -80,6 +80,12 @@ impl ApiError {
         Self::new(status, "invalid_request_error", "request_too_large", message)
     }
 
+    pub(super) fn too_slow() -> Self {
+        let message = "the rest of the request's body did not come".to_owned();
+        let status = StatusCode::REQUEST_TIMEOUT;
+        Self::new(status, "invalid_request_error", "request_timeout", message)
+    }
+
     pub(super) fn not_found(method: &Method, path: &str) -> Self {
         let path: String = path.chars().take(200).collect();
         let message = format!("there is no {method} {path}\nhint: GET /v1/models lists the models");

@@ -33,10 +33,12 @@ use axum::routing::{MethodRouter, delete, get, post};
 use axum::serve::{Listener, ListenerExt as _};
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
+use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutError};
 
 use crate::constraint::Checked;
 use crate::host::{HostState, ModelHost, ModelSpec};
-use crate::metrics::write_metric;
+use crate::metrics::prometheus;
+use crate::otlp::{self, Collector};
 use crate::worker::{AdapterFile, Sampling, Worker, WorkerError};
 use error::ApiError;
 use fields::Fields;
@@ -50,6 +52,8 @@ pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(20);
 /// How long the worker may take to leave then.
 const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a body under way may take until more of it comes, by default.
+const BODY_PATIENCE: Duration = Duration::from_secs(30);
 /// After how long without anything else a stream gets a comment, by default.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
@@ -65,11 +69,13 @@ pub struct ServerOptions {
     pub keys: Option<Arc<Keys>>,
     /// After how long without anything else a stream gets a comment.
     pub keep_alive: Duration,
+    /// How long the next part of a request's body may take to come.
+    pub body_patience: Duration,
     /// Whether clients may load, unload and scale adapters for everybody. Where a model's bytes were
     /// verified, nobody should change what it answers afterwards.
     pub changes_adapters: bool,
-    /// After how long without a request the memory of the model that [`serve`] serves is freed.
-    pub idle_after: Option<Duration>,
+    /// Whom [`serve_host`] tells what is counted.
+    pub otlp: Option<Collector>,
 }
 
 impl Default for ServerOptions {
@@ -78,8 +84,9 @@ impl Default for ServerOptions {
             allowed_origins: Vec::new(),
             keys: None,
             keep_alive: KEEP_ALIVE,
+            body_patience: BODY_PATIENCE,
             changes_adapters: false,
-            idle_after: None,
+            otlp: None,
         }
     }
 }
@@ -93,6 +100,7 @@ struct App {
 
 /// The paths, as `docs/endpoint-openapi.json` describes them.
 pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
+    let patience = RequestBodyTimeoutLayer::new(options.body_patience);
     let app = App { host, options: Arc::new(options), checked: Arc::default() };
     let mut router = Router::new();
     for (path, methods) in routes() {
@@ -109,6 +117,7 @@ pub fn router(host: Arc<ModelHost>, options: ServerOptions) -> Router {
         .method_not_allowed_fallback(async |request: Request| {
             ApiError::wrong_method(request.method(), request.uri().path()).into_response()
         })
+        .layer(patience)
         .layer(from_fn_with_state(app.clone(), around))
         .with_state(app)
 }
@@ -159,10 +168,7 @@ pub async fn serve(
     on_ready: impl FnOnce(&Worker),
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
-    let host = match options.idle_after {
-        Some(limit) => ModelHost::that_sleeps(limit),
-        None => ModelHost::new(),
-    };
+    let host = ModelHost::new();
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let http = serve_host(listener, Arc::clone(&host), options, async move {
         let mut stopped = stopped;
@@ -204,6 +210,13 @@ pub async fn serve_host(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     let (begun, begins) = tokio::sync::oneshot::channel::<()>();
+    let (served_all, all_served) = tokio::sync::oneshot::channel::<()>();
+    let pushed = options.otlp.clone().map(|collector| {
+        let stop = async {
+            let _ = all_served.await;
+        };
+        tokio::spawn(otlp::push(collector, Arc::clone(&host), stop, |_| {}))
+    });
     let server = axum::serve(at_once(listener), router(Arc::clone(&host), options))
         .with_graceful_shutdown(async move {
             shutdown.await;
@@ -218,6 +231,10 @@ pub async fn serve_host(
         served = server => served,
         () = limit => Ok(()),
     };
+    drop(served_all);
+    if let Some(pushed) = pushed {
+        pushed.await.expect("the pushes do not panic");
+    }
     // A worker without requests has nothing left to do but to write its prompt cache.
     host.shut_down(LEAVE_LIMIT).await;
     served
@@ -306,13 +323,19 @@ async fn read_json(body: Body) -> Result<Value, ApiError> {
     let bytes = match axum::body::to_bytes(body, MAX_BODY_BYTES).await {
         Ok(bytes) => bytes,
         Err(error) => {
-            // The limit's error is the source of axum's.
-            let too_large = std::error::Error::source(&error)
-                .is_some_and(|source| source.to_string().contains("length limit"));
-            return Err(match too_large {
-                true => ApiError::too_large(MAX_BODY_BYTES),
-                false => ApiError::invalid("the request's body could not be read".to_owned()),
+            // What happened is somewhere in what axum makes of it.
+            let first = std::error::Error::source(&error);
+            let mut causes = std::iter::successors(first, |error| error.source());
+            let known = causes.find_map(|cause| {
+                if cause.is::<TimeoutError>() {
+                    return Some(ApiError::too_slow());
+                }
+                let too_large = cause.to_string().contains("length limit");
+                too_large.then(|| ApiError::too_large(MAX_BODY_BYTES))
             });
+            let unreadable =
+                || ApiError::invalid("the request's body could not be read".to_owned());
+            return Err(known.unwrap_or_else(unreadable));
         }
     };
     serde_json::from_slice(&bytes).map_err(|error| {
@@ -411,32 +434,9 @@ async fn health(State(app): State<App>) -> Response {
 }
 
 async fn metrics(State(app): State<App>) -> Response {
-    let mut text = app.host.metrics().prometheus();
-    let status = app.host.status();
-    let number = |is_so: bool| f64::from(u8::from(is_so));
-    let asleep = status.state == HostState::Asleep;
-    let ready = asleep || status.state == HostState::Ready;
-    write_metric(&mut text, "model_ready", "gauge", "1 while a model answers.", number(ready));
-    let help = "1 while the model's memory is free until a request comes.";
-    write_metric(&mut text, "model_asleep", "gauge", help, number(asleep));
-    if let Some(effective) = &status.effective {
-        for (name, help, value) in [
-            ("slots", "Sequences decoded at the same time.", effective.parallel),
-            ("context_tokens", "Tokens of context for each sequence.", effective.context_tokens),
-            ("queue_limit", "Requests that may wait.", effective.queue_limit),
-            ("threads", "Compute threads.", effective.threads),
-        ] {
-            write_metric(&mut text, name, "gauge", help, f64::from(value));
-        }
-    }
-    for (name, help, value) in [
-        ("worker_memory_bytes", "Resident memory of the worker.", status.memory.resident_bytes),
-        ("worker_peak_memory_bytes", "The same at its peak.", status.memory.peak_bytes),
-    ] {
-        write_metric(&mut text, name, "gauge", help, value as f64);
-    }
+    let families = app.host.metrics().families(&app.host.status());
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (kind, text).into_response()
+    (kind, prometheus::text(&families)).into_response()
 }
 
 /// Seconds since 1970, for `created`.

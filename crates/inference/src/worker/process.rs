@@ -280,6 +280,7 @@ fn read_back(context: &Context, asked: &RuntimeConfig) -> Result<EffectiveConfig
             .flash_attention()
             .ok_or_else(|| unknown("flash_attention", asked.flash_attention.to_string()))?,
         queue_limit: asked.queue_limit,
+        idle_after_s: asked.idle_after_s,
         engine: engine_version(),
     };
     let settings: Vec<_> = effective

@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use slmops_api::runtime::RuntimeConfig;
@@ -274,11 +273,13 @@ async fn adapters_outlive_the_models_sleep() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("till.gguf");
     Lora::random(1).write(&path, "llama");
-    let host = ModelHost::that_sleeps(Duration::from_millis(300));
+    let host = ModelHost::new();
     let options = ServerOptions { changes_adapters: true, ..ServerOptions::default() };
     let endpoint = Endpoint::of(Arc::clone(&host), options).await;
     let mut events = host.events();
-    endpoint.load(model(Vec::new())).await;
+    let mut sleepy = model(Vec::new());
+    sleepy.worker.runtime.idle_after_s = 1;
+    endpoint.load(sleepy).await;
     let (status, _) = endpoint.post("/lora-adapters", json!({ "path": path, "scale": 0.5 })).await;
     assert_eq!(status, 201);
     let adapted = text(&endpoint, json!({})).await;

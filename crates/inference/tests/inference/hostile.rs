@@ -3,13 +3,16 @@
 //! many; `make nightly` takes many more.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::{Value, json};
 use slmops_api::runtime::RuntimeConfig;
+use slmops_inference::host::HostEvent;
+use slmops_inference::server::ServerOptions;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::server::{Endpoint, completion, named, with};
 use crate::support::{PROMPT_TOKENS, runtime, smollm2};
@@ -372,6 +375,100 @@ async fn a_crowd_gets_answers_or_is_told_to_come_back() {
     }
     println!("{answered} of 200 answered, the others told to come back");
     assert!(answered >= 64, "{answered}");
+    Arc::into_inner(endpoint).expect("the last one").stop().await;
+}
+
+/// Who stops in the middle of a request is not waited for.
+#[tokio::test]
+async fn half_a_request_is_given_up() {
+    let body_patience = Duration::from_millis(200);
+    let options = ServerOptions { body_patience, ..ServerOptions::default() };
+    let endpoint = Endpoint::with_options(options).await;
+    let address = endpoint.url.strip_prefix("http://").expect("an address");
+    let mut connection = tokio::net::TcpStream::connect(address).await.expect("it listens");
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{\"prompt\":";
+    connection.write_all(head.as_bytes()).await.expect("it reads");
+    let mut answer = vec![0; 4096];
+    let read = tokio::time::timeout(PATIENCE, connection.read(&mut answer)).await;
+    let count = read.expect("it answers").expect("an answer");
+    let answer = String::from_utf8_lossy(&answer[..count]);
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(answer.contains("request_timeout"), "{answer}");
+    endpoint.stop().await;
+}
+
+/// The worker dies again and again while many ask: everybody gets an answer or an error that says so, and
+/// nothing of it stays behind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_killed_under_load_leaves_nobody_waiting() {
+    const KILLS: u64 = 4;
+    let endpoint = Arc::new(Endpoint::new(RuntimeConfig { queue_limit: 64, ..one_thread() }).await);
+    let mut events = endpoint.host.events();
+    let over = Arc::new(AtomicBool::new(false));
+    let clients: Vec<_> = (0..12)
+        .map(|client| {
+            let (endpoint, over) = (Arc::clone(&endpoint), Arc::clone(&over));
+            tokio::spawn(async move {
+                let (mut answered, mut lost) = (0, 0);
+                while !over.load(Ordering::Relaxed) {
+                    let body = with(completion(40), "stream", json!(client % 2 == 0));
+                    let url = format!("{}/v1/completions", endpoint.url);
+                    let asked = async {
+                        let request = endpoint.client.post(url).body(body.to_string());
+                        let response = request.send().await.expect("an answer");
+                        let status = response.status().as_u16();
+                        (status, response.text().await.expect("it ends"))
+                    };
+                    let asked = tokio::time::timeout(PATIENCE, asked).await;
+                    let (status, text) = asked.expect("nobody waits for ever");
+                    let known = ["\"worker_died\"", "\"model_restarting\""];
+                    let failed = known.iter().any(|code| text.contains(code));
+                    assert!(status == 200 || failed, "{status} {text}");
+                    let whole = client % 2 == 1 || text.ends_with("data: [DONE]\n\n");
+                    assert!(failed || whole, "{text}");
+                    answered += usize::from(!failed);
+                    lost += usize::from(failed);
+                }
+                (answered, lost)
+            })
+        })
+        .collect();
+    for _ in 0..KILLS {
+        endpoint.signal_worker(rustix::process::Signal::KILL);
+        loop {
+            let event = tokio::time::timeout(PATIENCE, events.recv()).await;
+            match event.expect("it comes back").expect("an event") {
+                HostEvent::Restarted { .. } => break,
+                HostEvent::RestartFailed { error, .. } => panic!("{error}"),
+                _ => {}
+            }
+        }
+        // Under load again.
+        let before = endpoint.host.telemetry().requests;
+        let busy = async {
+            while endpoint.host.telemetry().requests < before + 12 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, busy).await.expect("it answers");
+    }
+    over.store(true, Ordering::Relaxed);
+    let (mut answered, mut lost) = (0, 0);
+    for client in clients {
+        let (more, fewer) = client.await.expect("joined");
+        (answered, lost) = (answered + more, lost + fewer);
+    }
+    println!("{answered} answered, {lost} lost to {KILLS} kills");
+    assert!(answered >= 48, "{answered}");
+    let (_, metrics) = endpoint.get("/metrics").await;
+    for line in [
+        "slmops_requests_waiting 0".to_owned(),
+        "slmops_requests_running 0".to_owned(),
+        format!("slmops_worker_crashes_total {KILLS}"),
+    ] {
+        assert!(metrics.lines().any(|it| it == line), "{line} is not in {metrics}");
+    }
     Arc::into_inner(endpoint).expect("the last one").stop().await;
 }
 

@@ -8,6 +8,7 @@ mod constrained;
 mod context_shift;
 mod hostile;
 mod lm_eval;
+mod otlp;
 mod page;
 mod prompt_cache;
 mod responses;

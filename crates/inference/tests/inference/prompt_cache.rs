@@ -211,10 +211,11 @@ async fn a_sequence_that_gives_way_is_kept() {
 #[tokio::test]
 async fn a_model_that_slept_knows_its_prompts() {
     let folder = folder();
-    let host = ModelHost::that_sleeps(Duration::from_millis(300));
+    let host = ModelHost::new();
     let endpoint = Endpoint::of(Arc::clone(&host), ServerOptions::default()).await;
     let mut events = host.events();
-    let worker = cached(folder.path(), ROOMY, one_thread());
+    let sleepy = RuntimeConfig { idle_after_s: 1, ..one_thread() };
+    let worker = cached(folder.path(), ROOMY, sleepy);
     endpoint.load(ModelSpec { id: "glass".to_owned(), aliases: Vec::new(), worker }).await;
     let ask = || {
         let body = json!({ "prompt": prompt(60, 1), "max_tokens": 8, "temperature": 0 });

@@ -192,6 +192,8 @@ async fn chats_stream_as_openai_clients_expect() {
     let events = endpoint.events("/v1/chat/completions", with(body, "stream", json!(true))).await;
     let choice = |event: &Value| event["choices"][0].clone();
     assert_eq!(choice(&events[0])["delta"]["role"], "assistant");
+    assert_eq!(choice(&events[0])["delta"].get("content"), Some(&Value::Null));
+    assert!(events[1..].iter().all(|event| choice(event)["delta"].get("role").is_none()));
     let text: String = events
         .iter()
         .filter_map(|event| choice(event)["delta"]["content"].as_str().map(str::to_owned))

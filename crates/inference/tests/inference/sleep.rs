@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use slmops_api::runtime::RuntimeConfig;
 use slmops_inference::host::{HostEvent, HostState, ModelHost, ModelSpec};
 use slmops_inference::server::ServerOptions;
 use slmops_inference::worker::{GenerateRequest, Prompt, WorkerSpec};
@@ -11,8 +13,10 @@ use slmops_inference::worker::{GenerateRequest, Prompt, WorkerSpec};
 use crate::server::Endpoint;
 use crate::support::{GREEDY, PROMPT, glass, one_thread, set_up};
 
+/// A model that sleeps after a second.
 fn model() -> ModelSpec {
-    let worker = WorkerSpec::new(glass(), one_thread());
+    let runtime = RuntimeConfig { idle_after_s: 1, ..one_thread() };
+    let worker = WorkerSpec::new(glass(), runtime);
     ModelSpec { id: "glass".to_owned(), aliases: Vec::new(), worker }
 }
 
@@ -23,7 +27,7 @@ async fn next(events: &mut tokio::sync::broadcast::Receiver<HostEvent>) -> HostE
 
 #[tokio::test]
 async fn an_idle_model_sleeps_until_a_request_comes() {
-    let host = ModelHost::that_sleeps(Duration::from_millis(300));
+    let host = ModelHost::new();
     let endpoint = Endpoint::of(Arc::clone(&host), ServerOptions::default()).await;
     let mut events = host.events();
     endpoint.load(model()).await;
@@ -63,15 +67,23 @@ async fn an_idle_model_sleeps_until_a_request_comes() {
 #[tokio::test]
 async fn a_model_that_answers_is_not_idle() {
     set_up();
-    let host = ModelHost::that_sleeps(Duration::from_millis(1));
+    let host = ModelHost::new();
+    let mut events = host.events();
     let staged = host.stage(model()).await.expect("it loads");
+    assert_eq!(staged.worker().effective().idle_after_s, 1);
     let worker = staged.worker().clone();
+    let pid = Pid::from_raw(worker.pid().cast_signed()).expect("a process");
+    kill_process(pid, Signal::STOP).expect("it pauses");
     let mut answers = Vec::new();
     for _ in 0..4 {
         let request = GenerateRequest::greedy(Prompt::Text(PROMPT.to_owned()), 20);
         answers.push(worker.generate(request).expect("taken"));
     }
     host.activate(staged);
+    assert!(matches!(next(&mut events).await, HostEvent::Activated { .. }));
+    let slept = tokio::time::timeout(Duration::from_millis(2_500), events.recv()).await;
+    assert!(slept.is_err(), "{slept:?}");
+    kill_process(pid, Signal::CONT).expect("it goes on");
     for answer in answers {
         assert_eq!(answer.finish().await.expect("an answer").0.tokens, GREEDY);
     }

@@ -266,6 +266,7 @@ impl RealHub {
                 kv_type: runtime.kv_type,
                 flash_attention: runtime.flash_attention,
                 queue_limit: runtime.queue_limit,
+                idle_after_s: runtime.idle_after_s,
                 engine: "llama.cpp test".to_owned(),
             }),
             telemetry: Telemetry { tokens_per_s: 31.5, requests: 7, ..Telemetry::default() },

@@ -1,14 +1,21 @@
 //! What the endpoint counts: numbers only, never text.
+//! Counted here; told as [`family::Family`], which Prometheus' and OpenTelemetry's forms are made of.
+
+mod families;
+pub(crate) mod family;
+pub(crate) mod otlp;
+pub(crate) mod prometheus;
 
 use std::collections::BTreeMap;
 use std::collections::VecDeque;
-use std::fmt::Write as _;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use slmops_api::device::Telemetry;
 use slmops_api::evidence::EvidenceCounts;
 
+use self::family::{Attributes, Family, Histogram, Point, Reading};
+use crate::host::{HostError, HostStatus};
 use crate::shape::{Findings, Shape};
 use crate::worker::{Finish, FinishReason, Piece, RequestError, WorkerError};
 
@@ -21,6 +28,10 @@ const TOKEN_BUCKETS_S: [f64; 12] =
 /// Upper bounds of the histograms of tokens, as OpenTelemetry's conventions advise.
 const COUNT_BUCKETS: [f64; 10] =
     [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0, 262_144.0];
+/// Who answers, in OpenTelemetry's conventions.
+const PROVIDER: &str = "slmops";
+/// Operations that are told apart.
+const OPERATIONS: usize = 3;
 /// Models whose answers are told apart, at most; a device that is updated for years forgets the oldest.
 const MODELS: usize = 8;
 /// Requests whose time to first token makes the median.
@@ -30,44 +41,12 @@ const RECENT_ANSWERS: usize = 1_000;
 /// Seconds over which the rate of generation is taken.
 const RATE_WINDOW_S: u64 = 60;
 
-/// A histogram in Prometheus' sense: cumulative counts at fixed bounds.
-struct Histogram {
-    bounds: &'static [f64],
-    counts: Vec<u64>,
-    count: u64,
-    sum: f64,
-}
-
-impl Histogram {
-    fn new(bounds: &'static [f64]) -> Self {
-        Self { bounds, counts: vec![0; bounds.len()], count: 0, sum: 0.0 }
-    }
-
-    fn add(&mut self, value: f64) {
-        if let Some(at) = self.bounds.iter().position(|bound| value <= *bound) {
-            self.counts[at] += 1;
-        }
-        self.count += 1;
-        self.sum += value;
-    }
-
-    fn write(&self, text: &mut String, name: &str, labels: &str) {
-        let mut cumulative = 0;
-        for (bound, count) in self.bounds.iter().zip(&self.counts) {
-            cumulative += count;
-            let _ = writeln!(text, "{name}_bucket{{{labels},le=\"{bound}\"}} {cumulative}");
-        }
-        let _ = writeln!(text, "{name}_bucket{{{labels},le=\"+Inf\"}} {}", self.count);
-        let _ = writeln!(text, "{name}_sum{{{labels}}} {}", self.sum);
-        let _ = writeln!(text, "{name}_count{{{labels}}} {}", self.count);
-    }
-}
-
 /// What is asked of a model, by its name in OpenTelemetry's conventions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Operation {
     Chat,
     TextCompletion,
+    Embeddings,
 }
 
 impl Operation {
@@ -75,6 +54,7 @@ impl Operation {
         match self {
             Self::Chat => "chat",
             Self::TextCompletion => "text_completion",
+            Self::Embeddings => "embeddings",
         }
     }
 }
@@ -83,9 +63,12 @@ impl Operation {
 struct Series {
     operation: Operation,
     model: String,
+    since: SystemTime,
     first_token: Histogram,
     between_tokens: Histogram,
     whole: Histogram,
+    /// The same of requests that failed, by what failed.
+    failed: BTreeMap<&'static str, Histogram>,
     input_tokens: Histogram,
     output_tokens: Histogram,
 }
@@ -95,21 +78,35 @@ impl Series {
         Self {
             operation,
             model: model.to_owned(),
+            since: SystemTime::now(),
             first_token: Histogram::new(&LONG_BUCKETS_S),
             between_tokens: Histogram::new(&TOKEN_BUCKETS_S),
             whole: Histogram::new(&LONG_BUCKETS_S),
+            failed: BTreeMap::new(),
             input_tokens: Histogram::new(&COUNT_BUCKETS),
             output_tokens: Histogram::new(&COUNT_BUCKETS),
         }
     }
 
-    /// Its labels, by the conventions' present names and by that which they had before.
-    fn labels(&self) -> String {
-        let model = self.model.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', " ");
-        format!(
-            "gen_ai_operation_name=\"{}\",gen_ai_provider_name=\"slmops\",gen_ai_system=\"slmops\",gen_ai_request_model=\"{model}\"",
-            self.operation.name()
-        )
+    /// Who it is, by the conventions' present names and by that which they had before.
+    fn attributes(&self) -> Attributes {
+        vec![
+            ("gen_ai.operation.name", self.operation.name().to_owned()),
+            ("gen_ai.provider.name", PROVIDER.to_owned()),
+            ("gen_ai.system", PROVIDER.to_owned()),
+            ("gen_ai.request.model", self.model.clone()),
+        ]
+    }
+
+    fn point(
+        &self,
+        histogram: &Histogram,
+        more: Option<(&'static str, &'static str)>,
+    ) -> Option<Point> {
+        let mut attributes = self.attributes();
+        attributes.extend(more.map(|(name, value)| (name, value.to_owned())));
+        let value = Reading::Histogram(histogram.clone());
+        (histogram.count() > 0).then_some(Point { attributes, since: self.since, value })
     }
 }
 
@@ -119,6 +116,7 @@ pub(crate) struct Metrics(Arc<Mutex<Counters>>);
 
 struct Counters {
     began: Instant,
+    since: SystemTime,
     /// HTTP requests by endpoint and status.
     http: BTreeMap<(String, u16), u64>,
     answered: u64,
@@ -136,6 +134,8 @@ struct Counters {
     sleeps: u64,
     wakes: u64,
     wake_s: f64,
+    /// Pushes that a collector took, and those that it did not.
+    pushes: Option<(u64, u64)>,
     /// What only gates ask for; the rest of it is above.
     quality: EvidenceCounts,
     waiting: u64,
@@ -153,6 +153,7 @@ impl Default for Metrics {
     fn default() -> Self {
         Self(Arc::new(Mutex::new(Counters {
             began: Instant::now(),
+            since: SystemTime::now(),
             http: BTreeMap::new(),
             answered: 0,
             failed: 0,
@@ -169,6 +170,7 @@ impl Default for Metrics {
             sleeps: 0,
             wakes: 0,
             wake_s: 0.0,
+            pushes: None,
             quality: EvidenceCounts::default(),
             waiting: 0,
             running: 0,
@@ -207,7 +209,7 @@ impl Counters {
     fn series(&mut self, operation: Operation, model: &str) -> &mut Series {
         let is_it = |it: &Series| it.operation == operation && it.model == model;
         let place = self.series.iter().position(is_it).unwrap_or_else(|| {
-            if self.series.len() == 2 * MODELS {
+            if self.series.len() == OPERATIONS * MODELS {
                 self.series.remove(0);
             }
             self.series.push(Series::new(operation, model));
@@ -260,6 +262,17 @@ impl Metrics {
         });
     }
 
+    /// A collector was told all of this, or could not be.
+    pub(crate) fn count_push(&self, taken: bool) {
+        self.with(|counters| {
+            let pushes = counters.pushes.get_or_insert_default();
+            match taken {
+                true => pushes.0 += 1,
+                false => pushes.1 += 1,
+            }
+        });
+    }
+
     pub(crate) fn worker_crashes(&self) -> u64 {
         self.with(|counters| counters.worker_crashes)
     }
@@ -293,14 +306,35 @@ impl Metrics {
         })
     }
 
-    /// An embedding was made, or failed by our fault.
-    pub(crate) fn count_embedding(&self, prompt_tokens: Option<u32>) {
-        self.with(|counters| match prompt_tokens {
-            Some(tokens) => {
-                counters.answered += 1;
-                counters.prompt_tokens += u64::from(tokens);
+    /// An embedding was made by `model` within `took`, or was not.
+    pub(crate) fn count_embedding(
+        &self,
+        model: &str,
+        took: Duration,
+        prompt_tokens: Result<u32, &HostError>,
+    ) {
+        self.with(|counters| {
+            let whole_s = took.as_secs_f64();
+            match prompt_tokens {
+                Ok(tokens) => {
+                    counters.answered += 1;
+                    counters.prompt_tokens += u64::from(tokens);
+                    let series = counters.series(Operation::Embeddings, model);
+                    series.whole.add(whole_s, 1);
+                    series.input_tokens.add(f64::from(tokens), 1);
+                }
+                Err(error) => {
+                    match error {
+                        HostError::Worker(error) if !is_our_fault(error) => counters.refused += 1,
+                        _ => counters.failed += 1,
+                    }
+                    let kind = match error {
+                        HostError::Worker(error) => error_type(error),
+                        HostError::NoModel | HostError::Restarting => "unavailable",
+                    };
+                    counters.fail(Operation::Embeddings, model, kind, whole_s);
+                }
             }
-            None => counters.failed += 1,
         });
     }
 
@@ -334,104 +368,21 @@ impl Metrics {
         })
     }
 
-    /// The counters in Prometheus' text format 0.0.4.
-    pub(crate) fn prometheus(&self) -> String {
-        let mut text = String::new();
+    /// All that is counted, with what is known of the host.
+    pub(crate) fn families(&self, status: &HostStatus) -> Vec<Family> {
         self.with(|counters| {
-            let _ = writeln!(
-                text,
-                "# HELP slmops_http_requests_total HTTP requests answered, by route and status.\n# TYPE slmops_http_requests_total counter"
-            );
-            for ((endpoint, status), count) in &counters.http {
-                let _ = writeln!(
-                    text,
-                    "slmops_http_requests_total{{endpoint=\"{endpoint}\",status=\"{status}\"}} {count}"
-                );
-            }
-            let _ = writeln!(
-                text,
-                "# HELP slmops_requests_total Requests for answers, by outcome.\n# TYPE slmops_requests_total counter"
-            );
-            for (outcome, count) in [
-                ("answered", counters.answered),
-                ("cancelled", counters.cancelled),
-                ("failed", counters.failed),
-                ("refused", counters.refused),
-            ] {
-                let _ = writeln!(text, "slmops_requests_total{{outcome=\"{outcome}\"}} {count}");
-            }
-            for (name, help, value) in [
-                ("prompt_tokens", "Prompt tokens of answered requests.", counters.prompt_tokens),
-                ("cached_prompt_tokens", "Of these, tokens found in the cache.", counters.cached_tokens),
-                (
-                    "restored_prompt_tokens",
-                    "Of these, tokens that came from the disk.",
-                    counters.restored_tokens,
-                ),
-                (
-                    "context_shifts",
-                    "Times that an answer's context was full and a part of it was forgotten.",
-                    counters.context_shifts,
-                ),
-                ("drafted_tokens", "Tokens guessed ahead.", counters.drafted_tokens),
-                ("accepted_tokens", "Of these, tokens that were right.", counters.accepted_tokens),
-                ("generated_tokens", "Tokens generated.", counters.generated_tokens),
-                ("worker_crashes", "Worker processes that ended unasked.", counters.worker_crashes),
-                ("sleeps", "Times that an idle model's memory was freed.", counters.sleeps),
-                ("wakes", "Times that a request loaded it again.", counters.wakes),
-            ] {
-                write_metric(&mut text, &format!("{name}_total"), "counter", help, value as f64);
-            }
-            let help = "Seconds in which the model was loaded again for a request.";
-            write_metric(&mut text, "wake_seconds_total", "counter", help, counters.wake_s);
-            for (name, help, value) in [
-                ("requests_waiting", "Requests that wait for a sequence.", counters.waiting),
-                ("requests_running", "Requests that have a sequence.", counters.running),
-            ] {
-                write_metric(&mut text, name, "gauge", help, value as f64);
-            }
-            let series = &counters.series;
-            let mut family = |name: &str, help: &str, of: fn(&Series) -> &Histogram| {
-                let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
-                series.iter().for_each(|it| of(it).write(&mut text, name, &it.labels()));
-            };
-            family(
-                "gen_ai_server_request_duration_seconds",
-                "From a request's arrival to its end.",
-                |series| &series.whole,
-            );
-            family(
-                "gen_ai_server_time_to_first_token_seconds",
-                "From a request's arrival to its first token.",
-                |series| &series.first_token,
-            );
-            family(
-                "gen_ai_server_time_per_output_token_seconds",
-                "Between one token of an answer and the next.",
-                |series| &series.between_tokens,
-            );
-            let name = "gen_ai_client_token_usage";
-            let help = "Tokens of a request and of its answer.";
-            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
-            for series in &counters.series {
-                for (kind, histogram) in
-                    [("input", &series.input_tokens), ("output", &series.output_tokens)]
-                {
-                    let labels = format!("{},gen_ai_token_type=\"{kind}\"", series.labels());
-                    histogram.write(&mut text, name, &labels);
-                }
-            }
-        });
-        text
+            let mut families = counters.families();
+            families.extend(families::of_host(status, counters.since));
+            families
+        })
     }
 }
 
-/// Writes one value with its help and type.
-pub(crate) fn write_metric(text: &mut String, name: &str, kind: &str, help: &str, value: f64) {
-    let _ = writeln!(
-        text,
-        "# HELP slmops_{name} {help}\n# TYPE slmops_{name} {kind}\nslmops_{name} {value}"
-    );
+impl Counters {
+    fn fail(&mut self, operation: Operation, model: &str, kind: &'static str, whole_s: f64) {
+        let failed = &mut self.series(operation, model).failed;
+        failed.entry(kind).or_insert_with(|| Histogram::new(&LONG_BUCKETS_S)).add(whole_s, 1);
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -494,9 +445,14 @@ impl GenerationMeter {
             counters.count_tokens(tokens);
             let series = counters.series(self.operation, &self.model);
             match last {
-                Some(last) => series.between_tokens.add((now - last).as_secs_f64()),
+                // A piece may be made of several tokens.
+                Some(last) if tokens > 0 => {
+                    let each_s = (now - last).as_secs_f64() / tokens as f64;
+                    series.between_tokens.add(each_s, tokens);
+                }
+                Some(_) => {}
                 None => {
-                    series.first_token.add(first_ms / 1e3);
+                    series.first_token.add(first_ms / 1e3, 1);
                     counters.quality.first_tokens += 1;
                     // A microsecond at least, for the logarithm.
                     counters.quality.first_token_ln_ms += first_ms.max(1e-3).ln();
@@ -536,9 +492,9 @@ impl GenerationMeter {
             counters.accepted_tokens += u64::from(finish.accepted_tokens);
             counters.context_shifts += u64::from(finish.context_shifts);
             let series = counters.series(operation, &model);
-            series.whole.add(elapsed.as_secs_f64());
-            series.input_tokens.add(f64::from(finish.prompt_tokens));
-            series.output_tokens.add(f64::from(finish.completion_tokens));
+            series.whole.add(elapsed.as_secs_f64(), 1);
+            series.input_tokens.add(f64::from(finish.prompt_tokens), 1);
+            series.output_tokens.add(f64::from(finish.completion_tokens), 1);
         });
     }
 
@@ -550,7 +506,7 @@ impl GenerationMeter {
                 true => counters.failed += 1,
                 false => counters.refused += 1,
             }
-            counters.series(operation, &model).whole.add(elapsed.as_secs_f64());
+            counters.fail(operation, &model, error_type(error), elapsed.as_secs_f64());
         });
     }
 }
@@ -573,4 +529,17 @@ pub(crate) fn is_our_fault(error: &WorkerError) -> bool {
                     | RequestError::QueueFull { .. }
             )
     )
+}
+
+/// What failed, as OpenTelemetry's `error.type`.
+fn error_type(error: &WorkerError) -> &'static str {
+    match error {
+        WorkerError::Request(RequestError::ContextLength { .. }) => "context_length_exceeded",
+        WorkerError::Request(RequestError::QueueFull { .. }) => "queue_full",
+        WorkerError::Request(RequestError::Invalid { .. }) | WorkerError::Template(_) => {
+            "invalid_request"
+        }
+        WorkerError::Died { .. } => "worker_died",
+        _ => "_OTHER",
+    }
 }
