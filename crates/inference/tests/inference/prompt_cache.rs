@@ -15,7 +15,7 @@ use slmops_inference::worker::{
 };
 
 use crate::server::Endpoint;
-use crate::support::{PROMPT_TOKENS, glass, one_thread, set_up, smollm2};
+use crate::support::{PROMPT_TOKENS, cpu_ms, glass, one_thread, set_up, smollm2};
 
 const ROOMY: u64 = 64 << 20;
 
@@ -256,17 +256,22 @@ async fn a_long_prompt_comes_back_fast() {
     let Some(model) = smollm2() else { return };
     let folder = folder();
     let text = fs::read_to_string(crate::support::testdata("prose-around-the-world.txt"));
-    let runtime = RuntimeConfig { parallel: 1, threads: 2, ..RuntimeConfig::default() };
+    let runtime = RuntimeConfig { parallel: 1, threads: 1, ..RuntimeConfig::default() };
     let spec = WorkerSpec { model_path: model, ..cached(folder.path(), 256 << 20, runtime) };
     let first = worker(spec.clone()).await;
     let mut tokens = first.tokenise(text.expect("the text"), true, false).await.expect("tokens");
     tokens.truncate(1500);
+    let spent_before = cpu_ms(first.pid());
     let (plain, before) = ask(&first, tokens.clone()).await;
+    let spent_before = cpu_ms(first.pid()) - spent_before;
     first.drain().await;
     let second = worker(spec).await;
+    let spent_after = cpu_ms(second.pid());
     let (restored, after) = ask(&second, tokens).await;
+    let spent_after = cpu_ms(second.pid()) - spent_after;
     eprintln!(
-        "1,500 tokens to the first: {:.0} ms computed, {:.0} ms restored; load {} and {} ms, {} bytes",
+        "1,500 tokens to the first: {:.0} ms computed, {:.0} ms restored; of the processor with 20 tokens \
+         more: {spent_before} and {spent_after} ms; load {} and {} ms, {} bytes",
         before.prompt_ms,
         after.prompt_ms,
         first.model_info().load_ms,

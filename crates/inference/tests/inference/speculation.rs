@@ -11,7 +11,7 @@ use slmops_inference::worker::{
 };
 
 use crate::server::Endpoint;
-use crate::support::{PROMPT, PROMPT_TOKENS, glass, one_thread, set_up, smollm2};
+use crate::support::{PROMPT, PROMPT_TOKENS, cpu_ms, glass, one_thread, set_up, smollm2};
 
 fn speculating(speculation: Option<Speculation>) -> WorkerSpec {
     let runtime = RuntimeConfig { parallel: 4, ..one_thread() };
@@ -214,13 +214,13 @@ async fn guesses_pay_where_text_repeats() {
         for (name, prompt) in &prompts {
             // The prompt is computed beforehand.
             answer(&worker, GenerateRequest::greedy(prompt.clone(), 1)).await;
-            let before = cpu_ticks(worker.pid());
+            let before = cpu_ms(worker.pid());
             let (piece, finish) =
                 answer(&worker, GenerateRequest::greedy(prompt.clone(), 120)).await;
-            let ticks = cpu_ticks(worker.pid()) - before;
+            let spent_ms = cpu_ms(worker.pid()) - before;
             eprintln!(
                 "{way:8} {name:8} {:6.2} ms of processor a token, {:6.1} tokens/s, {} of {} right, {} tokens {}",
-                ticks as f64 * 10.0 / f64::from(finish.completion_tokens),
+                spent_ms as f64 / f64::from(finish.completion_tokens),
                 f64::from(finish.completion_tokens - 1) * 1e3 / finish.decode_ms,
                 finish.accepted_tokens,
                 finish.drafted_tokens,
@@ -229,12 +229,4 @@ async fn guesses_pay_where_text_repeats() {
             );
         }
     }
-}
-
-/// Processor time of a process in user and kernel, in hundredths of a second (proc(5), `stat`): what others
-/// do on the machine does not count.
-fn cpu_ticks(pid: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
-    let fields = stat.rsplit_once(')').expect("a name").1.split_whitespace();
-    fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("a number")).sum()
 }

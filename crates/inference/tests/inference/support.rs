@@ -48,3 +48,11 @@ pub fn smollm2() -> Option<PathBuf> {
     }
     model
 }
+
+/// Processor time of a process in user and kernel, in milliseconds (proc(5), `stat`, in steps of 10): what
+/// others do on the machine does not count.
+pub fn cpu_ms(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+    let fields = stat.rsplit_once(')').expect("a name").1.split_whitespace();
+    fields.skip(11).take(2).map(|field| field.parse::<u64>().expect("a number") * 10).sum()
+}
