@@ -94,6 +94,12 @@ bench-serve: build ## Measures the endpoint next to the engine's own loop and ot
 	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
 	  exec $(BIN)/slm bench serve "$$model"
 
+.PHONY: guess-table
+guess-table: ## Measures where guessing tokens ahead pays (docs/endpoint.md)
+	@model="$(MODEL)"; test -n "$$model" || model=$$(scripts/fetch-model.sh); \
+	  SLMOPS_SMOLLM2="$$model" exec cargo nextest run --release --workspace --no-capture \
+	  --run-ignored only -E 'test(guesses_pay)'
+
 .PHONY: gate-curves
 gate-curves: ## Measures how soon the gate between waves sees an effect (docs/gates.md)
 	cargo test --release -p slmops-fleet-core --lib curves -- --ignored --nocapture

@@ -187,6 +187,7 @@ async fn guesses_are_counted() {
 
 /// Prints what guessing brings on a real model, on one thread. `SLMOPS_DRAFT` names a smaller one of its vocabulary.
 #[tokio::test]
+#[ignore = "prints a table and checks nothing: make guess-table"]
 async fn guesses_pay_where_text_repeats() {
     let Some(model) = smollm2() else { return };
     let prose = std::fs::read_to_string(crate::support::testdata("prose-around-the-world.txt"));
